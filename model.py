@@ -1,0 +1,502 @@
+"""GPT-2: the model, its sizes, sampling with a key-value cache, and Hugging Face weights in and out.
+
+The one definition that every script shares. Parameters have GPT-2's names and shapes, so that weights travel:
+
+    raw = GPT(GPTConfig(**SIZES["gpt2"]))     # random weights
+    raw = GPT.from_hf("gpt2")                 # OpenAI's weights, from the Hugging Face hub or a local folder
+    logits, loss = raw(idx, targets)          # idx, targets: (B, T) of token ids; a target of -100 is ignored
+
+Letters: B batch, T time (tokens), S keys attended to, C width (n_embd), V vocabulary, nh heads, hs head size.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+# Radford et al. 2019 for gpt2 … gpt2-xl; Brown et al. 2020 (arXiv:2005.14165), table 2.1, for gpt3-*.
+SIZES: dict[str, dict[str, int]] = {
+    "demo": dict(
+        n_layer=4, n_head=4, n_embd=128, block_size=256
+    ),  # what two CPU cores train in three minutes
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),  # 124M
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024),  # 1558M
+    "gpt3-1.3b": dict(n_layer=24, n_head=16, n_embd=2048, block_size=2048),
+    "gpt3-2.7b": dict(n_layer=32, n_head=32, n_embd=2560, block_size=2048),
+    "gpt3-6.7b": dict(n_layer=32, n_head=32, n_embd=4096, block_size=2048),
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model. A value out of range raises ValueError: no file can ask for anything."""
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024  # longest sequence, tokens
+    n_tokens: int = 50257  # ids the tokenizer has; only these are ever sampled
+    vocab_size: int = (
+        50304  # rows of the embedding: n_tokens padded to a multiple of 64, which matrix units like
+    )
+    attention: str = "flash"  # flash: PyTorch's fused kernels; manual: written out in `manual_attention`
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "attention" and not (type(value) is int and 0 < value < 2**20):
+                raise ValueError(
+                    f"{name}={value!r} in the model's configuration: expected an integer from 1 to 2**20 - 1"
+                )
+        if self.attention not in ("flash", "manual"):
+            raise ValueError(
+                f"attention={self.attention!r} in the model's configuration: expected 'flash' or 'manual'"
+            )
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
+        if self.n_tokens > self.vocab_size:
+            raise ValueError(f"n_tokens={self.n_tokens} must not exceed vocab_size={self.vocab_size}")
+
+
+def pad_vocab(n_tokens: int) -> int:
+    """Rows of the embedding for a tokenizer of `n_tokens` ids: the next multiple of 64 (50257 -> 50304)."""
+    return -(-n_tokens // 64) * 64
+
+
+# -----------------------------------------------------------------------------
+# Attention, the key-value cache, blocks
+
+
+def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(Q Kᵀ / √hs) V, step by step.
+
+    q: (B, nh, T, hs); k, v: (B, nh, S, hs); mask: broadcasts to (B, nh, T, S), True where a query may look.
+    Without a mask, the queries are the last T of the S positions and see nothing after themselves.
+    """
+    T, S, hs = q.size(-2), k.size(-2), q.size(-1)
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, S)
+    weights = F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
+    return weights @ v  # (B, nh, T, hs)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same through PyTorch's fused kernels; without a mask, T is S (causal) or 1 (it sees all)."""
+    # is_causal aligns the triangle to the top left, which for one query would hide all keys but the first
+    is_causal = mask is None and q.size(-2) > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+
+class KVCache:
+    """Keys and values of every layer, for rows that are each filled to a length of their own."""
+
+    def __init__(self, n_layer: int, n_slots: int) -> None:
+        self.n_slots = n_slots  # tokens a row can hold
+        self.keys: list[Tensor | None] = [
+            None
+        ] * n_layer  # each (B, nh, n_slots, hs), made at the first `extend`
+        self.values: list[Tensor | None] = [None] * n_layer
+        self.lengths: Tensor | None = None  # (B,) int64: slots filled in each row
+        self.longest = 0  # max of lengths, kept on the host so that nothing waits for the device
+        self.ragged = False  # whether lengths differ
+
+    def set_lengths(self, lengths: list[int], device: torch.device) -> None:
+        """Declare the first `lengths[b]` slots of row b valid; what lies behind them is padding."""
+        self.lengths = torch.tensor(lengths, device=device)
+        self.longest = max(lengths)
+        self.ragged = len(set(lengths)) > 1
+
+    def advance(self) -> None:
+        """Every row grew by the one token that `extend` wrote."""
+        self.lengths = self.lengths + 1
+        self.longest += 1
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store k, v (B, nh, T, hs) behind what `layer` holds; return keys, values and mask to attend with.
+
+        An empty cache takes any T (the prompt); after that T is 1.
+        """
+        B, nh, T, hs = k.shape
+        if self.lengths is None:
+            self.keys[layer] = k.new_zeros(B, nh, self.n_slots, hs)
+            self.values[layer] = v.new_zeros(B, nh, self.n_slots, hs)
+            self.keys[layer][:, :, :T] = k
+            self.values[layer][:, :, :T] = v
+            return k, v, None
+        assert T == 1, f"a filled cache takes one token at a time, got {T}"
+        rows = torch.arange(B, device=k.device)
+        self.keys[layer][rows, :, self.lengths] = k[:, :, 0]
+        self.values[layer][rows, :, self.lengths] = v[:, :, 0]
+        S = self.longest + 1
+        mask = None
+        if self.ragged:  # slot s of row b may be seen if it is not padding: s <= lengths[b]
+            mask = (torch.arange(S, device=k.device) <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, S)
+        return self.keys[layer][:, :, :S], self.values[layer][:, :, :S], mask
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention of each position over itself and the positions before it."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head = config.n_head
+        self.layer = layer
+        self.attend = flash_attention if config.attention == "flash" else manual_attention
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        q, k, v = (
+            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v)
+        )  # (B, nh, T, hs)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.extend(self.layer, k, v)  # (B, nh, S, hs)
+        y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide between them, around GPT-2's GELU (the tanh approximation)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, each behind a layer norm and added to the residual stream."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+
+class GPT(nn.Module):
+    """GPT-2: token and position embeddings, blocks, a final norm, a head that shares the token embedding."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """GPT-2's initialisation from PyTorch's global random state; raises if a parameter has no rule.
+
+        Matrices and embeddings N(0, 0.02); the projections that write into the residual stream 0.02 / √(2
+        n_layer), so that its variance does not grow with depth. OpenAI drew wpe with 0.01; like most
+        reproductions we use 0.02.
+        """
+        for name, p in self.named_parameters():
+            if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
+                nn.init.ones_(p)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(p)
+            elif name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif name.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_fc.weight")):
+                nn.init.normal_(p, std=0.02)
+            else:
+                raise AssertionError(f"no initialisation rule for the parameter {name}")
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Token ids (B, T) -> the normalised hidden states (B, T, C) that the head turns into logits."""
+        T = idx.size(1)
+        assert T <= self.config.block_size, f"{T} tokens do not fit into block_size={self.config.block_size}"
+        if cache is None or cache.lengths is None:
+            pos = torch.arange(T, device=idx.device)  # (T,)
+        else:
+            pos = cache.lengths[:, None]  # (B, 1): each row goes on from its own length
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        return self.transformer.ln_f(x)
+
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean"
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token ids (B, T) -> logits (B, T, V) and, given targets (B, T), their cross-entropy in nats.
+
+        `reduction` is "mean" over the targets that are not -100, or "sum" as `training.train_step` wants it.
+        """
+        logits = self.lm_head(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        # log-softmax in at least float32: over 50,000 classes bf16 is too coarse
+        full = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits, F.cross_entropy(
+            full.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction
+        )
+
+    def n_params(self) -> int:
+        """Number of parameters, the tied embedding once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T: int) -> int:
+        """FLOPs to train on one token of a sequence of T (PaLM's count, arXiv:2204.02311, appendix B).
+
+        Forward and backward are 6 per parameter of a matrix product (the tied head is one, the look-ups are
+        not), and attention's two products are 12 · n_layer · C · T, counted in full although half of it is
+        masked.
+        """
+        matmul = (
+            sum(p.numel() for p in self.parameters() if p.dim() >= 2) - self.transformer.wpe.weight.numel()
+        )
+        return 6 * matmul + 12 * self.config.n_layer * self.config.n_embd * T
+
+    # -------------------------------------------------------------------------
+    # Sampling
+
+    def fill_cache(self, windows: list[list[int]], n_slots: int) -> tuple[Tensor, KVCache]:
+        """Run rows of different lengths at once; return the logits behind each row's last token (B, V) and
+        the cache.
+
+        Rows are padded on the right: a causal model never looks there, so no mask is needed and positions are
+        true.
+        """
+        device = self.lm_head.weight.device
+        lengths = [len(window) for window in windows]
+        idx = torch.tensor(
+            [window + [0] * (max(lengths) - len(window)) for window in windows], device=device
+        )  # (B, T)
+        cache = KVCache(self.config.n_layer, n_slots)
+        x = self.hidden(idx, cache)  # (B, T, C)
+        cache.set_lengths(lengths, device)
+        last = x[torch.arange(len(windows), device=device), cache.lengths - 1]  # (B, C)
+        return self.lm_head(last), cache
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seeds: Sequence[int] | None = None,
+        stop: int | None = None,
+    ) -> Iterator[list[int | None]]:
+        """Continue every prompt; yield one list a step with each row's new token, None for rows that have
+        ended.
+
+        prompts: B lists of token ids, not empty, of any lengths. temperature: 0 is greedy. top_k: keep the k
+        most likely ids; 0, or more than there are, keeps all. top_p: keep the most likely ids up to this
+        total probability. seeds: one a row (default 0, 1, …); a row's tokens depend on its prompt and seed,
+        not on its neighbours. stop: a row ends after yielding this id. Raises ValueError for values out of
+        range.
+
+        GPT-2's learned positions end at block_size and cannot slide: a row that outgrows them goes on from
+        the newer half of its window. A prompt longer than block_size loses its beginning.
+        """
+        block_size, n_tokens = self.config.block_size, self.config.n_tokens
+        seeds = range(len(prompts)) if seeds is None else seeds
+        if not prompts or any(len(p) == 0 for p in prompts):
+            raise ValueError(
+                "generate needs prompts of at least one token each; to start from nothing use end-of-text"
+            )
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+        if any(not 0 <= token < n_tokens for p in prompts for token in p):
+            raise ValueError(f"a prompt has a token id outside 0 … {n_tokens - 1}")
+        check_sampling(temperature, top_k, top_p)
+
+        windows = [list(p[-block_size:]) for p in prompts]
+        n_slots = min(block_size, max(map(len, windows)) + max_new_tokens)
+        # all randomness is drawn up front on the CPU: the same on every device, and no row disturbs another
+        draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        draws = torch.stack(draws).to(self.lm_head.weight.device)  # (B, max_new_tokens)
+        ended = [False] * len(prompts)
+        tokens, cache = None, None
+        for step in range(max_new_tokens):
+            if cache is None or any(len(window) > block_size for window in windows):
+                windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
+                logits, cache = self.fill_cache(windows, n_slots)
+            else:
+                logits = self.lm_head(self.hidden(tokens[:, None], cache)[:, 0])  # (B, V)
+                cache.advance()
+            tokens = pick_token(logits[:, :n_tokens], draws[:, step], temperature, top_k, top_p)  # (B,)
+            ids = tokens.tolist()
+            for window, token in zip(windows, ids):
+                window.append(token)
+            yield [None if end else token for token, end in zip(ids, ended)]
+            ended = [end or token == stop for token, end in zip(ids, ended)]
+            if all(ended):
+                return
+
+    # -------------------------------------------------------------------------
+    # Weights in and out
+
+    @classmethod
+    def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> "GPT":
+        """A model that takes over `weights`; ValueError if a name or shape is not the configuration's."""
+        with torch.device("meta"):  # nothing is allocated before the shapes have been checked
+            raw = cls(config)
+        expected = {name: tuple(p.shape) for name, p in raw.state_dict().items()}
+        found = {name: tuple(p.shape) for name, p in weights.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise ValueError(
+                    f"{name} has shape {found.get(name)} where the model has {expected.get(name)}"
+                )
+        raw.load_state_dict(weights, assign=True)
+        raw.lm_head.weight = raw.transformer.wte.weight  # assigning loads the tied tensor twice
+        return raw.requires_grad_(True)
+
+    @classmethod
+    def from_hf(cls, name: str) -> "GPT":
+        """GPT-2 from the Hugging Face hub ("gpt2", "gpt2-xl", "user/model") or a local folder in its format.
+
+        Needs config.json and model.safetensors (or the parts named in model.safetensors.index.json). fp32,
+        CPU.
+        """
+        from safetensors.torch import load_file
+
+        hf = json.loads(hf_file(name, "config.json").read_text())
+        known = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None)
+        known |= dict(
+            scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False, scale_attn_weights=True
+        )
+        for key, value in known.items():
+            # n_inner may also spell out the default
+            if hf.get(key, value) != value and not (key == "n_inner" and hf[key] == 4 * hf["n_embd"]):
+                raise ValueError(
+                    f"{name} is not a GPT-2 as we build it: {key}={hf[key]!r} in config.json, not {value!r}"
+                )
+        config = GPTConfig(
+            n_layer=hf["n_layer"],
+            n_head=hf["n_head"],
+            n_embd=hf["n_embd"],
+            block_size=hf["n_positions"],
+            n_tokens=hf["vocab_size"],
+            vocab_size=hf["vocab_size"],
+        )
+        try:
+            parts = ["model.safetensors"]
+            files = [hf_file(name, part) for part in parts]
+        except FileNotFoundError:
+            index = json.loads(hf_file(name, "model.safetensors.index.json").read_text())
+            files = [hf_file(name, part) for part in sorted(set(index["weight_map"].values()))]
+        weights = {}
+        for file in files:
+            for key, tensor in load_file(file).items():
+                key = key.removeprefix("transformer.")
+                if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):
+                    continue  # the tied head again, and the causal mask as a buffer
+                if key.endswith(CONV1D):
+                    tensor = tensor.t().contiguous()
+                weights["transformer." + key] = tensor.float()
+        weights["lm_head.weight"] = weights.get("transformer.wte.weight")
+        return cls.from_weights(config, weights)
+
+    def to_hf(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors for Hugging Face's GPT2LMHeadModel, without padded ids."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config, weights = self.config, {}
+        for name, tensor in self.state_dict().items():
+            if name == "transformer.wte.weight":
+                tensor = tensor[: config.n_tokens]
+            if name.endswith(CONV1D):
+                tensor = tensor.t()
+            if name != "lm_head.weight":  # tied: stored once
+                weights[name] = tensor.detach().cpu().contiguous()
+        hf = dict(
+            architectures=["GPT2LMHeadModel"],
+            model_type="gpt2",
+            activation_function="gelu_new",
+            layer_norm_epsilon=1e-5,
+            n_layer=config.n_layer,
+            n_head=config.n_head,
+            n_embd=config.n_embd,
+            n_positions=config.block_size,
+            vocab_size=config.n_tokens,
+            bos_token_id=config.n_tokens - 1,  # end-of-text is the last id of both our tokenizers
+            eos_token_id=config.n_tokens - 1,
+            tie_word_embeddings=True,
+        )
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+
+
+# Hugging Face keeps GPT-2's matrices as (in, out), the transpose of nn.Linear's (out, in).
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def hf_file(name: str, file: str) -> Path:
+    """The local path of `file` of a model folder or of a model on the hub (downloaded once, then cached)."""
+    if Path(name).is_dir():
+        if not (Path(name) / file).is_file():
+            raise FileNotFoundError(f"no {file} in {name}")
+        return Path(name) / file
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, file))
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError("no folder of that name, and the hub cannot be reached") from error
+    except EntryNotFoundError as error:
+        raise FileNotFoundError(f"no {file} in {name} on the Hugging Face hub") from error
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raise a ValueError that names the control that is out of range."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or above")
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k} must be 0 (all ids) or above")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+
+
+def pick_token(logits: Tensor, draw: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Choose one id a row from logits (B, V) and one draw from [0, 1) a row (B,); return ids (B,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    k = min(top_k or logits.size(-1), logits.size(-1))
+    logits, ids = logits.float().topk(k)  # (B, k), most likely first
+    probs = F.softmax(logits / temperature, dim=-1)
+    # keep ids while the probability before them is below top_p: the one that crosses the boundary stays
+    probs = probs * (probs.cumsum(dim=-1) - probs < top_p)
+    cdf = probs.cumsum(dim=-1)
+    # the first id whose cdf exceeds draw * total; it exists and has probability above 0, because draw < 1
+    choice = (cdf <= draw[:, None] * cdf[:, -1:]).sum(dim=-1, keepdim=True)
+    return ids.gather(-1, choice).squeeze(-1)

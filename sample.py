@@ -1,0 +1,146 @@
+"""Talk to a trained model: completions of one or many prompts, printed as they come.
+
+    python sample.py demo                                       # after `python train_gpt2.py demo`: stories
+    python sample.py --checkpoint=out/gpt2 --prompt="Once upon a time"
+    python sample.py --hf=gpt2 --prompt="The meaning of life is" --n_samples=3 --top_k=0 --top_p=0.95
+    echo "What is a cat?" | python sample.py --prompt=-         # standard input
+    python sample.py --prompt_file=prompts.txt                  # the whole file is one prompt
+
+The prompt and the model's words go to standard output, everything else to standard error.
+"""
+
+import codecs
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tiktoken
+
+from data import get_tokenizer
+from model import GPT, GPTConfig, check_sampling
+from training import autocast, open_checkpoint, parse, pick_precision, setup
+
+
+@dataclass(frozen=True)
+class Config:
+    checkpoint: str = "out/gpt2"  # a checkpoint file, or the out_dir of a run: its newest
+    hf: str = ""  # instead: a GPT-2 of the Hugging Face hub ("gpt2", "gpt2-xl"), or a folder in its format
+    prompt: str = "Hello, I'm a language model,"  # "-" reads standard input; "" begins a document
+    prompt_file: str = ""  # instead: the text of a file
+    n_samples: int = 1  # continuations, drawn together; more than one are printed one after another
+    max_new_tokens: int = 256  # length of each, tokens; end-of-text ends one sooner
+    temperature: float = 0.8  # 0: always the most likely token; 1: the model's own probabilities
+    top_k: int = 50  # choose among the k most likely tokens; 0: all
+    top_p: float = 1.0  # choose among the most likely tokens that make up this probability; 1: all
+    seed: int = 1337  # sample i is drawn with seed + i
+    device: str = "auto"  # auto: cuda, else mps, else cpu
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
+
+
+CONFIGS = {
+    "gpt2": Config(),
+    "demo": Config(checkpoint="out/demo", prompt="", n_samples=2, max_new_tokens=700),
+}
+
+
+def say(text: str) -> None:
+    """Print a remark beside the samples."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_prompt(cfg: Config) -> str:
+    """The prompt's text from wherever the configuration has it."""
+    if cfg.prompt_file:
+        try:
+            return Path(cfg.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SystemExit(f"cannot read the prompt file {cfg.prompt_file}: {error}") from error
+    return sys.stdin.read() if cfg.prompt == "-" else cfg.prompt
+
+
+def load_model(cfg: Config) -> tuple[GPT, tiktoken.Encoding]:
+    """The model, on the CPU, and its tokenizer."""
+    if cfg.hf:
+        try:
+            raw = GPT.from_hf(cfg.hf)
+        except Exception as error:  # the hub's many errors, a foreign config.json, damaged weights
+            raise SystemExit(
+                f"cannot load {cfg.hf!r} from the Hugging Face hub or a folder: {error}"
+            ) from error
+        names = {50257: "gpt2", 257: "bytes"}
+        if raw.config.n_tokens not in names:
+            raise SystemExit(
+                f"{cfg.hf!r} has {raw.config.n_tokens} token ids: no tokenizer of ours has so many"
+            )
+        return raw, get_tokenizer(names[raw.config.n_tokens])
+    state = open_checkpoint(cfg.checkpoint, say)
+    try:
+        raw = GPT.from_weights(GPTConfig(**state["model_config"]), state["model"])
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"the checkpoint in {cfg.checkpoint} does not fit together: {error}") from error
+    say(f"{cfg.checkpoint}: step {state['step']}, {raw.n_params():,} parameters, {state['tokenizer']} tokens")
+    return raw, get_tokenizer(state["tokenizer"])
+
+
+def stream(
+    tokens: Iterator[list[int | None]], tokenizer: tiktoken.Encoding, n_rows: int
+) -> Iterator[list[str]]:
+    """Steps of token ids -> steps of text; the bytes of an unfinished character wait for the rest."""
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(n_rows)]
+    for step in tokens:
+        yield [
+            ""
+            if token in (None, tokenizer.eot_token)
+            else decoder.decode(tokenizer.decode_single_token_bytes(token))
+            for token, decoder in zip(step, decoders)
+        ]
+    yield [decoder.decode(b"", final=True) for decoder in decoders]
+
+
+def main(cfg: Config) -> None:
+    """Print the prompt's continuations."""
+    try:
+        check_sampling(cfg.temperature, cfg.top_k, cfg.top_p)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    text = read_prompt(cfg)
+    raw, tokenizer = load_model(cfg)
+    device = setup(cfg.device, deterministic=False).device
+    raw.to(device)
+
+    prompt = tokenizer.encode_ordinary(text) or [tokenizer.eot_token]  # an empty prompt begins a document
+    if len(prompt) > raw.config.block_size:
+        say(f"the prompt has {len(prompt)} tokens; the model sees the last {raw.config.block_size}")
+    t0 = time.perf_counter()
+    n_steps = -1  # the last piece is only what the decoders held back
+    with autocast(pick_precision(cfg.precision, device), device):
+        tokens = raw.generate(
+            [prompt] * cfg.n_samples,
+            cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            top_k=cfg.top_k,
+            top_p=cfg.top_p,
+            seeds=[cfg.seed + i for i in range(cfg.n_samples)],
+            stop=tokenizer.eot_token,
+        )
+        print(text, end="", flush=True)
+        waiting = [""] * cfg.n_samples  # the first sample streams, the others are drawn beside it
+        for pieces in stream(tokens, tokenizer, cfg.n_samples):
+            print(pieces[0], end="", flush=True)
+            waiting = [old + new for old, new in zip(waiting, pieces)]
+            n_steps += 1
+    print()
+    for sample in waiting[1:]:
+        print(f"---\n{text}{sample}")
+    seconds = time.perf_counter() - t0
+    say(f"{n_steps} tokens each in {seconds:.1f} s: {n_steps * cfg.n_samples / seconds:,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(CONFIGS, __doc__))
+    except KeyboardInterrupt:
+        print()

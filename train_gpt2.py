@@ -1,0 +1,387 @@
+"""Pretrain GPT-2 on token shards or on one text file.
+
+    python train_gpt2.py demo                       # a laptop's CPU: input.txt, three minutes, no download
+    python train_gpt2.py                            # one GPU: GPT-2 124M on the shards of fineweb.py
+    torchrun --nproc_per_node=8 train_gpt2.py       # eight GPUs
+    torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST train_gpt2.py    # of two
+    python train_gpt2.py gpt2-medium --data=edu_fineweb100B --max_steps=50000
+
+Writes <out_dir>/log.txt and <out_dir>/ckpt_<step>.pt. The same command continues an interrupted run, with the
+same losses to the last bit; on another number of devices it sees the same batches. See --help.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data import Windows, check_shards, get_tokenizer, open_data, prefetch, step_windows
+from files import require_space
+from model import GPT, SIZES, GPTConfig, pad_vocab
+from training import (
+    Dist,
+    Log,
+    autocast,
+    barrier,
+    cleanup,
+    cosine_lr,
+    count_bad,
+    differences,
+    find_resume,
+    fit_micro_batch,
+    make_optimizer,
+    parse,
+    peak_flops,
+    pick_precision,
+    save_checkpoint,
+    setup,
+    stop_on_signals,
+    total,
+    train_step,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = "edu_fineweb10B"  # folder of token shards (python fineweb.py), or one .txt file
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # of the shards, or for the .txt file
+    out_dir: str = "out/gpt2"  # where log.txt and checkpoints go
+    resume: Literal["auto", "never"] = (
+        "auto"  # auto: continue from out_dir's newest checkpoint; never: refuse
+    )
+
+    model: str = "gpt2"  # a size of model.py's table
+    attention: Literal["flash", "manual"] = "flash"  # flash: fused kernels; manual: written out, slower
+    T: int = 1024  # sequence length, tokens; becomes the model's block_size
+    B: int | None = None  # sequences per forward and device; None: as many as fit. Does not change the curve
+    total_batch_size: int = 2**19  # tokens per optimizer step over all devices (GPT-3 paper, table 2.1: 0.5M)
+
+    max_steps: int = 19073  # optimizer steps; 10e9 tokens / 2**19 is one epoch of sample-10BT
+    max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1)
+    min_lr_frac: float = 0.1  # the cosine ends at this share of max_lr (GPT-3 paper, appendix B)
+    warmup_steps: int = 715  # linear warmup; 375e6 tokens / 2**19 (GPT-3 paper, appendix B)
+    weight_decay: float = 0.1  # on matrices and embeddings only (GPT-3 paper, appendix B)
+    beta1: float = 0.9  # AdamW (GPT-3 paper, appendix B)
+    beta2: float = 0.95  # AdamW (GPT-3 paper, appendix B)
+    eps: float = 1e-8  # AdamW (GPT-3 paper, appendix B)
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping (GPT-3 paper, appendix B)
+    seed: int = 1337  # of the initial weights, the order of the data, and the samples
+
+    eval_every: int = 250  # steps between validation losses and samples
+    val_tokens: int = 10_485_760  # tokens a validation, or all there are; the same on any number of devices
+    n_samples: int = 4  # samples each time; 0: none
+    sample_tokens: int = 32  # length of a sample, tokens
+    prompt: str = "Hello, I'm a language model,"  # what the samples continue
+    save_every: int = 250  # steps between checkpoints
+    keep: int = 2  # newest checkpoints kept; one of gpt2 takes 1.5 GB
+
+    device: str = "auto"  # auto: cuda, else mps, else cpu
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
+    compile: bool | None = None  # torch.compile the training step; None: on CUDA
+    deterministic: bool = True  # CUDA kernels that give the same bits every time: a resumed run is exact
+
+
+CONFIGS = {
+    "gpt2": Config(),
+    # learning rates and batches of the GPT-3 paper's table 2.1; steps for 10e9 tokens, warmup for 375e6
+    "gpt2-medium": Config(model="gpt2-medium", out_dir="out/gpt2-medium", max_lr=3e-4),
+    "gpt2-large": Config(model="gpt2-large", out_dir="out/gpt2-large", max_lr=2.5e-4),
+    "gpt2-xl": Config(
+        model="gpt2-xl",
+        out_dir="out/gpt2-xl",
+        max_lr=2e-4,
+        total_batch_size=2**20,
+        max_steps=9536,
+        warmup_steps=357,
+    ),
+    "gpt3-1.3b": Config(
+        model="gpt3-1.3b",
+        out_dir="out/gpt3-1.3b",
+        T=2048,
+        max_lr=2e-4,
+        total_batch_size=2**20,
+        max_steps=9536,
+        warmup_steps=357,
+    ),
+    "gpt3-2.7b": Config(
+        model="gpt3-2.7b",
+        out_dir="out/gpt3-2.7b",
+        T=2048,
+        max_lr=1.6e-4,
+        total_batch_size=2**20,
+        max_steps=9536,
+        warmup_steps=357,
+    ),
+    "gpt3-6.7b": Config(
+        model="gpt3-6.7b",
+        out_dir="out/gpt3-6.7b",
+        T=2048,
+        max_lr=1.2e-4,
+        total_batch_size=2**21,
+        max_steps=4768,
+        warmup_steps=178,
+    ),
+    "demo": Config(
+        data=str(Path(__file__).parent / "input.txt"),
+        tokenizer="bytes",
+        out_dir="out/demo",
+        model="demo",
+        T=256,
+        B=16,
+        total_batch_size=16 * 256,
+        max_steps=1500,
+        max_lr=2e-3,
+        warmup_steps=50,
+        val_tokens=2**16,
+        n_samples=2,
+        sample_tokens=200,
+        prompt="One ",
+        save_every=500,
+    ),
+}
+
+
+@torch.no_grad()
+def validate(raw: GPT, val: Windows, n_tokens: int, rows: int, amp: torch.autocast, dist: Dist) -> float:
+    """Mean loss, nats per token, over the first n_tokens of the validation windows, `rows` at a time."""
+    n = max(1, min(len(val), n_tokens // val.T))
+    mine = torch.arange(dist.rank, n, dist.world_size)
+    losses = [torch.zeros((), device=dist.device)]  # on the device: nothing waits until all are in
+    for windows in mine.split(rows):
+        xy = torch.from_numpy(val.read(windows.numpy())).to(dist.device)  # (rows, T + 1)
+        with amp:
+            _, loss = raw(xy[:, :-1], xy[:, 1:], reduction="sum")
+        losses.append(loss)
+    loss_sum = torch.stack(losses).cpu().double().sum().to(dist.device, torch.float32)
+    return total(loss_sum, dist).item() / (n * val.T)
+
+
+def samples(raw: GPT, cfg: Config, step: int, amp: torch.autocast) -> list[str]:
+    """Continuations of the prompt, drawn from (seed, step)."""
+    tokenizer = get_tokenizer(cfg.tokenizer)
+    prompt = tokenizer.encode_ordinary(cfg.prompt) or [tokenizer.eot_token]
+    rows = [list(prompt) for _ in range(cfg.n_samples)]
+    seeds = [cfg.seed + step * cfg.n_samples + row for row in range(cfg.n_samples)]
+    with amp:
+        for tokens in raw.generate(rows, cfg.sample_tokens, top_k=50, seeds=seeds, stop=tokenizer.eot_token):
+            for row, token in zip(rows, tokens):
+                if token is not None and token != tokenizer.eot_token:
+                    row.append(token)
+    return [tokenizer.decode(row) for row in rows]
+
+
+def sequences_per_rank(cfg: Config, dist: Dist) -> int:
+    """How many sequences of T tokens a device takes in one step; SystemExit if they do not divide."""
+    unit = cfg.T * dist.world_size
+    if cfg.total_batch_size % unit:
+        raise SystemExit(
+            f"total_batch_size={cfg.total_batch_size} is not divisible by T={cfg.T} x {dist.world_size} "
+            f"device(s); the next that is: {-(-cfg.total_batch_size // unit) * unit}"
+        )
+    per_rank = cfg.total_batch_size // unit
+    if cfg.B and per_rank % cfg.B:
+        raise SystemExit(
+            f"B={cfg.B} does not divide a device's {per_rank} sequences a step: leave B out to let it fit"
+        )
+    return per_rank
+
+
+def pick_rows(cfg: Config, raw: GPT, per_rank: int, amp: torch.autocast, dist: Dist) -> int:
+    """B, the sequences of one forward pass, where the configuration leaves it open: as many as fit."""
+    on_cuda = dist.device.type == "cuda"
+    most = 2**16 if on_cuda else 2**12  # tokens; a GPU is not faster with more, a CPU's caches hold less
+    sizes = [
+        rows for rows in range(1, per_rank + 1) if per_rank % rows == 0 and rows * cfg.T <= max(most, cfg.T)
+    ]
+    if not on_cuda:
+        return max(sizes)
+
+    def run(rows: int) -> None:
+        idx = torch.zeros(rows, cfg.T, dtype=torch.int64, device=dist.device)
+        with amp:
+            raw(idx, idx)[1].backward()
+
+    rows = fit_micro_batch(run, sizes, raw.n_params(), dist.device)
+    raw.zero_grad()
+    if dist.world_size > 1:  # the fullest GPU decides for all
+        fewest = torch.tensor(rows, device=dist.device)
+        torch.distributed.all_reduce(fewest, torch.distributed.ReduceOp.MIN)
+        rows = int(fewest)
+    return rows
+
+
+def build(cfg: Config, n_tokens: int, state: dict | None, dist: Dist) -> tuple[GPT, torch.optim.Optimizer]:
+    """Model and optimizer on the device, fresh from the seed or as a checkpoint's `state` has them."""
+    if cfg.model not in SIZES:
+        raise SystemExit(f"unknown model {cfg.model!r}: expected one of {', '.join(SIZES)}")
+    shape = SIZES[cfg.model] | dict(block_size=cfg.T, n_tokens=n_tokens, vocab_size=pad_vocab(n_tokens))
+    config = GPTConfig(**shape, attention=cfg.attention)
+    if state and (changed := differences(state["model_config"], asdict(config))):
+        raise SystemExit(
+            f"the checkpoint in {cfg.out_dir} is of another model ({changed}): choose another --out_dir"
+        )
+    torch.manual_seed(cfg.seed)
+    raw = GPT.from_weights(config, state["model"]) if state else GPT(config)
+    raw.to(dist.device)
+    optimizer = make_optimizer(raw, weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
+    if state:  # moments from the checkpoint, settings from the configuration
+        settings = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": settings})
+    return raw, optimizer
+
+
+def save(cfg: Config, raw: GPT, optimizer: torch.optim.Optimizer, **facts: object) -> None:
+    """Write a checkpoint: all that `main` needs to go on, and what later stages want to know."""
+    state = dict(
+        model=raw.state_dict(),
+        optimizer=optimizer.state_dict()["state"],
+        model_config=asdict(raw.config),
+        config=asdict(cfg),
+        tokenizer=cfg.tokenizer,
+        **facts,
+    )
+    save_checkpoint(Path(cfg.out_dir), state, cfg.keep)
+
+
+def table(cfg: Config, raw: GPT, step: int, val_loss: float, seconds: float) -> str:
+    """This run beside GPT-2 124M and GPT-3 124M, as text."""
+    n_tokens = step * cfg.total_batch_size
+    speed = f"{n_tokens / seconds:,.0f}"
+    rows = [
+        ("", "parameters", "tokens", "validation loss", "hours", "tok/s"),
+        (
+            cfg.out_dir,
+            f"{raw.n_params():,}",
+            f"{n_tokens:,}",
+            f"{val_loss:.4f}",
+            f"{seconds / 3600:.2f}",
+            speed,
+        ),
+        ("GPT-2 124M", "124,439,808", "-", "3.2924", "-", "-"),  # measured on FineWeb-Edu's first shard
+        ("GPT-3 124M", "125,000,000", "300,000,000,000", "-", "-", "-"),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
+def main(cfg: Config) -> None:
+    """Train until max_steps; evaluate, sample and save on the way."""
+    dist = setup(cfg.device, cfg.deterministic)
+    stop_requested = stop_on_signals()
+    per_rank = sequences_per_rank(cfg, dist)
+    N = per_rank * dist.world_size  # sequences a step
+
+    # data: windows of T + 1 tokens
+    tokenizer = get_tokenizer(cfg.tokenizer)
+    if dist.rank == 0 and Path(cfg.data).is_dir():
+        check_shards(cfg.data, tokenizer.n_vocab)
+    barrier(dist)
+    train, val = (Windows(shards, cfg.T) for shards in open_data(cfg.data, tokenizer))
+
+    # model, optimizer and log, continued where a checkpoint is
+    out_dir = Path(cfg.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    log = Log(out_dir, dist)
+    state = find_resume(out_dir, cfg.resume, dist, log.note)
+    raw, optimizer = build(cfg, tokenizer.n_vocab, state, dist)
+    if dist.rank == 0:
+        require_space(
+            out_dir, (cfg.keep + 1) * 12 * raw.n_params(), f"keeping {cfg.keep} checkpoints, writing one,"
+        )
+
+    # the training forward is compiled and wrapped as `model`; everything else uses `raw`
+    precision = pick_precision(cfg.precision, dist.device)
+    amp = autocast(precision, dist.device)
+    same_devices = state and state["world_size"] == dist.world_size
+    # what fits may have changed since, but the same B keeps the same bits
+    B = cfg.B or (state["B"] if same_devices else pick_rows(cfg, raw, per_rank, amp, dist))
+    compiled = dist.device.type == "cuda" if cfg.compile is None else cfg.compile
+    model: nn.Module = torch.compile(raw) if compiled else raw
+    if dist.world_size > 1:
+        model = DistributedDataParallel(model)
+
+    def loss_fn(model: nn.Module, batch: dict) -> Tensor:
+        with amp:
+            return model(batch["x"], batch["y"], reduction="sum")[1]
+
+    def read(step: int) -> Tensor:
+        mine = step_windows(step, N, len(train), cfg.seed)[dist.rank * per_rank : (dist.rank + 1) * per_rank]
+        xy = torch.from_numpy(train.read(mine))  # (per_rank, T + 1)
+        return xy.pin_memory() if dist.device.type == "cuda" else xy
+
+    def split(xy: Tensor) -> list[dict]:
+        xy = xy.to(dist.device, non_blocking=True)
+        return [dict(x=rows[:, :-1], y=rows[:, 1:], n=B * cfg.T) for rows in xy.split(B)]
+
+    if compiled or dist.world_size > 1:
+        # Compile outside the clock. And after its first backward DDP regroups the gradients it sums, which
+        # moves the last bits: a resumed run must be past that before its first step too.
+        loss_fn(model, split(read(0))[0]).backward()
+        raw.zero_grad()
+
+    log.header(cfg, device=dist.device, devices=dist.world_size, B=B)
+    if state:
+        changed = differences(state["config"], asdict(cfg)) or "nothing"
+        log.note(f"continuing {out_dir} from step {state['step']}; changed: {changed}")
+    log.note(
+        f"{cfg.model}: {raw.n_params():,} parameters, {len(train):,} training windows of {cfg.T} tokens\n"
+        f"{dist.world_size} x {dist.device.type}, {precision}, {cfg.attention} attention, "
+        f"{'compiled' if compiled else 'not compiled'}; a step is {cfg.total_batch_size:,} tokens, "
+        f"{per_rank // B} x B={B} sequences a device"
+    )
+    start = state["step"] if state else 0
+    val_loss = state["val_loss"] if state else float("nan")
+    began = time.perf_counter() - (state["seconds"] if state else 0)
+    peak = peak_flops(dist.device)
+    batches = prefetch(read, start, cfg.max_steps)
+    bad_steps, stopped = 0, False
+    for step in range(start, cfg.max_steps + 1):
+        last = step == cfg.max_steps
+        if (step % cfg.eval_every == 0 or last) and not stopped:
+            val_loss = validate(raw, val, cfg.val_tokens, B, amp, dist)
+            log.scalars(step, val=val_loss)
+            log.note(f"step {step}: validation loss {val_loss:.4f}")
+            for text in samples(raw, cfg, step, amp) if dist.rank == 0 and cfg.n_samples else []:
+                log.note(f"  > {text}")
+        seconds = time.perf_counter() - began
+        if dist.rank == 0 and step > start and (step % cfg.save_every == 0 or last or stopped):
+            facts = dict(
+                step=step, val_loss=val_loss, tokens_seen=step * cfg.total_batch_size, seconds=seconds
+            )
+            save(cfg, raw, optimizer, **facts, B=B, world_size=dist.world_size)
+        if last or stopped:
+            break
+
+        t0 = time.perf_counter()
+        lr = cosine_lr(
+            step,
+            max_steps=cfg.max_steps,
+            warmup_steps=cfg.warmup_steps,
+            max_lr=cfg.max_lr,
+            min_lr_frac=cfg.min_lr_frac,
+        )
+        micro_batches = split(next(batches))
+        grad_clip, stop = cfg.grad_clip, stop_requested()
+        out = train_step(
+            model, optimizer, micro_batches, loss_fn, lr=lr, grad_clip=grad_clip, dist=dist, stop=stop
+        )
+        dt = time.perf_counter() - t0
+        log.scalars(step, train=out.loss, lr=lr, norm=out.grad_norm)
+        mfu = peak and raw.flops_per_token(cfg.T) * cfg.total_batch_size / dt / (peak * dist.world_size)
+        log.line(step, cfg.max_steps, out, lr, dt, cfg.total_batch_size, mfu)
+        bad_steps, stopped = count_bad(bad_steps, out), out.stop
+
+    log.note(
+        f"stopped at step {step}; the same command continues"
+        if stopped
+        else table(cfg, raw, step, val_loss, seconds)
+    )
+    cleanup(dist)
+
+
+if __name__ == "__main__":
+    main(parse(CONFIGS, __doc__))

@@ -1,0 +1,434 @@
+"""What every training script shares, as functions: command line, devices, precision, schedule, optimizer, the
+training step, checkpoints and the log. Each script keeps its own loop and calls these from it.
+"""
+
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from files import written_whole
+
+CHECKPOINT_FORMAT = 1  # raise it when a checkpoint's keys change their meaning
+MAX_BAD_STEPS = 10  # so many steps in a row without a finite gradient end the run
+
+# -----------------------------------------------------------------------------
+# Command line
+
+Config = TypeVar("Config")
+
+
+def parse(configs: dict[str, Config], doc: str, args: list[str] | None = None) -> Config:
+    """Constants -> command line: `script.py [NAME] [--constant=value …]`, where NAME picks one of `configs`.
+
+    The first configuration is the default. The comments behind the constants become the help; `--max_lr` and
+    `--max-lr` are the same; an unknown constant ends the program with a suggestion. `args` defaults to
+    sys.argv[1:].
+    """
+    import tyro
+
+    args = list(sys.argv[1:] if args is None else args)
+    name = args.pop(0) if args and not args[0].startswith("-") else next(iter(configs))
+    if name not in configs:
+        raise SystemExit(
+            f"unknown configuration {name!r}: expected one of {', '.join(configs)}, then --constant=value …"
+        )
+    return tyro.cli(
+        type(configs[name]),
+        default=configs[name],
+        args=args,
+        description=f"{doc.strip()}\n\nConfigurations: {', '.join(configs)}. Constants of {name!r}:",
+        config=(tyro.conf.FlagConversionOff,),
+        console_outputs=os.environ.get("RANK", "0") == "0",
+    )
+
+
+# -----------------------------------------------------------------------------
+# Devices and precision
+
+
+class Dist(NamedTuple):
+    """This process among those that train together; alone it is rank 0 of 1."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+
+def setup(device: str, deterministic: bool) -> Dist:
+    """Choose the device and, under torchrun, join the process group (nccl on CUDA, gloo on CPU).
+
+    device: "auto" takes CUDA, else MPS, else the CPU. deterministic: CUDA kernels that give the same bits
+    every time.
+    """
+    if device == "auto":
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    kind = torch.device(device).type
+    if kind == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit(
+                f"--device={device}, but this PyTorch ({torch.__version__}) finds no CUDA device"
+            )
+        if world_size > 1:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(torch.device(device))
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            # only a warning where no such kernel exists: sampling's cumsum, which does not touch training
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
+            torch.utils.deterministic.fill_uninitialized_memory = (
+                False  # it costs a pass over every new tensor
+            )
+    if world_size == 1:
+        return Dist(0, 1, torch.device(device))
+    if kind == "mps":
+        raise SystemExit("several processes need CUDA devices or --device=cpu, not mps")
+    # half an hour, because rank 0 may read all shards while the others wait
+    torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return Dist(int(os.environ["RANK"]), world_size, torch.device(device))
+
+
+def cleanup(dist: Dist) -> None:
+    """Leave the process group."""
+    if dist.world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def barrier(dist: Dist) -> None:
+    """Wait for all ranks."""
+    if dist.world_size > 1:
+        torch.distributed.barrier()
+
+
+def total(x: Tensor, dist: Dist) -> Tensor:
+    """The sum of x over all ranks (in place)."""
+    if dist.world_size > 1:
+        torch.distributed.all_reduce(x)  # SUM: gloo has no AVG
+    return x
+
+
+def pick_precision(precision: str, device: torch.device) -> str:
+    """ "bf16" or "fp32": what was asked for, and for "auto" bf16 where the device is faster with it.
+
+    That is CUDA with bf16 units, and CPUs with AMX; other CPUs are slower in bf16, and MPS support varies.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context of every forward pass; `precision` as `pick_precision` returns it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by NVIDIA's data sheets, or None for one we have no figure for."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peaks = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}
+    return next((peak for key, peak in peaks.items() if key in name), None)
+
+
+def fit_micro_batch(run: Callable[[int], None], sizes: list[int], n_params: int, device: torch.device) -> int:
+    """The largest of `sizes` (rows) whose forward and backward pass, `run(rows)`, fits into a CUDA device's
+    memory.
+
+    Memory is a constant plus so much a row, so two small runs tell. Gradients stay behind: zero them.
+    `n_params` are added twice in fp32 for AdamW's moments.
+    """
+
+    def peak(rows: int) -> int:
+        torch.cuda.reset_peak_memory_stats(device)
+        run(rows)
+        return torch.cuda.max_memory_allocated(device)
+
+    peak(1)  # the first run also allocates gradients and workspaces
+    one, two = peak(1), peak(2)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    room = 0.9 * (free + torch.cuda.memory_allocated(device)) - 8 * n_params
+    fitting = [rows for rows in sizes if one + (two - one) * (rows - 1) <= room]
+    if not fitting:
+        raise SystemExit(
+            f"not even B={min(sizes)} fits into {free / 1e9:.1f} GB of GPU memory: take a smaller model or T"
+        )
+    return max(fitting)
+
+
+# -----------------------------------------------------------------------------
+# Schedule, optimizer, step
+
+
+def cosine_lr(step: int, *, max_steps: int, warmup_steps: int, max_lr: float, min_lr_frac: float) -> float:
+    """Linear warmup to max_lr, then half a cosine to min_lr_frac · max_lr at max_steps (GPT-3, app. B)."""
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+    return max_lr * (min_lr_frac + (1 - min_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(
+    raw: nn.Module, *, weight_decay: float, betas: tuple[float, float], eps: float
+) -> torch.optim.AdamW:
+    """Fused AdamW with weight decay on matrices and embeddings (≥ 2-D) and none on biases and gains."""
+    params = [p for p in raw.parameters() if p.requires_grad]
+    groups = [
+        dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
+        dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0),
+    ]
+    covered = sorted(id(p) for group in groups for p in group["params"])
+    assert covered == sorted(id(p) for p in params), "every parameter belongs to exactly one group"
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+
+
+class StepResult(NamedTuple):
+    """What a training step did."""
+
+    loss: float  # mean over the units of the whole step
+    grad_norm: float  # before clipping
+    skipped: bool  # loss or gradient was not finite, so no parameter moved
+    stop: bool  # some rank was asked to stop
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[dict[str, Any]],
+    loss_fn: Callable[[nn.Module, dict[str, Any]], Tensor],
+    *,
+    lr: float,
+    grad_clip: float,
+    dist: Dist,
+    stop: bool = False,
+) -> StepResult:
+    """One optimizer step over all micro-batches of all ranks, equal to one big batch whatever the split.
+
+    loss_fn(model, batch) returns the loss summed over the batch's units, and batch["n"] is their number:
+    dividing by the units of the whole step is exact where a mean of means is not. grad_clip: the largest
+    gradient norm, 0 for any.
+    """
+    n = sum(batch["n"] for batch in micro_batches)
+    if dist.world_size > 1:
+        n = total(torch.tensor(n, dtype=torch.float64, device=dist.device), dist)
+    loss_sum = torch.zeros((), device=dist.device)
+    for i, batch in enumerate(micro_batches):
+        # DDP reads this flag in the forward too; gradients travel once a step, with the last micro-batch
+        accumulate = dist.world_size > 1 and i < len(micro_batches) - 1
+        with model.no_sync() if accumulate else nullcontext():
+            loss = loss_fn(model, batch)
+            (loss * (dist.world_size / n)).backward()  # DDP averages over ranks; we want the sum
+        loss_sum += loss.detach()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    # one message and one wait: the same numbers, hence the same decision, on every rank
+    sums = total(torch.stack([loss_sum, torch.tensor(float(stop), device=dist.device)]), dist)
+    loss, stops, norm = torch.stack([sums[0] / n, sums[1], norm]).tolist()
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(loss, norm, not finite, stops > 0)
+
+
+def count_bad(bad_steps: int, out: StepResult) -> int:
+    """The number of skipped steps in a row after this one; SystemExit when it reaches MAX_BAD_STEPS."""
+    bad_steps = bad_steps + 1 if out.skipped else 0
+    if bad_steps == MAX_BAD_STEPS:
+        raise SystemExit(
+            f"loss or gradient not finite, {bad_steps} steps in a row (loss {out.loss}): "
+            "lower max_lr, lengthen warmup_steps, or try --precision=fp32; the last checkpoint is unharmed"
+        )
+    return bad_steps
+
+
+def stop_on_signals() -> Callable[[], bool]:
+    """Catch the first Ctrl-C or SIGTERM; the returned function says whether one came. A second one kills."""
+    received = []
+
+    def note(signum: int, frame: object) -> None:
+        received.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, note)
+    return lambda: bool(received)
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, newest (highest step) first."""
+    found = [
+        (int(m[1]), p)
+        for p in Path(folder).glob("ckpt_*.pt")
+        if (m := re.fullmatch(r"ckpt_(\d+)\.pt", p.name))
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
+    """Write folder/ckpt_<step>.pt, whole or not at all, then remove all but the `keep` newest. For rank 0
+    only.
+
+    state: tensors and plain Python values, with at least step, model, model_config and tokenizer.
+    """
+    path = Path(folder) / f"ckpt_{state['step']:06d}.pt"
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        torch.save({"format": CHECKPOINT_FORMAT} | state, file)
+    for old in list_checkpoints(folder)[keep:]:
+        old.unlink()
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one checkpoint onto the CPU; ValueError says why it cannot be used. Never unpickles objects."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError("damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch each have several
+        refused = "Weights only load failed" in str(error)
+        reason = (
+            "it holds Python objects, not only tensors and plain values"
+            if refused
+            else str(error).splitlines()[0]
+        )
+        raise ValueError(f"cannot use the checkpoint {path}: {reason}") from error
+    if not isinstance(state, dict) or not {"step", "model", "model_config", "tokenizer"} <= state.keys():
+        raise ValueError(f"cannot use the checkpoint {path}: it was not written by NeoGPT")
+    if state["format"] != CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"cannot use the checkpoint {path}: format {state['format']}, not {CHECKPOINT_FORMAT}"
+        )
+    return state
+
+
+def open_checkpoint(path: str | Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The checkpoint in a file, or the newest readable one in a folder; SystemExit if there is none."""
+    path = Path(path)
+    candidates = [path] if path.is_file() else list_checkpoints(path)
+    if not candidates:
+        raise SystemExit(
+            f"no checkpoint in {path}: train one first, for example with `python train_gpt2.py demo`"
+        )
+    for number, candidate in enumerate(candidates, 1):
+        try:
+            return load_checkpoint(candidate)
+        except ValueError as error:
+            if number == len(candidates):
+                raise SystemExit(str(error)) from error
+            say(f"{error}; falling back to {candidates[number].name}")
+
+
+def find_resume(folder: Path, resume: str, dist: Dist, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The checkpoint to continue from, the same on all ranks, or None for a fresh start."""
+    if resume == "never" and list_checkpoints(folder):
+        raise SystemExit(
+            f"{folder} holds checkpoints, and --resume=never: remove it, or choose another --out_dir"
+        )
+    state = open_checkpoint(folder, say) if list_checkpoints(folder) else None
+    step = -1 if state is None else state["step"]
+    if dist.world_size > 1:
+        steps = [None] * dist.world_size
+        torch.distributed.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise SystemExit(
+                f"ranks see different checkpoints (steps {steps}): all nodes must share the folder {folder}"
+            )
+    if dist.rank == 0:
+        for stale in Path(folder).glob("ckpt_*.pt.tmp"):
+            stale.unlink()
+    return state
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What changed between two configurations: "max_lr 0.0006 -> 0.001, B None -> 8"; "" if nothing did."""
+    keys = [key for key in new if old.get(key) != new[key]]
+    return ", ".join(f"{key} {old.get(key)} -> {new[key]}" for key in keys)
+
+
+# -----------------------------------------------------------------------------
+# Log
+
+
+class Log:
+    """<folder>/log.txt, append-only: a `step name value` a line, notes behind `#`. Silent but on rank 0."""
+
+    def __init__(self, folder: Path, dist: Dist) -> None:
+        self.file = None
+        if dist.rank == 0:
+            path = Path(folder) / "log.txt"
+            torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+            self.file = open(path, "a", encoding="utf-8", buffering=1)  # by line: a killed run loses none
+            if torn:
+                self.file.write("\n")
+
+    def header(self, config: object, **facts: object) -> None:
+        """Note the start of a run: configuration, revision of the code, versions, and what else is given."""
+        git = shutil.which("git") and subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+        facts = dict(
+            code=git.stdout.strip() if git else "",
+            torch=torch.__version__,
+            python=platform.python_version(),
+            **facts,
+        )
+        self.note(" ".join(f"{key}={value}" for key, value in facts.items() if value), quiet=True)
+        self.note(" ".join(f"{key}={value!r}" for key, value in asdict(config).items()), quiet=True)
+
+    def scalars(self, step: int, **values: float) -> None:
+        """Write numbers with the nine digits that tell any two float32 apart."""
+        if self.file:
+            self.file.write("".join(f"{step} {name} {value:.9g}\n" for name, value in values.items()))
+
+    def note(self, text: str, quiet: bool = False) -> None:
+        """Write a line behind `#`, and print it unless `quiet`."""
+        if self.file:
+            self.file.write("# " + text.replace("\n", "\\n") + "\n")
+            if not quiet:
+                print(text, flush=True)
+
+    def line(
+        self, step: int, max_steps: int, out: StepResult, lr: float, dt: float, units: int, mfu: float | None
+    ) -> None:
+        """Print one aligned console line for a step that took dt seconds for `units` tokens."""
+        if self.file:
+            left = timedelta(seconds=round(dt * (max_steps - step)))
+            share = f" | MFU {mfu:5.1%}" if mfu else ""
+            bad = " | skipped: not finite" if out.skipped else ""
+            print(
+                f"step {step:6d}/{max_steps} | loss {out.loss:8.5f} | lr {lr:.2e} | "
+                f"norm {out.grad_norm:7.4f} | "
+                f"{dt * 1e3:8.1f} ms | {units / dt:9,.0f} tok/s{share} | {left} left{bad}",
+                flush=True,
+            )
