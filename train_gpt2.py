@@ -27,6 +27,7 @@ from training import (
     Log,
     autocast,
     barrier,
+    check_positive,
     cleanup,
     cosine_lr,
     count_bad,
@@ -131,7 +132,6 @@ CONFIGS = {
         out_dir="out/demo",
         model="demo",
         T=256,
-        B=16,
         total_batch_size=16 * 256,
         max_steps=1500,
         max_lr=2e-3,
@@ -156,8 +156,7 @@ def validate(raw: GPT, val: Windows, n_tokens: int, rows: int, amp: torch.autoca
         with amp:
             _, loss = raw(xy[:, :-1], xy[:, 1:], reduction="sum")
         losses.append(loss)
-    loss_sum = torch.stack(losses).cpu().double().sum().to(dist.device, torch.float32)
-    return total(loss_sum, dist).item() / (n * val.T)
+    return total(torch.stack(losses).cpu().double().sum(), dist).item() / (n * val.T)
 
 
 def samples(raw: GPT, cfg: Config, step: int, amp: torch.autocast) -> list[str]:
@@ -270,6 +269,7 @@ def table(cfg: Config, raw: GPT, step: int, val_loss: float, seconds: float) -> 
 
 def main(cfg: Config) -> None:
     """Train until max_steps; evaluate, sample and save on the way."""
+    check_positive(cfg, "T", "total_batch_size", "max_steps", "eval_every", "save_every", "keep")
     dist = setup(cfg.device, cfg.deterministic)
     stop_requested = stop_on_signals()
     per_rank = sequences_per_rank(cfg, dist)
@@ -296,9 +296,10 @@ def main(cfg: Config) -> None:
     # the training forward is compiled and wrapped as `model`; everything else uses `raw`
     precision = pick_precision(cfg.precision, dist.device)
     amp = autocast(precision, dist.device)
-    same_devices = state and state["world_size"] == dist.world_size
-    # what fits may have changed since, but the same B keeps the same bits
-    B = cfg.B or (state["B"] if same_devices else pick_rows(cfg, raw, per_rank, amp, dist))
+    B = cfg.B
+    if B is None and state and state["world_size"] == dist.world_size and per_rank % state["B"] == 0:
+        B = state["B"]  # what fits may have changed since, but the same B keeps the same bits
+    B = B or pick_rows(cfg, raw, per_rank, amp, dist)
     compiled = dist.device.type == "cuda" if cfg.compile is None else cfg.compile
     model: nn.Module = torch.compile(raw) if compiled else raw
     if dist.world_size > 1:
@@ -315,7 +316,7 @@ def main(cfg: Config) -> None:
 
     def split(xy: Tensor) -> list[dict]:
         xy = xy.to(dist.device, non_blocking=True)
-        return [dict(x=rows[:, :-1], y=rows[:, 1:], n=B * cfg.T) for rows in xy.split(B)]
+        return [dict(x=rows[:, :-1], y=rows[:, 1:], n=len(rows) * cfg.T) for rows in xy.split(B)]
 
     if compiled or dist.world_size > 1:
         # Compile outside the clock. And after its first backward DDP regroups the gradients it sums, which

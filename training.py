@@ -71,6 +71,13 @@ class Dist(NamedTuple):
     device: torch.device
 
 
+def check_positive(config: object, *names: str) -> None:
+    """SystemExit that names the first of these constants that is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise SystemExit(f"{name}={getattr(config, name)} must be at least 1")
+
+
 def setup(device: str, deterministic: bool) -> Dist:
     """Choose the device and, under torchrun, join the process group (nccl on CUDA, gloo on CPU).
 
@@ -88,8 +95,8 @@ def setup(device: str, deterministic: bool) -> Dist:
             raise SystemExit(
                 f"--device={device}, but this PyTorch ({torch.__version__}) finds no CUDA device"
             )
-        if world_size > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if torch.device(device).index is None:
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(torch.device(device))
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
         if deterministic:
@@ -105,7 +112,11 @@ def setup(device: str, deterministic: bool) -> Dist:
     if kind == "mps":
         raise SystemExit("several processes need CUDA devices or --device=cpu, not mps")
     # half an hour, because rank 0 may read all shards while the others wait
-    torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    torch.distributed.init_process_group(
+        "nccl" if kind == "cuda" else "gloo",
+        timeout=timedelta(minutes=30),
+        device_id=torch.device(device) if kind == "cuda" else None,
+    )
     return Dist(int(os.environ["RANK"]), world_size, torch.device(device))
 
 
@@ -122,8 +133,9 @@ def barrier(dist: Dist) -> None:
 
 
 def total(x: Tensor, dist: Dist) -> Tensor:
-    """The sum of x over all ranks (in place)."""
+    """The sum of x over all ranks, on this rank's device; x itself when there is one rank."""
     if dist.world_size > 1:
+        x = x.to(dist.device, copy=True)
         torch.distributed.all_reduce(x)  # SUM: gloo has no AVG
     return x
 
@@ -232,7 +244,7 @@ def train_step(
     """
     n = sum(batch["n"] for batch in micro_batches)
     if dist.world_size > 1:
-        n = total(torch.tensor(n, dtype=torch.float64, device=dist.device), dist)
+        n = total(torch.tensor(n, dtype=torch.float64), dist)
     loss_sum = torch.zeros((), device=dist.device)
     for i, batch in enumerate(micro_batches):
         # DDP reads this flag in the forward too; gradients travel once a step, with the last micro-batch
@@ -301,7 +313,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
     path = Path(folder) / f"ckpt_{state['step']:06d}.pt"
     with written_whole(path) as temporary, open(temporary, "wb") as file:
         torch.save({"format": CHECKPOINT_FORMAT} | state, file)
-    for old in list_checkpoints(folder)[keep:]:
+    for old in list_checkpoints(folder)[max(1, keep) :]:
         old.unlink()
 
 
