@@ -1,9 +1,9 @@
 """Measure what the code around the model costs: medians of alternating repeats, side by side in one run.
 
-    python bench.py train                     # training steps against a plain PyTorch loop over the same model
+    python bench.py train                     # training steps against a plain PyTorch loop
     python bench.py train --model=gpt2 --T=1024 --B=1 --total_batch_size=1024
-    python bench.py data --data=edu_fineweb10B --model=gpt2 --T=1024    # reading batches against the step's time
-    python bench.py tokenize --data='books-*.parquet'                   # fineweb.py against tiktoken in a bare pool
+    python bench.py data --data=edu_fineweb10B --model=gpt2 --T=1024    # reading batches
+    python bench.py tokenize --data='books-*.parquet'    # fineweb.py against tiktoken in a bare pool
 
 Figures from our machines are in bench/RESULTS.md. Nothing here is a test: machines are noisy.
 """
@@ -47,7 +47,7 @@ CONFIGS = {
 
 
 def side_by_side(runs: dict[str, Callable[[], float]], repeats: int, unit: str) -> dict[str, float]:
-    """Run all `runs` in turn, `repeats` times; print and return the median of each (they return their rates)."""
+    """Run all `runs` in turn, `repeats` times; print and return the median of the rates each returns."""
     rates = {name: [] for name in runs}
     for repeat in range(repeats):
         for name, run in runs.items():
@@ -75,7 +75,7 @@ def bench_train(cfg: Config) -> None:
         StepResult,
         autocast,
         cosine_lr,
-        make_optimizer,
+        make_optimizers,
         pick_precision,
         setup,
         train_step,
@@ -93,8 +93,8 @@ def bench_train(cfg: Config) -> None:
     def fresh() -> tuple:
         torch.manual_seed(0)
         raw = GPT(GPTConfig(**shape)).to(dist.device)
-        optimizer = make_optimizer(raw, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-        return torch.compile(raw) if cfg.compile else raw, optimizer
+        optimizers = make_optimizers(raw, optimizer="adamw", weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+        return torch.compile(raw) if cfg.compile else raw, optimizers
 
     def read(step: int) -> torch.Tensor:
         xy = torch.from_numpy(train.read(step_windows(step, N, len(train), 1)))
@@ -104,8 +104,8 @@ def bench_train(cfg: Config) -> None:
         if dist.device.type == "cuda":
             torch.cuda.synchronize()
 
-    plain_model, plain_optimizer = fresh()
-    model, optimizer = fresh()
+    plain_model, [plain_optimizer] = fresh()
+    model, optimizers = fresh()
     fixed = read(0).to(dist.device)
 
     def plain() -> float:
@@ -142,7 +142,7 @@ def bench_train(cfg: Config) -> None:
                 dict(x=rows[:, :-1], y=rows[:, 1:], n=len(rows) * cfg.T) for rows in xy.split(cfg.B)
             ]
             out: StepResult = train_step(
-                model, optimizer, micro_batches, loss_fn, lr=lr, grad_clip=1.0, dist=dist
+                model, optimizers, micro_batches, loss_fn, lr=lr, grad_clip=1.0, dist=dist
             )
             log.scalars(step, train=out.loss, lr=lr, norm=out.grad_norm)
         synchronize()

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data import Windows, check_shards, get_tokenizer, open_data, prefetch, step_windows
 from files import require_space
 from model import GPT, SIZES, GPTConfig, pad_vocab
+from optimizers import make_optimizers
 from training import (
     Dist,
     Log,
@@ -34,7 +35,6 @@ from training import (
     differences,
     find_resume,
     fit_micro_batch,
-    make_optimizer,
     parse,
     peak_flops,
     pick_precision,
@@ -62,6 +62,7 @@ class Config:
     total_batch_size: int = 2**19  # tokens per optimizer step over all devices (GPT-3 paper, table 2.1: 0.5M)
 
     max_steps: int = 19073  # optimizer steps; 10e9 tokens / 2**19 is one epoch of sample-10BT
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, with AdamW for the rest
     max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1)
     min_lr_frac: float = 0.1  # the cosine ends at this share of max_lr (GPT-3 paper, appendix B)
     warmup_steps: int = 715  # linear warmup; 375e6 tokens / 2**19 (GPT-3 paper, appendix B)
@@ -213,8 +214,10 @@ def pick_rows(cfg: Config, raw: GPT, per_rank: int, amp: torch.autocast, dist: D
     return rows
 
 
-def build(cfg: Config, n_tokens: int, state: dict | None, dist: Dist) -> tuple[GPT, torch.optim.Optimizer]:
-    """Model and optimizer on the device, fresh from the seed or as a checkpoint's `state` has them."""
+def build(
+    cfg: Config, n_tokens: int, state: dict | None, dist: Dist
+) -> tuple[GPT, list[torch.optim.Optimizer]]:
+    """Model and optimizers on the device, fresh from the seed or as a checkpoint's `state` has them."""
     if cfg.model not in SIZES:
         raise SystemExit(f"unknown model {cfg.model!r}: expected one of {', '.join(SIZES)}")
     shape = SIZES[cfg.model] | dict(block_size=cfg.T, n_tokens=n_tokens, vocab_size=pad_vocab(n_tokens))
@@ -226,18 +229,25 @@ def build(cfg: Config, n_tokens: int, state: dict | None, dist: Dist) -> tuple[G
     torch.manual_seed(cfg.seed)
     raw = GPT.from_weights(config, state["model"]) if state else GPT(config)
     raw.to(dist.device)
-    optimizer = make_optimizer(raw, weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
-    if state:  # moments from the checkpoint, settings from the configuration
-        settings = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": settings})
-    return raw, optimizer
+    betas = (cfg.beta1, cfg.beta2)
+    optimizers = make_optimizers(
+        raw, optimizer=cfg.optimizer, weight_decay=cfg.weight_decay, betas=betas, eps=cfg.eps
+    )
+    if state and state["config"]["optimizer"] != cfg.optimizer:
+        raise SystemExit(
+            f"the checkpoint in {cfg.out_dir} was trained with --optimizer={state['config']['optimizer']}"
+        )
+    for optimizer, moments in zip(optimizers, state["optimizers"] if state else []):
+        settings = optimizer.state_dict()["param_groups"]  # of the configuration, which may have changed
+        optimizer.load_state_dict({"state": moments, "param_groups": settings})
+    return raw, optimizers
 
 
-def save(cfg: Config, raw: GPT, optimizer: torch.optim.Optimizer, **facts: object) -> None:
+def save(cfg: Config, raw: GPT, optimizers: list[torch.optim.Optimizer], **facts: object) -> None:
     """Write a checkpoint: all that `main` needs to go on, and what later stages want to know."""
     state = dict(
         model=raw.state_dict(),
-        optimizer=optimizer.state_dict()["state"],
+        optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers],
         model_config=asdict(raw.config),
         config=asdict(cfg),
         tokenizer=cfg.tokenizer,
@@ -287,7 +297,7 @@ def main(cfg: Config) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     log = Log(out_dir, dist)
     state = find_resume(out_dir, cfg.resume, dist, log.note)
-    raw, optimizer = build(cfg, tokenizer.n_vocab, state, dist)
+    raw, optimizers = build(cfg, tokenizer.n_vocab, state, dist)
     if dist.rank == 0:
         require_space(
             out_dir, (cfg.keep + 1) * 12 * raw.n_params(), f"keeping {cfg.keep} checkpoints, writing one,"
@@ -353,7 +363,7 @@ def main(cfg: Config) -> None:
             facts = dict(
                 step=step, val_loss=val_loss, tokens_seen=step * cfg.total_batch_size, seconds=seconds
             )
-            save(cfg, raw, optimizer, **facts, B=B, world_size=dist.world_size)
+            save(cfg, raw, optimizers, **facts, B=B, world_size=dist.world_size)
         if last or stopped:
             break
 
@@ -368,7 +378,7 @@ def main(cfg: Config) -> None:
         micro_batches = split(next(batches))
         grad_clip, stop = cfg.grad_clip, stop_requested()
         out = train_step(
-            model, optimizer, micro_batches, loss_fn, lr=lr, grad_clip=grad_clip, dist=dist, stop=stop
+            model, optimizers, micro_batches, loss_fn, lr=lr, grad_clip=grad_clip, dist=dist, stop=stop
         )
         dt = time.perf_counter() - t0
         log.scalars(step, train=out.loss, lr=lr, norm=out.grad_norm)

@@ -191,7 +191,7 @@ def fit_micro_batch(run: Callable[[int], None], sizes: list[int], n_params: int,
 
 
 # -----------------------------------------------------------------------------
-# Schedule, optimizer, step
+# Schedule and step
 
 
 def cosine_lr(step: int, *, max_steps: int, warmup_steps: int, max_lr: float, min_lr_frac: float) -> float:
@@ -200,20 +200,6 @@ def cosine_lr(step: int, *, max_steps: int, warmup_steps: int, max_lr: float, mi
         return max_lr * (step + 1) / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     return max_lr * (min_lr_frac + (1 - min_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def make_optimizer(
-    raw: nn.Module, *, weight_decay: float, betas: tuple[float, float], eps: float
-) -> torch.optim.AdamW:
-    """Fused AdamW with weight decay on matrices and embeddings (≥ 2-D) and none on biases and gains."""
-    params = [p for p in raw.parameters() if p.requires_grad]
-    groups = [
-        dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
-        dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0),
-    ]
-    covered = sorted(id(p) for group in groups for p in group["params"])
-    assert covered == sorted(id(p) for p in params), "every parameter belongs to exactly one group"
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
 
 class StepResult(NamedTuple):
@@ -227,7 +213,7 @@ class StepResult(NamedTuple):
 
 def train_step(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     micro_batches: list[dict[str, Any]],
     loss_fn: Callable[[nn.Module, dict[str, Any]], Tensor],
     *,
@@ -258,11 +244,12 @@ def train_step(
     sums = total(torch.stack([loss_sum, torch.tensor(float(stop), device=dist.device)]), dist)
     loss, stops, norm = torch.stack([sums[0] / n, sums[1], norm]).tolist()
     finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        if finite:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        optimizer.zero_grad()
     return StepResult(loss, norm, not finite, stops > 0)
 
 
