@@ -38,7 +38,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     if name == "bytes":
         return tiktoken.Encoding(
             name="bytes",
-            pat_str=r"(?s:.+)",
+            pat_str=r"(?s:.{1,400})",  # in pieces, because a piece of megabytes takes gigabytes
             mergeable_ranks={bytes([byte]): byte for byte in range(256)},
             special_tokens={EOT: 256},
             explicit_n_vocab=257,
@@ -59,7 +59,12 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 
 def encode_document(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
     """End-of-text, then the text's ids, as uint16. Specials spelled out in it stay ordinary text."""
-    return np.array([tokenizer.eot_token, *tokenizer.encode_ordinary(text)], dtype=np.uint16)
+    try:
+        ids = tokenizer.encode_to_numpy(text, disallowed_special=())  # no list of Python integers on the way
+    except UnicodeEncodeError:  # lone surrogates, which JSON can spell: replaced, as encode_ordinary does
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+    return np.concatenate(([tokenizer.eot_token], ids)).astype(np.uint16)
 
 
 # -----------------------------------------------------------------------------
@@ -78,7 +83,9 @@ class Shard(NamedTuple):
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Write token ids, (n,) uint16, as `.npy`, whole or not at all."""
     with written_whole(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, tokens)
+        # np.save would do, but where the disk is full it does not say why
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
+        file.write(np.ascontiguousarray(tokens).data)
 
 
 def open_shard(path: Path) -> Shard:
