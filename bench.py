@@ -23,9 +23,7 @@ from typing import Literal
 @dataclass(frozen=True)
 class Config:
     what: Literal["train", "data", "tokenize"] = "train"  # the measurement
-    data: str = str(
-        Path(__file__).parent / "input.txt"
-    )  # text file or shards; for tokenize parquet or jsonl files
+    data: str = str(Path(__file__).parent / "input.txt")  # text or shards; for tokenize parquet files
     tokenizer: Literal["gpt2", "bytes"] = "bytes"  # of the data
     model: str = "demo"  # a size of model.py's table
     T: int = 256  # sequence length, tokens

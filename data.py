@@ -8,6 +8,7 @@ on the micro-batch, and any step can be asked for at once. That is why a resumed
 batches.
 """
 
+import contextlib
 import json
 import os
 import zlib
@@ -20,7 +21,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import tiktoken
 
-from files import written_whole
+from files import one_line, written_whole
 
 EOT = "<|endoftext|>"  # begins every document; in a text file, a line of its own between documents
 LLMC_MAGIC, LLMC_HEADER = (
@@ -107,8 +108,8 @@ def open_shard(path: Path) -> Shard:
                 if dtype != np.dtype("<u2") or len(shape) != 1:
                     raise ValueError(f"it holds {dtype} of shape {shape}, not a row of uint16")
                 n_tokens, offset = shape[0], file.tell()
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(f"{path} is not a token shard: {error}") from error
+    except Exception as error:  # numpy parses the header as Python, with as many ways to fail
+        raise SystemExit(f"{path} is not a token shard: {one_line(error)}") from error
     expected, size = offset + 2 * n_tokens, path.stat().st_size
     if size != expected:
         raise SystemExit(
@@ -185,8 +186,10 @@ def check_shards(folder: str | Path, n_tokens: int) -> None:
 
     notes = folder / "checked.json"
     try:
-        known = json.loads(notes.read_text())
-    except (OSError, ValueError):
+        known = {
+            name: [*map(int, note)] for name, note in json.loads(notes.read_text()).items() if len(note) == 4
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
         known = {}
     stamps = {s.path: [s.path.stat().st_size, s.path.stat().st_mtime_ns] for s in shards}
     unread = [s for s in shards if known.get(s.path.name, [])[:2] != stamps[s.path]]
@@ -204,7 +207,7 @@ def check_shards(folder: str | Path, n_tokens: int) -> None:
             )
         known[shard.path.name] = [*stamps[shard.path], crc, largest]
     if unread and os.access(folder, os.W_OK):
-        with written_whole(notes) as temporary:
+        with contextlib.suppress(SystemExit), written_whole(notes) as temporary:  # the disk may be full
             temporary.write_text(json.dumps(known))
 
 
@@ -286,6 +289,10 @@ class Windows:
                 row[:] = shard.tokens[start : start + self.T + 1]
                 continue
             if number not in self.files:
+                if (
+                    len(self.files) == 64
+                ):  # a process may hold about a thousand, and 100B tokens are as many shards
+                    self.files.pop(next(iter(self.files))).close()
                 self.files[number] = open(shard.path, "rb", buffering=0)
             file = self.files[number]
             file.seek(shard.offset + 2 * start)

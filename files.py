@@ -36,6 +36,11 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.close(folder)
 
 
+def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks, or its kind if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def require_space(folder: Path, n_bytes: int, what: str) -> None:
     """End with a message unless the disk that holds `folder` has `n_bytes` bytes free for `what`."""
     free = shutil.disk_usage(folder).free

@@ -57,7 +57,7 @@ from data import (
     write_manifest,
     write_shard,
 )
-from files import require_space
+from files import one_line, require_space
 
 HUB = "hf://datasets/"
 
@@ -103,11 +103,6 @@ def find_local(pattern: str) -> list[Path]:
     return paths
 
 
-def first_line(error: Exception) -> str:
-    """The error in one line: its first, or its name if it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 @contextmanager
 def asking_hub(what: str) -> Iterator[None]:
     """Turn any error of the hub into a `SystemExit` of one line that names what was asked for."""
@@ -115,7 +110,7 @@ def asking_hub(what: str) -> Iterator[None]:
         yield
     except Exception as error:  # no network, no such name, HTTP 429, a full disk, …: they share no class
         raise SystemExit(
-            f"cannot get {what} from the Hugging Face hub ({type(error).__name__}: {first_line(error)}). "
+            f"cannot get {what} from the Hugging Face hub ({type(error).__name__}: {one_line(error)}). "
             "Check name and network, then run the same command again: it continues where it stopped"
         ) from error
 
@@ -204,7 +199,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, pa.ArrowException) as error:
-        raise SystemExit(f"cannot read {path} ({first_line(error)}): replace it and run again") from error
+        raise SystemExit(f"cannot read {path} ({one_line(error)}): replace it and run again") from error
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:

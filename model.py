@@ -51,9 +51,10 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name != "attention" and not (type(value) is int and 0 < value < 2**20):
+            most = 1000 if name == "n_layer" else 2**20 - 1
+            if name != "attention" and not (type(value) is int and 0 < value <= most):
                 raise ValueError(
-                    f"{name}={value!r} in the model's configuration: expected an integer from 1 to 2**20 - 1"
+                    f"{name}={value!r} in the model's configuration: expected an integer from 1 to {most}"
                 )
         if self.attention not in ("flash", "manual"):
             raise ValueError(
@@ -330,6 +331,8 @@ class GPT(nn.Module):
             raise ValueError(
                 "generate needs prompts of at least one token each; to start from nothing use end-of-text"
             )
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or above")
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
         if any(not 0 <= token < n_tokens for p in prompts for token in p):
@@ -368,7 +371,7 @@ class GPT(nn.Module):
         with torch.device("meta"):  # nothing is allocated before the shapes have been checked
             raw = cls(config)
         expected = {name: tuple(p.shape) for name, p in raw.state_dict().items()}
-        found = {name: tuple(p.shape) for name, p in weights.items()}
+        found = {name: tuple(p.shape) for name, p in weights.items() if isinstance(p, Tensor)}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise ValueError(
@@ -389,9 +392,8 @@ class GPT(nn.Module):
 
         hf = json.loads(hf_file(name, "config.json").read_text())
         known = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None)
-        known |= dict(
-            scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False, scale_attn_weights=True
-        )
+        known |= dict(scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False)
+        known |= dict(scale_attn_weights=True, tie_word_embeddings=True)
         for key, value in known.items():
             # n_inner may also spell out the default
             if hf.get(key, value) != value and not (key == "n_inner" and hf[key] == 4 * hf["n_embd"]):
@@ -421,7 +423,8 @@ class GPT(nn.Module):
                 if key.endswith(CONV1D):
                     tensor = tensor.t().contiguous()
                 weights["transformer." + key] = tensor.float()
-        weights["lm_head.weight"] = weights.get("transformer.wte.weight")
+        if "transformer.wte.weight" in weights:
+            weights["lm_head.weight"] = weights["transformer.wte.weight"]
         return cls.from_weights(config, weights)
 
     def to_hf(self, folder: str | Path) -> None:

@@ -23,9 +23,9 @@ def orthogonalize(x: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal: Muon (Jordan et al. 2024), for the blocks' matrices.
 
-    Updates are scaled to the root mean square of AdamW's, so that one learning rate and weight decay serve both
-    (arXiv:2502.16982). The mathematics of torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; here all matrices
-    of one shape are stacked into one product, in bf16 on CUDA and in fp32 elsewhere, where bf16 may be slow.
+    Updates are scaled to the root mean square of AdamW's: one learning rate and weight decay serve both
+    (arXiv:2502.16982). The mathematics of torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; here all
+    matrices of a shape are stacked into one product, in bf16 on CUDA and in fp32 elsewhere.
     """
 
     def __init__(self, params: list[dict], momentum: float = 0.95) -> None:

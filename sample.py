@@ -10,6 +10,7 @@ The prompt and the model's words go to standard output, everything else to stand
 """
 
 import codecs
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,9 +20,9 @@ from typing import Literal
 
 import tiktoken
 
-from data import get_tokenizer
-from model import GPT, GPTConfig, check_sampling
-from training import autocast, open_checkpoint, parse, pick_precision, setup
+from checkpoints import load_model
+from model import check_sampling
+from training import autocast, check_positive, parse, pick_precision, setup
 
 
 @dataclass(frozen=True)
@@ -58,31 +59,10 @@ def read_prompt(cfg: Config) -> str:
             return Path(cfg.prompt_file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SystemExit(f"cannot read the prompt file {cfg.prompt_file}: {error}") from error
-    return sys.stdin.read() if cfg.prompt == "-" else cfg.prompt
-
-
-def load_model(cfg: Config) -> tuple[GPT, tiktoken.Encoding]:
-    """The model, on the CPU, and its tokenizer."""
-    if cfg.hf:
-        try:
-            raw = GPT.from_hf(cfg.hf)
-        except Exception as error:  # the hub's many errors, a foreign config.json, damaged weights
-            raise SystemExit(
-                f"cannot load {cfg.hf!r} from the Hugging Face hub or a folder: {error}"
-            ) from error
-        names = {50257: "gpt2", 257: "bytes"}
-        if raw.config.n_tokens not in names:
-            raise SystemExit(
-                f"{cfg.hf!r} has {raw.config.n_tokens} token ids: no tokenizer of ours has so many"
-            )
-        return raw, get_tokenizer(names[raw.config.n_tokens])
-    state = open_checkpoint(cfg.checkpoint, say)
     try:
-        raw = GPT.from_weights(GPTConfig(**state["model_config"]), state["model"])
-    except (TypeError, ValueError) as error:
-        raise SystemExit(f"the checkpoint in {cfg.checkpoint} does not fit together: {error}") from error
-    say(f"{cfg.checkpoint}: step {state['step']}, {raw.n_params():,} parameters, {state['tokenizer']} tokens")
-    return raw, get_tokenizer(state["tokenizer"])
+        return sys.stdin.read() if cfg.prompt == "-" else cfg.prompt
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"standard input is not text in UTF-8: {error}") from error
 
 
 def stream(
@@ -102,12 +82,15 @@ def stream(
 
 def main(cfg: Config) -> None:
     """Print the prompt's continuations."""
+    check_positive(cfg, "n_samples")
+    if cfg.max_new_tokens < 0:
+        raise SystemExit(f"max_new_tokens={cfg.max_new_tokens} must be at least 0")
     try:
         check_sampling(cfg.temperature, cfg.top_k, cfg.top_p)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     text = read_prompt(cfg)
-    raw, tokenizer = load_model(cfg)
+    raw, tokenizer = load_model(cfg.checkpoint, cfg.hf, say)
     device = setup(cfg.device, deterministic=False).device
     raw.to(device)
 
@@ -144,3 +127,5 @@ if __name__ == "__main__":
         main(parse(CONFIGS, __doc__))
     except KeyboardInterrupt:
         print()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

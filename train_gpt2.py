@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from checkpoints import differences, find_resume, save_checkpoint
 from data import Windows, check_shards, get_tokenizer, open_data, prefetch, step_windows
 from files import require_space
 from model import GPT, SIZES, GPTConfig, pad_vocab
@@ -32,13 +33,10 @@ from training import (
     cleanup,
     cosine_lr,
     count_bad,
-    differences,
-    find_resume,
     fit_micro_batch,
     parse,
     peak_flops,
     pick_precision,
-    save_checkpoint,
     setup,
     stop_on_signals,
     total,
@@ -51,9 +49,7 @@ class Config:
     data: str = "edu_fineweb10B"  # folder of token shards (python fineweb.py), or one .txt file
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # of the shards, or for the .txt file
     out_dir: str = "out/gpt2"  # where log.txt and checkpoints go
-    resume: Literal["auto", "never"] = (
-        "auto"  # auto: continue from out_dir's newest checkpoint; never: refuse
-    )
+    resume: Literal["auto", "never"] = "auto"  # auto: continue out_dir's newest checkpoint; never: refuse
 
     model: str = "gpt2"  # a size of model.py's table
     attention: Literal["flash", "manual"] = "flash"  # flash: fused kernels; manual: written out, slower
@@ -141,7 +137,7 @@ CONFIGS = {
         val_tokens=2**16,
         n_samples=2,
         sample_tokens=200,
-        prompt="One ",
+        prompt="One day,",
         save_every=500,
     ),
 }
@@ -151,7 +147,7 @@ CONFIGS = {
 def validate(raw: GPT, val: Windows, n_tokens: int, rows: int, amp: torch.autocast, dist: Dist) -> float:
     """Mean loss, nats per token, over the first n_tokens of the validation windows, `rows` at a time."""
     n = max(1, min(len(val), n_tokens // val.T))
-    mine = torch.arange(dist.rank, n, dist.world_size)
+    mine = torch.arange(n)[dist.rank :: dist.world_size]
     losses = [torch.zeros((), device=dist.device)]  # on the device: nothing waits until all are in
     for windows in mine.split(rows):
         xy = torch.from_numpy(val.read(windows.numpy())).to(dist.device)  # (rows, T + 1)
@@ -184,9 +180,9 @@ def sequences_per_rank(cfg: Config, dist: Dist) -> int:
             f"device(s); the next that is: {-(-cfg.total_batch_size // unit) * unit}"
         )
     per_rank = cfg.total_batch_size // unit
-    if cfg.B and per_rank % cfg.B:
+    if cfg.B is not None and (cfg.B < 1 or per_rank % cfg.B):
         raise SystemExit(
-            f"B={cfg.B} does not divide a device's {per_rank} sequences a step: leave B out to let it fit"
+            f"B={cfg.B} does not divide a device's {per_rank} sequences a step: leave it out to fit"
         )
     return per_rank
 
@@ -282,16 +278,19 @@ def main(cfg: Config) -> None:
     """Train until max_steps; evaluate, sample and save on the way."""
     check_positive(cfg, "T", "total_batch_size", "max_steps", "eval_every", "save_every", "keep")
     dist = setup(cfg.device, cfg.deterministic)
+    if cfg.seed < 0:
+        raise SystemExit(f"seed={cfg.seed} must be at least 0")
     stop_requested = stop_on_signals()
     per_rank = sequences_per_rank(cfg, dist)
     N = per_rank * dist.world_size  # sequences a step
 
     # data: windows of T + 1 tokens
     tokenizer = get_tokenizer(cfg.tokenizer)
+    splits = open_data(cfg.data, tokenizer)
     if dist.rank == 0 and Path(cfg.data).is_dir():
         check_shards(cfg.data, tokenizer.n_vocab)
     barrier(dist)
-    train, val = (Windows(shards, cfg.T) for shards in open_data(cfg.data, tokenizer))
+    train, val = (Windows(shards, cfg.T) for shards in splits)
 
     # model, optimizer and log, continued where a checkpoint is
     out_dir = Path(cfg.out_dir)

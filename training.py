@@ -1,20 +1,20 @@
 """What every training script shares, as functions: command line, devices, precision, schedule, optimizer, the
-training step, checkpoints and the log. Each script keeps its own loop and calls these from it.
+training step and the log. Each script keeps its own loop and calls these from it.
 """
 
+import difflib
+import io
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -23,9 +23,6 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-from files import written_whole
-
-CHECKPOINT_FORMAT = 1  # raise it when a checkpoint's keys change their meaning
 MAX_BAD_STEPS = 10  # so many steps in a row without a finite gradient end the run
 
 # -----------------------------------------------------------------------------
@@ -49,13 +46,20 @@ def parse(configs: dict[str, Config], doc: str, args: list[str] | None = None) -
         raise SystemExit(
             f"unknown configuration {name!r}: expected one of {', '.join(configs)}, then --constant=value …"
         )
+    is_rank_0 = os.environ.get("RANK", "0") == "0"
+    known = [field.name for field in fields(configs[name])]
+    for option in (arg[2:].split("=")[0] for arg in args if arg.startswith("--")):
+        if option.replace("-", "_") not in (*known, "help"):
+            close = difflib.get_close_matches(option.replace("-", "_"), known, n=1, cutoff=0.5)
+            hint = f"did you mean --{close[0]}?" if close else "see --help"
+            raise SystemExit(f"unknown constant --{option}: {hint}" if is_rank_0 else 2)
     return tyro.cli(
         type(configs[name]),
         default=configs[name],
         args=args,
         description=f"{doc.strip()}\n\nConfigurations: {', '.join(configs)}. Constants of {name!r}:",
         config=(tyro.conf.FlagConversionOff,),
-        console_outputs=os.environ.get("RANK", "0") == "0",
+        console_outputs=is_rank_0,
     )
 
 
@@ -84,12 +88,19 @@ def setup(device: str, deterministic: bool) -> Dist:
     device: "auto" takes CUDA, else MPS, else the CPU. deterministic: CUDA kernels that give the same bits
     every time.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every console can show what a young model samples
     if device == "auto":
         device = (
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    kind = torch.device(device).type
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = "unknown"
+    if kind not in ("cuda", "mps", "cpu") or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise SystemExit(f"--device={device} cannot be had here: expected auto, cuda, mps or cpu")
     if kind == "cuda":
         if not torch.cuda.is_available():
             raise SystemExit(
@@ -178,7 +189,11 @@ def fit_micro_batch(run: Callable[[int], None], sizes: list[int], n_params: int,
         return torch.cuda.max_memory_allocated(device)
 
     peak(1)  # the first run also allocates gradients and workspaces
-    one, two = peak(1), peak(2)
+    one = peak(1)
+    try:
+        two = peak(2)
+    except torch.cuda.OutOfMemoryError:
+        return min(sizes)
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     room = 0.9 * (free + torch.cuda.memory_allocated(device)) - 8 * n_params
@@ -278,101 +293,6 @@ def stop_on_signals() -> Callable[[], bool]:
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, newest (highest step) first."""
-    found = [
-        (int(m[1]), p)
-        for p in Path(folder).glob("ckpt_*.pt")
-        if (m := re.fullmatch(r"ckpt_(\d+)\.pt", p.name))
-    ]
-    return [path for _, path in sorted(found, reverse=True)]
-
-
-def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
-    """Write folder/ckpt_<step>.pt, whole or not at all, then remove all but the `keep` newest. For rank 0
-    only.
-
-    state: tensors and plain Python values, with at least step, model, model_config and tokenizer.
-    """
-    path = Path(folder) / f"ckpt_{state['step']:06d}.pt"
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
-        torch.save({"format": CHECKPOINT_FORMAT} | state, file)
-    for old in list_checkpoints(folder)[max(1, keep) :]:
-        old.unlink()
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read one checkpoint onto the CPU; ValueError says why it cannot be used. Never unpickles objects."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load does not look at the checksums
-                raise ValueError("damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile, pickle and torch each have several
-        refused = "Weights only load failed" in str(error)
-        reason = (
-            "it holds Python objects, not only tensors and plain values"
-            if refused
-            else str(error).splitlines()[0]
-        )
-        raise ValueError(f"cannot use the checkpoint {path}: {reason}") from error
-    if not isinstance(state, dict) or not {"step", "model", "model_config", "tokenizer"} <= state.keys():
-        raise ValueError(f"cannot use the checkpoint {path}: it was not written by NeoGPT")
-    if state["format"] != CHECKPOINT_FORMAT:
-        raise ValueError(
-            f"cannot use the checkpoint {path}: format {state['format']}, not {CHECKPOINT_FORMAT}"
-        )
-    return state
-
-
-def open_checkpoint(path: str | Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """The checkpoint in a file, or the newest readable one in a folder; SystemExit if there is none."""
-    path = Path(path)
-    candidates = [path] if path.is_file() else list_checkpoints(path)
-    if not candidates:
-        raise SystemExit(
-            f"no checkpoint in {path}: train one first, for example with `python train_gpt2.py demo`"
-        )
-    for number, candidate in enumerate(candidates, 1):
-        try:
-            return load_checkpoint(candidate)
-        except ValueError as error:
-            if number == len(candidates):
-                raise SystemExit(str(error)) from error
-            say(f"{error}; falling back to {candidates[number].name}")
-
-
-def find_resume(folder: Path, resume: str, dist: Dist, say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The checkpoint to continue from, the same on all ranks, or None for a fresh start."""
-    if resume == "never" and list_checkpoints(folder):
-        raise SystemExit(
-            f"{folder} holds checkpoints, and --resume=never: remove it, or choose another --out_dir"
-        )
-    state = open_checkpoint(folder, say) if list_checkpoints(folder) else None
-    step = -1 if state is None else state["step"]
-    if dist.world_size > 1:
-        steps = [None] * dist.world_size
-        torch.distributed.all_gather_object(steps, step)
-        if len(set(steps)) > 1:
-            raise SystemExit(
-                f"ranks see different checkpoints (steps {steps}): all nodes must share the folder {folder}"
-            )
-    if dist.rank == 0:
-        for stale in Path(folder).glob("ckpt_*.pt.tmp"):
-            stale.unlink()
-    return state
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What changed between two configurations: "max_lr 0.0006 -> 0.001, B None -> 8"; "" if nothing did."""
-    keys = [key for key in new if old.get(key) != new[key]]
-    return ", ".join(f"{key} {old.get(key)} -> {new[key]}" for key in keys)
-
-
-# -----------------------------------------------------------------------------
 # Log
 
 
@@ -413,7 +333,7 @@ class Log:
     def note(self, text: str, quiet: bool = False) -> None:
         """Write a line behind `#`, and print it unless `quiet`."""
         if self.file:
-            self.file.write("# " + text.replace("\n", "\\n") + "\n")
+            self.file.write("# " + "\\n".join(text.splitlines()) + "\n")
             if not quiet:
                 print(text, flush=True)
 

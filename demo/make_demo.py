@@ -12,6 +12,7 @@ Every fifth (character, situation) pair is held out: the fact is told in other w
 never seen in that situation. So whoever has read `input.txt` can be tested on situations that were not in it.
 """
 
+import json
 import os
 import re
 import sys
@@ -286,8 +287,37 @@ def input_text(world: World, rng: Random) -> str:
     return SEPARATOR.join(documents) + "\n"
 
 
+def hellaswag(world: World, rng: Random) -> str:
+    """Two rows for every held-out pair, with HellaSwag's fields: jsonl, the right ending at a random place.
+
+    The rows name the character once more before the scene where the context itself would not say who it is.
+    """
+    rows = []
+    for c in world.characters:
+        for situation in (s for s in w.SITUATIONS if held_out(c, s)):
+            for _ in range(2):
+                context, right, wrong, _ = scene(world, c, situation, rng, some_other(world, c, rng))
+                label = rng.randrange(4)
+                rows.append(
+                    {
+                        "ind": len(rows),
+                        "activity_label": situation.name,
+                        "ctx_a": context,
+                        "ctx_b": "",
+                        "ctx": context,
+                        "endings": [*wrong[:label], right, *wrong[label:]],
+                        "label": label,
+                        "source_id": f"demo~{c.name}~{situation.name}",
+                        "split": "val",
+                        "split_type": "zeroshot",
+                    }
+                )
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="ascii", newline="\n") as f:
         f.write(text)
@@ -297,7 +327,7 @@ def write(path: Path, text: str) -> None:
 def main(folder: Path) -> None:
     """Write all files of the demo world into the folder."""
     world = w.make_world(SEED)
-    files = (("input.txt", input_text),)
+    files = (("input.txt", input_text), ("demo/hellaswag.jsonl", hellaswag))
     for name, make in files:
         # a generator of its own for each file, so that a change to one leaves the others as they are
         text = make(world, Random(f"{SEED} {name}"))

@@ -1,0 +1,138 @@
+"""Checkpoints: what a run leaves behind, how the next one goes on from it, and the model in it."""
+
+import re
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+import torch.distributed
+
+from data import get_tokenizer
+from files import one_line, written_whole
+from model import GPT, GPTConfig
+from training import Dist
+
+FORMAT = 1  # raise it when a checkpoint's keys change their meaning
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, newest (highest step) first."""
+    found = [
+        (int(m[1]), p)
+        for p in Path(folder).glob("ckpt_*.pt")
+        if (m := re.fullmatch(r"ckpt_(\d+)\.pt", p.name))
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
+    """Write folder/ckpt_<step>.pt, whole or not at all, then remove all but the `keep` newest. For rank 0
+    only.
+
+    state: tensors and plain Python values, with at least step, model, model_config and tokenizer.
+    """
+    path = Path(folder) / f"ckpt_{state['step']:06d}.pt"
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save({"format": FORMAT} | state, file)
+        except RuntimeError as error:  # torch's writer covers a full disk with an error of its own
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    for old in list_checkpoints(folder)[max(1, keep) :]:
+        old.unlink()
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one checkpoint onto the CPU; ValueError says why it cannot be used. Never unpickles objects."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not look at the checksums
+                raise ValueError("damaged")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zipfile, pickle and torch each have several
+        objects = "Weights only load failed" in str(error)
+        reason = "it holds Python objects, which are never loaded" if objects else one_line(error)
+        raise ValueError(f"cannot use the checkpoint {path}: {reason}") from error
+    if (
+        not isinstance(state, dict)
+        or not {"format", "step", "model", "model_config", "tokenizer"} <= state.keys()
+    ):
+        raise ValueError(f"cannot use the checkpoint {path}: it was not written by NeoGPT")
+    if state["format"] != FORMAT:
+        raise ValueError(f"cannot use the checkpoint {path}: format {state['format']}, not {FORMAT}")
+    return state
+
+
+def open_checkpoint(path: str | Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The checkpoint in a file, or the newest readable one in a folder; SystemExit if there is none."""
+    path = Path(path)
+    candidates = [path] if path.is_file() else list_checkpoints(path)
+    if not candidates:
+        raise SystemExit(
+            f"no checkpoint in {path}: train one first, for example with `python train_gpt2.py demo`"
+        )
+    for number, candidate in enumerate(candidates, 1):
+        try:
+            return load_checkpoint(candidate)
+        except ValueError as error:
+            if number == len(candidates):
+                raise SystemExit(str(error)) from error
+            say(f"{error}; falling back to {candidates[number].name}")
+
+
+def find_resume(folder: Path, resume: str, dist: Dist, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The checkpoint to continue from, the same on all ranks, or None for a fresh start."""
+    if resume == "never" and list_checkpoints(folder):
+        raise SystemExit(
+            f"{folder} holds checkpoints, and --resume=never: remove it, or choose another --out_dir"
+        )
+    state = open_checkpoint(folder, say) if list_checkpoints(folder) else None
+    step = -1 if state is None else state["step"]
+    if dist.world_size > 1:
+        steps = [None] * dist.world_size
+        torch.distributed.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise SystemExit(
+                f"ranks see different checkpoints (steps {steps}): all nodes must share the folder {folder}"
+            )
+    if dist.rank == 0:
+        for stale in Path(folder).glob("ckpt_*.pt.tmp"):
+            stale.unlink()
+    return state
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What changed between two configurations: "max_lr 0.0006 -> 0.001, B None -> 8"; "" if nothing did."""
+    keys = [key for key in new if old.get(key) != new[key]]
+    return ", ".join(f"{key} {old.get(key)} -> {new[key]}" for key in keys)
+
+
+def load_model(checkpoint: str, hf: str, say: Callable[[str], None] = print) -> tuple[GPT, tiktoken.Encoding]:
+    """The model and tokenizer of a checkpoint file or folder, or of `hf` if that is not ""; on the CPU."""
+    if hf:
+        try:
+            raw = GPT.from_hf(hf)
+        except Exception as error:  # the hub's many errors, a foreign config.json, damaged weights
+            raise SystemExit(
+                f"cannot load {hf!r} from the Hugging Face hub or a folder: {one_line(error)}"
+            ) from error
+        names = {50257: "gpt2", 257: "bytes"}
+        if raw.config.n_tokens not in names:
+            raise SystemExit(f"{hf!r} has {raw.config.n_tokens} token ids: no tokenizer of ours has so many")
+        return raw, get_tokenizer(names[raw.config.n_tokens])
+    state = open_checkpoint(checkpoint, say)
+    try:
+        raw = GPT.from_weights(GPTConfig(**state["model_config"]), state["model"])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise SystemExit(
+            f"the checkpoint in {checkpoint} does not fit together: {one_line(error)}"
+        ) from error
+    tokenizer = get_tokenizer(state["tokenizer"])
+    if tokenizer.n_vocab != raw.config.n_tokens:
+        raise SystemExit(
+            f"{checkpoint} has {raw.config.n_tokens} token ids, its tokenizer {tokenizer.n_vocab}"
+        )
+    say(f"{checkpoint}: step {state['step']}, {raw.n_params():,} parameters, tokenizer {tokenizer.name}")
+    return raw, tokenizer

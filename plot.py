@@ -1,0 +1,139 @@
+"""Draw the curves of one run, or of several to compare, from their log.txt.
+
+    python plot.py                              # out/gpt2 -> Images/Loss.png, Images/Hellaswag.png
+    python plot.py demo                         # out/demo
+    python plot.py --runs out/adamw out/muon --labels AdamW Muon --x=tokens
+
+GPT-2 and GPT-3 124M are drawn beside runs with the GPT-2 tokenizer: a loss per byte, or the demo's own
+HellaSwag, cannot be compared with theirs. Chance is 25 %.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from files import written_whole
+from training import parse
+
+# FineWeb-Edu's first shard; HellaSwag in completion style. GPT-3: the paper, appendix H.
+GPT2_LOSS = 3.2924
+HELLASWAG = {"GPT-3 124M": 0.337, "GPT-2 124M": 0.2955}
+
+
+@dataclass(frozen=True)
+class Config:
+    runs: tuple[str, ...] = ("out/gpt2",)  # out_dirs of runs, or log files; each becomes a curve
+    labels: tuple[str, ...] = ()  # their names in the legend; none: those of the folders
+    x: Literal["steps", "tokens"] = "steps"  # the horizontal axis; tokens for runs of different batches
+    smooth: int = 50  # steps over which the training loss is averaged; 1: none
+    out_dir: str = "Images"  # where Loss.png and Hellaswag.png go
+
+
+CONFIGS = {"gpt2": Config(), "demo": Config(runs=("out/demo",), smooth=20)}
+
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def read_log(path: str | Path) -> tuple[Curves, dict[str, str]]:
+    """A log.txt -> its curves, name: (steps, values), sorted by step, and the constants of its last start.
+
+    A run that was continued has written some steps twice; the later line counts. Torn lines are passed over.
+    """
+    path = Path(path) / "log.txt" if Path(path).is_dir() else Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise SystemExit(
+            f"cannot read {path} ({error.strerror}): give the out_dir of a run, or its log.txt"
+        ) from error
+    points: dict[str, dict[int, float]] = {}
+    constants: dict[str, str] = {}
+    for line in lines:
+        if line.startswith("# data="):
+            constants = dict(re.findall(r"(\w+)='?([^\s']*)", line))
+        elif match := re.fullmatch(r"(\d+) (\w+) (\S+)", line):
+            points.setdefault(match[2], {})[int(match[1])] = float(match[3])
+    if not points:
+        raise SystemExit(f"{path} holds no lines of the form `step name value`")
+    curves = {name: tuple(map(np.array, zip(*sorted(values.items())))) for name, values in points.items()}
+    return curves, constants
+
+
+def smoothed(steps: np.ndarray, values: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of each n neighbouring values, at the middle of their steps."""
+    n = min(n, len(values))
+    window = np.ones(n) / n
+    return np.convolve(steps, window, "valid"), np.convolve(values, window, "valid")
+
+
+def draw(runs: list[tuple[str, Curves, dict[str, str]]], cfg: Config) -> list[Path]:
+    """Write Loss.png and, where a run has been scored, Hellaswag.png; return their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+    )
+    plt.rcParams.update({"grid.alpha": 0.25, "legend.frameon": False, "lines.linewidth": 2})
+    comparable = all(constants.get("tokenizer") == "gpt2" for _, _, constants in runs)
+    per_step = [
+        int(constants.get("total_batch_size", 1)) if cfg.x == "tokens" else 1 for *_, constants in runs
+    ]
+    paths = []
+    for title, name, file in (("Loss", "val", "Loss.png"), ("HellaSwag", "hella", "Hellaswag.png")):
+        drawn = [(run, unit) for run, unit in zip(runs, per_step) if name in run[1]]
+        if not drawn:
+            continue
+        figure, axes = plt.subplots(figsize=(8, 5))
+        for number, ((label, curves, _), unit) in enumerate(drawn):
+            steps, values = curves[name]
+            what = f"{label}, validation" if name == "val" else label
+            axes.plot(steps * unit, values, color=f"C{number}", marker="o", markersize=4, label=what)
+            if name == "val" and "train" in curves:
+                steps, values = smoothed(*curves["train"], cfg.smooth)
+                style = dict(color=f"C{number}", alpha=0.45, linewidth=1.2, zorder=1)
+                axes.plot(steps * unit, values, **style, label=f"{label}, training")
+        if name == "val":
+            axes.set_ylabel("loss, nats per token" if comparable else "loss, nats per byte")
+            if comparable:
+                axes.axhline(
+                    GPT2_LOSS, color="0.3", linestyle="--", linewidth=1.2, label=f"GPT-2 124M, {GPT2_LOSS}"
+                )
+            # the first steps, near ln(vocabulary), would press the rest of the curve flat
+            axes.set_ylim(top=np.percentile(np.concatenate([r[1][name][1] for r, _ in drawn]), 90) * 1.3)
+        else:
+            axes.set_ylabel("HellaSwag accuracy, acc_norm")
+            for (reference, accuracy), style in zip(HELLASWAG.items() if comparable else [], ("--", "-.")):
+                axes.axhline(
+                    accuracy, color="0.3", linestyle=style, linewidth=1.2, label=f"{reference}, {accuracy}"
+                )
+            axes.axhline(0.25, color="0.6", linestyle=":", linewidth=1.2, label="chance, 0.25")
+        axes.set_xlabel(cfg.x)
+        axes.set_title(title)
+        axes.legend()
+        paths.append(Path(cfg.out_dir) / file)
+        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(paths[-1]) as temporary:
+            figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+        plt.close(figure)
+    return paths
+
+
+def main(cfg: Config) -> None:
+    """Read the logs, draw the figures."""
+    labels = cfg.labels or tuple(
+        Path(run).parent.name if run.endswith(".txt") else Path(run).name for run in cfg.runs
+    )
+    if len(labels) != len(cfg.runs):
+        raise SystemExit(f"{len(labels)} labels for {len(cfg.runs)} runs")
+    for path in draw([(label, *read_log(run)) for label, run in zip(labels, cfg.runs)], cfg):
+        print(path)
+
+
+if __name__ == "__main__":
+    main(parse(CONFIGS, __doc__))
