@@ -154,13 +154,12 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.attend = flash_attention if config.attention == "flash" else manual_attention
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
         q, k, v = (
             t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v)
         )  # (B, nh, T, hs)
-        mask = None
         if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)  # (B, nh, S, hs)
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
@@ -189,8 +188,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -235,17 +234,23 @@ class GPT(nn.Module):
             else:
                 raise AssertionError(f"no initialisation rule for the parameter {name}")
 
-    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Token ids (B, T) -> the normalised hidden states (B, T, C) that the head turns into logits."""
-        T = idx.size(1)
-        assert T <= self.config.block_size, f"{T} tokens do not fit into block_size={self.config.block_size}"
-        if cache is None or cache.lengths is None:
-            pos = torch.arange(T, device=idx.device)  # (T,)
-        else:
+    def hidden(
+        self, idx: Tensor, cache: KVCache | None = None, pos: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Token ids (B, T) -> the normalised hidden states (B, T, C) that the head turns into logits.
+
+        Several texts packed into one row need positions of their own, `pos` (B, T) below block_size, and a
+        `mask` (B, 1, T, T), True where a query (third axis) may look; they go without a cache.
+        """
+        T, block_size = idx.size(1), self.config.block_size
+        if pos is None and cache is not None and cache.lengths is not None:
             pos = cache.lengths[:, None]  # (B, 1): each row goes on from its own length
+        elif pos is None:
+            assert T <= block_size, f"{T} tokens do not fit into block_size={block_size}"
+            pos = torch.arange(T, device=idx.device)  # (T,)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C)
         for block in self.transformer.h:
-            x = block(x, cache)
+            x = block(x, cache, mask)
         return self.transformer.ln_f(x)
 
     def forward(

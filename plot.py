@@ -69,8 +69,13 @@ def smoothed(steps: np.ndarray, values: np.ndarray, n: int) -> tuple[np.ndarray,
     return np.convolve(steps, window, "valid"), np.convolve(values, window, "valid")
 
 
-def draw(runs: list[tuple[str, Curves, dict[str, str]]], cfg: Config) -> list[Path]:
-    """Write Loss.png and, where a run has been scored, Hellaswag.png; return their paths."""
+def draw(
+    runs: list[tuple[str, Curves, dict[str, str]]], folder: Path, x: str = "steps", smooth: int = 50
+) -> list[Path]:
+    """Write Loss.png and, where a run has been scored, Hellaswag.png into `folder`; return their paths.
+
+    runs: (label, curves, constants) of each, the last two as `read_log` returns them. x: "steps" or "tokens".
+    """
     import matplotlib
 
     matplotlib.use("Agg")  # no display needed
@@ -81,9 +86,7 @@ def draw(runs: list[tuple[str, Curves, dict[str, str]]], cfg: Config) -> list[Pa
     )
     plt.rcParams.update({"grid.alpha": 0.25, "legend.frameon": False, "lines.linewidth": 2})
     comparable = all(constants.get("tokenizer") == "gpt2" for _, _, constants in runs)
-    per_step = [
-        int(constants.get("total_batch_size", 1)) if cfg.x == "tokens" else 1 for *_, constants in runs
-    ]
+    per_step = [int(constants.get("total_batch_size", 1)) if x == "tokens" else 1 for *_, constants in runs]
     paths = []
     for title, name, file in (("Loss", "val", "Loss.png"), ("HellaSwag", "hella", "Hellaswag.png")):
         drawn = [(run, unit) for run, unit in zip(runs, per_step) if name in run[1]]
@@ -95,7 +98,7 @@ def draw(runs: list[tuple[str, Curves, dict[str, str]]], cfg: Config) -> list[Pa
             what = f"{label}, validation" if name == "val" else label
             axes.plot(steps * unit, values, color=f"C{number}", marker="o", markersize=4, label=what)
             if name == "val" and "train" in curves:
-                steps, values = smoothed(*curves["train"], cfg.smooth)
+                steps, values = smoothed(*curves["train"], smooth)
                 style = dict(color=f"C{number}", alpha=0.45, linewidth=1.2, zorder=1)
                 axes.plot(steps * unit, values, **style, label=f"{label}, training")
         if name == "val":
@@ -113,10 +116,10 @@ def draw(runs: list[tuple[str, Curves, dict[str, str]]], cfg: Config) -> list[Pa
                     accuracy, color="0.3", linestyle=style, linewidth=1.2, label=f"{reference}, {accuracy}"
                 )
             axes.axhline(0.25, color="0.6", linestyle=":", linewidth=1.2, label="chance, 0.25")
-        axes.set_xlabel(cfg.x)
+        axes.set_xlabel(x)
         axes.set_title(title)
         axes.legend()
-        paths.append(Path(cfg.out_dir) / file)
+        paths.append(folder / file)
         paths[-1].parent.mkdir(parents=True, exist_ok=True)
         with written_whole(paths[-1]) as temporary:
             figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
@@ -131,7 +134,12 @@ def main(cfg: Config) -> None:
     )
     if len(labels) != len(cfg.runs):
         raise SystemExit(f"{len(labels)} labels for {len(cfg.runs)} runs")
-    for path in draw([(label, *read_log(run)) for label, run in zip(labels, cfg.runs)], cfg):
+    for path in draw(
+        [(label, *read_log(run)) for label, run in zip(labels, cfg.runs)],
+        Path(cfg.out_dir),
+        cfg.x,
+        cfg.smooth,
+    ):
         print(path)
 
 

@@ -11,10 +11,12 @@ same losses to the last bit; on another number of devices it sees the same batch
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import tiktoken
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,8 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoints import differences, find_resume, save_checkpoint
 from data import Windows, check_shards, get_tokenizer, open_data, prefetch, step_windows
 from files import require_space
+from hellaswag import Questions, evaluate, find_rows, prepare, read_rows
 from model import GPT, SIZES, GPTConfig, pad_vocab
 from optimizers import make_optimizers
+from plot import draw, read_log
 from training import (
     Dist,
     Log,
@@ -71,10 +75,14 @@ class Config:
 
     eval_every: int = 250  # steps between validation losses and samples
     val_tokens: int = 10_485_760  # tokens a validation, or all there are; the same on any number of devices
+    hella_every: int | None = None  # steps between HellaSwag scores; 0: none; None: as eval_every on CUDA
+    hella_rows: int = 0  # score only the first so many rows; 0: all
+    hella_data: str = ""  # rows, a .jsonl file; "": the validation set, downloaded once
     n_samples: int = 4  # samples each time; 0: none
     sample_tokens: int = 32  # length of a sample, tokens
     prompt: str = "Hello, I'm a language model,"  # what the samples continue
     save_every: int = 250  # steps between checkpoints
+    plot: bool = True  # draw Loss.png and Hellaswag.png into out_dir at the end
     keep: int = 2  # newest checkpoints kept; one of gpt2 takes 1.5 GB
 
     device: str = "auto"  # auto: cuda, else mps, else cpu
@@ -130,11 +138,15 @@ CONFIGS = {
         model="demo",
         T=256,
         total_batch_size=8 * 256,
-        max_steps=1400,
+        max_steps=1150,
+        min_lr_frac=0.0,
         optimizer="muon",
         max_lr=1e-2,
         warmup_steps=50,
         val_tokens=2**16,
+        hella_every=250,
+        hella_rows=100,
+        hella_data=str(Path(__file__).parent / "demo" / "hellaswag.jsonl"),
         n_samples=2,
         sample_tokens=200,
         prompt="One day,",
@@ -173,6 +185,8 @@ def samples(raw: GPT, cfg: Config, step: int, amp: torch.autocast) -> list[str]:
 
 def sequences_per_rank(cfg: Config, dist: Dist) -> int:
     """How many sequences of T tokens a device takes in one step; SystemExit if they do not divide."""
+    if cfg.seed < 0:
+        raise SystemExit(f"seed={cfg.seed} must be at least 0")
     unit = cfg.T * dist.world_size
     if cfg.total_batch_size % unit:
         raise SystemExit(
@@ -187,8 +201,12 @@ def sequences_per_rank(cfg: Config, dist: Dist) -> int:
     return per_rank
 
 
-def pick_rows(cfg: Config, raw: GPT, per_rank: int, amp: torch.autocast, dist: Dist) -> int:
+def pick_rows(
+    cfg: Config, raw: GPT, per_rank: int, state: dict | None, amp: torch.autocast, dist: Dist
+) -> int:
     """B, the sequences of one forward pass, where the configuration leaves it open: as many as fit."""
+    if state and state["world_size"] == dist.world_size and per_rank % state["B"] == 0:
+        return state["B"]  # what fits may have changed since, but the same B keeps the same bits
     on_cuda = dist.device.type == "cuda"
     most = 2**16 if on_cuda else 2**12  # tokens; a GPU is not faster with more, a CPU's caches hold less
     sizes = [
@@ -227,9 +245,8 @@ def build(
     raw = GPT.from_weights(config, state["model"]) if state else GPT(config)
     raw.to(dist.device)
     betas = (cfg.beta1, cfg.beta2)
-    optimizers = make_optimizers(
-        raw, optimizer=cfg.optimizer, weight_decay=cfg.weight_decay, betas=betas, eps=cfg.eps
-    )
+    settings = dict(weight_decay=cfg.weight_decay, betas=betas, eps=cfg.eps)
+    optimizers = make_optimizers(raw, optimizer=cfg.optimizer, **settings)
     if state and state["config"]["optimizer"] != cfg.optimizer:
         raise SystemExit(
             f"the checkpoint in {cfg.out_dir} was trained with --optimizer={state['config']['optimizer']}"
@@ -253,23 +270,35 @@ def save(cfg: Config, raw: GPT, optimizers: list[torch.optim.Optimizer], **facts
     save_checkpoint(Path(cfg.out_dir), state, cfg.keep)
 
 
-def table(cfg: Config, raw: GPT, step: int, val_loss: float, seconds: float) -> str:
-    """This run beside GPT-2 124M and GPT-3 124M, as text."""
+def load_questions(
+    cfg: Config, tokenizer: tiktoken.Encoding, dist: Dist, say: Callable[[str], None]
+) -> Questions | None:
+    """HellaSwag's rows, ready to be scored; None where they are not wanted or, as it says, cannot be had."""
+    if cfg.hella_every == 0 or (cfg.hella_every is None and dist.device.type != "cuda"):
+        return None
+    try:
+        rows = read_rows(find_rows(cfg.hella_data, dist), cfg.hella_rows, say)
+    except SystemExit as error:
+        if cfg.hella_data or dist.world_size > 1:  # the other ranks are waiting
+            raise SystemExit(f"{error}; --hella_every=0 trains without it") from error
+        say(f"HellaSwag is left out: {error}")
+        return None
+    return prepare(rows, tokenizer, "completion", cfg.T, say)
+
+
+def table(cfg: Config, raw: GPT, step: int, scores: dict[str, float], seconds: float) -> str:
+    """This run, beside GPT-2 124M and GPT-3 124M where they can be compared, as text."""
     n_tokens = step * cfg.total_batch_size
     speed = f"{n_tokens / seconds:,.0f}"
+    val, hella = (f"{scores[name]:.4f}" if name in scores else "-" for name in ("val", "hella"))
+    size, hours = f"{raw.n_params():,}", f"{seconds / 3600:.2f}"
     rows = [
-        ("", "parameters", "tokens", "validation loss", "hours", "tok/s"),
-        (
-            cfg.out_dir,
-            f"{raw.n_params():,}",
-            f"{n_tokens:,}",
-            f"{val_loss:.4f}",
-            f"{seconds / 3600:.2f}",
-            speed,
-        ),
-        ("GPT-2 124M", "124,439,808", "-", "3.2924", "-", "-"),  # measured on FineWeb-Edu's first shard
-        ("GPT-3 124M", "125,000,000", "300,000,000,000", "-", "-", "-"),
+        ("", "validation loss", "HellaSwag", "parameters", "tokens", "hours", "tok/s"),
+        (cfg.out_dir, val, hella, size, f"{n_tokens:,}", hours, speed),
     ]
+    if cfg.tokenizer == "gpt2" and not cfg.hella_data:  # GPT-2's loss is of FineWeb-Edu's first shard
+        rows.append(("GPT-2 124M", "3.2924", "0.2955", "124,439,808", "-", "-", "-"))
+        rows.append(("GPT-3 124M", "-", "0.3370", "125,000,000", "300,000,000,000", "-", "-"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
@@ -278,8 +307,6 @@ def main(cfg: Config) -> None:
     """Train until max_steps; evaluate, sample and save on the way."""
     check_positive(cfg, "T", "total_batch_size", "max_steps", "eval_every", "save_every", "keep")
     dist = setup(cfg.device, cfg.deterministic)
-    if cfg.seed < 0:
-        raise SystemExit(f"seed={cfg.seed} must be at least 0")
     stop_requested = stop_on_signals()
     per_rank = sequences_per_rank(cfg, dist)
     N = per_rank * dist.world_size  # sequences a step
@@ -297,19 +324,16 @@ def main(cfg: Config) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     log = Log(out_dir, dist)
     state = find_resume(out_dir, cfg.resume, dist, log.note)
+    questions = load_questions(cfg, tokenizer, dist, log.note)
     raw, optimizers = build(cfg, tokenizer.n_vocab, state, dist)
     if dist.rank == 0:
-        require_space(
-            out_dir, (cfg.keep + 1) * 12 * raw.n_params(), f"keeping {cfg.keep} checkpoints, writing one,"
-        )
+        n_bytes = (cfg.keep + 1) * 12 * raw.n_params()  # fp32 weights and two moments
+        require_space(out_dir, n_bytes, f"keeping {cfg.keep} checkpoints and writing one")
 
     # the training forward is compiled and wrapped as `model`; everything else uses `raw`
     precision = pick_precision(cfg.precision, dist.device)
     amp = autocast(precision, dist.device)
-    B = cfg.B
-    if B is None and state and state["world_size"] == dist.world_size and per_rank % state["B"] == 0:
-        B = state["B"]  # what fits may have changed since, but the same B keeps the same bits
-    B = B or pick_rows(cfg, raw, per_rank, amp, dist)
+    B = cfg.B or pick_rows(cfg, raw, per_rank, state, amp, dist)
     compiled = dist.device.type == "cuda" if cfg.compile is None else cfg.compile
     model: nn.Module = torch.compile(raw) if compiled else raw
     if dist.world_size > 1:
@@ -345,52 +369,50 @@ def main(cfg: Config) -> None:
         f"{per_rank // B} x B={B} sequences a device"
     )
     start = state["step"] if state else 0
-    val_loss = state["val_loss"] if state else float("nan")
+    scores = state["scores"] if state else {}  # the latest
     began = time.perf_counter() - (state["seconds"] if state else 0)
     peak = peak_flops(dist.device)
+    names = ("max_steps", "warmup_steps", "max_lr", "min_lr_frac")
+    schedule, limits = {name: getattr(cfg, name) for name in names}, dict(grad_clip=cfg.grad_clip, dist=dist)
     batches = prefetch(read, start, cfg.max_steps)
     bad_steps, stopped = 0, False
     for step in range(start, cfg.max_steps + 1):
         last = step == cfg.max_steps
         if (step % cfg.eval_every == 0 or last) and not stopped:
-            val_loss = validate(raw, val, cfg.val_tokens, B, amp, dist)
-            log.scalars(step, val=val_loss)
-            log.note(f"step {step}: validation loss {val_loss:.4f}")
+            scores["val"] = validate(raw, val, cfg.val_tokens, B, amp, dist)
+            log.scalars(step, val=scores["val"])
+            log.note(f"step {step}: validation loss {scores['val']:.4f}")
             for text in samples(raw, cfg, step, amp) if dist.rank == 0 and cfg.n_samples else []:
                 log.note(f"  > {text}")
+        if questions and (step % (cfg.hella_every or cfg.eval_every) == 0 or last) and not stopped:
+            scores["hella"] = evaluate(raw, questions, amp, dist).accuracy["per token"]
+            log.scalars(step, hella=scores["hella"])
+            log.note(
+                f"step {step}: HellaSwag {scores['hella']:.4f} (acc_norm, {len(questions.label):,} rows)"
+            )
         seconds = time.perf_counter() - began
         if dist.rank == 0 and step > start and (step % cfg.save_every == 0 or last or stopped):
-            facts = dict(
-                step=step, val_loss=val_loss, tokens_seen=step * cfg.total_batch_size, seconds=seconds
-            )
+            facts = dict(step=step, scores=scores, tokens_seen=step * cfg.total_batch_size, seconds=seconds)
             save(cfg, raw, optimizers, **facts, B=B, world_size=dist.world_size)
         if last or stopped:
             break
 
         t0 = time.perf_counter()
-        lr = cosine_lr(
-            step,
-            max_steps=cfg.max_steps,
-            warmup_steps=cfg.warmup_steps,
-            max_lr=cfg.max_lr,
-            min_lr_frac=cfg.min_lr_frac,
-        )
-        micro_batches = split(next(batches))
-        grad_clip, stop = cfg.grad_clip, stop_requested()
-        out = train_step(
-            model, optimizers, micro_batches, loss_fn, lr=lr, grad_clip=grad_clip, dist=dist, stop=stop
-        )
+        lr = cosine_lr(step, **schedule)
+        micro_batches, stop = split(next(batches)), stop_requested()
+        out = train_step(model, optimizers, micro_batches, loss_fn, lr=lr, stop=stop, **limits)
         dt = time.perf_counter() - t0
         log.scalars(step, train=out.loss, lr=lr, norm=out.grad_norm)
         mfu = peak and raw.flops_per_token(cfg.T) * cfg.total_batch_size / dt / (peak * dist.world_size)
         log.line(step, cfg.max_steps, out, lr, dt, cfg.total_batch_size, mfu)
         bad_steps, stopped = count_bad(bad_steps, out), out.stop
 
-    log.note(
-        f"stopped at step {step}; the same command continues"
-        if stopped
-        else table(cfg, raw, step, val_loss, seconds)
-    )
+    if stopped:
+        log.note(f"stopped at step {step}; the same command continues")
+    elif dist.rank == 0:
+        log.note(table(cfg, raw, step, scores, seconds))
+        if cfg.plot:
+            draw([(out_dir.name, *read_log(out_dir))], out_dir)
     cleanup(dist)
 
 

@@ -365,7 +365,7 @@ def test_what_a_run_leaves_behind(cfg: Config, capsys: pytest.CaptureFixture) ->
     assert lr[0] == pytest.approx(2e-3 / 3) and lr[3] == pytest.approx(2e-3)
     state = load_checkpoint(folder / "ckpt_000012.pt")
     assert (state["step"], state["tokenizer"], state["tokens_seen"]) == (12, "bytes", 12 * 64)
-    assert state["val_loss"] == pytest.approx(losses(folder, "val")[12])
+    assert state["scores"]["val"] == pytest.approx(losses(folder, "val")[12])
     assert not [name for name in state["model"] if name.startswith(("_orig_mod.", "module."))]
     GPT.from_weights(GPTConfig(**state["model_config"]), state["model"])  # all that sampling needs
     assert state["model_config"]["n_tokens"] == 257 and state["model_config"]["vocab_size"] == 320
