@@ -3,11 +3,13 @@
     python bench.py train                     # training steps against a plain PyTorch loop
     python bench.py train --model=gpt2 --T=1024 --B=1 --total_batch_size=1024
     python bench.py data --data=edu_fineweb10B --model=gpt2 --T=1024    # reading batches
+    python bench.py hellaswag                 # HellaSwag's rows against scoring one at a time
     python bench.py tokenize --data='books-*.parquet'    # fineweb.py against tiktoken in a bare pool
 
 Figures from our machines are in bench/RESULTS.md. Nothing here is a test: machines are noisy.
 """
 
+import glob
 import os
 import shutil
 import statistics
@@ -22,8 +24,10 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Config:
-    what: Literal["train", "data", "tokenize"] = "train"  # the measurement
-    data: str = str(Path(__file__).parent / "input.txt")  # text or shards; for tokenize parquet files
+    what: Literal["train", "data", "tokenize", "hellaswag"] = "train"  # the measurement
+    data: str = str(
+        Path(__file__).parent / "input.txt"
+    )  # text or shards; or parquet files, or HellaSwag rows
     tokenizer: Literal["gpt2", "bytes"] = "bytes"  # of the data
     model: str = "demo"  # a size of model.py's table
     T: int = 256  # sequence length, tokens
@@ -35,12 +39,20 @@ class Config:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
     compile: bool = False  # torch.compile both loops
     workers: int = 0  # tokenize: processes; 0: one a core
+    rows: int = 40  # hellaswag: rows of a repeat, from all over the file
 
 
 CONFIGS = {
     "train": Config(),
     "data": Config(what="data"),
     "tokenize": Config(what="tokenize", tokenizer="gpt2", repeats=4),
+    "hellaswag": Config(
+        what="hellaswag",
+        data=".cache/hellaswag/hellaswag_val.jsonl",
+        tokenizer="gpt2",
+        model="gpt2",
+        repeats=4,
+    ),
 }
 
 
@@ -55,10 +67,9 @@ def side_by_side(runs: dict[str, Callable[[], float]], repeats: int, unit: str) 
     medians = {name: statistics.median(values) for name, values in rates.items()}
     base = next(iter(medians.values()))
     for name, values in rates.items():
-        spread = f"{min(values):,.0f} … {max(values):,.0f}"
-        print(
-            f"{name:>24}: {medians[name]:12,.0f} {unit}  ({spread})  x {medians[name] / base:.3f}", flush=True
-        )
+        spread = f"{min(values):,.1f} … {max(values):,.1f}"
+        median, ratio = medians[name], medians[name] / base
+        print(f"{name:>24}: {median:12,.1f} {unit}  ({spread})  x {ratio:.3f}", flush=True)
     return medians
 
 
@@ -196,11 +207,7 @@ def bench_tokenize(cfg: Config) -> None:
     import fineweb
 
     workers = cfg.workers or os.cpu_count()
-    paths = (
-        sorted(Path().glob(cfg.data))
-        if not Path(cfg.data).is_absolute()
-        else sorted(Path("/").glob(cfg.data[1:]))
-    )
+    paths = sorted(Path(path) for path in glob.glob(cfg.data))
     texts = [
         t for path in paths for t in pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
     ]
@@ -226,9 +233,68 @@ def bench_tokenize(cfg: Config) -> None:
     side_by_side({"tiktoken in a bare pool": plain, "fineweb.py": ours}, cfg.repeats, "tok/s")
 
 
+def bench_hellaswag(cfg: Config) -> None:
+    """hellaswag.py against scoring plainly one ending, and one row of four padded endings, at a time."""
+    import torch
+    import torch.nn.functional as F
+
+    from data import get_tokenizer
+    from hellaswag import encode, evaluate, prepare, read_rows, texts
+    from model import GPT, SIZES, GPTConfig, pad_vocab
+    from training import autocast, pick_precision, setup
+
+    dist = setup(cfg.device, deterministic=False)
+    amp = autocast(pick_precision(cfg.precision, dist.device), dist.device)
+    tokenizer = get_tokenizer(cfg.tokenizer)
+    shape = dict(n_tokens=tokenizer.n_vocab, vocab_size=pad_vocab(tokenizer.n_vocab))
+    torch.manual_seed(0)
+    raw = GPT(GPTConfig(**SIZES[cfg.model], **shape)).to(dist.device)
+    rows = read_rows(cfg.data, 0, print)
+    rows = rows[:: max(1, len(rows) // cfg.rows)][: cfg.rows]  # from all over the file: its halves differ
+    questions = prepare(rows, tokenizer, "completion", raw.config.block_size, print)
+
+    @torch.no_grad()
+    def score(sequences: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+        longest = max(len(head) + len(tail) for head, tail in sequences)
+        idx = torch.zeros(len(sequences), longest, dtype=torch.int64)
+        targets = torch.full_like(idx, -100)
+        for row, target, (head, tail) in zip(idx, targets, sequences):
+            row[: len(head) + len(tail)] = torch.tensor(head + tail)
+            target[len(head) : len(head) + len(tail)] = torch.tensor(tail)
+        idx, targets = idx.to(dist.device), targets.to(dist.device)
+        with amp:
+            logits, _ = raw(idx)
+        logits, targets = logits[:, :-1].float(), targets[:, 1:]
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        return losses.view(targets.shape).sum(1).cpu()  # (len(sequences),)
+
+    def plain(together: bool) -> float:
+        t0 = time.perf_counter()
+        for row in rows:
+            head, tails = encode(*texts(row, "completion"), "completion", tokenizer)
+            sequences = [(head, tail) for tail in tails]
+            for group in [sequences] if together else [[sequence] for sequence in sequences]:
+                score(group)
+        return len(rows) / (time.perf_counter() - t0)
+
+    def ours() -> float:
+        t0 = time.perf_counter()
+        evaluate(raw, questions, amp, dist)
+        return len(rows) / (time.perf_counter() - t0)
+
+    runs = {"one ending at a time": lambda: plain(False), "one row at a time": lambda: plain(True)}
+    side_by_side(runs | {"NeoGPT": ours}, cfg.repeats, "rows/s")
+
+
 def main(cfg: Config) -> None:
     """Run the measurement that the configuration names."""
-    {"train": bench_train, "data": bench_data, "tokenize": bench_tokenize}[cfg.what](cfg)
+    runs = {
+        "train": bench_train,
+        "data": bench_data,
+        "tokenize": bench_tokenize,
+        "hellaswag": bench_hellaswag,
+    }
+    runs[cfg.what](cfg)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,7 @@ import tiktoken
 from files import one_line, written_whole
 
 EOT = "<|endoftext|>"  # begins every document; in a text file, a line of its own between documents
-LLMC_MAGIC, LLMC_HEADER = (
-    20240520,
-    1024,
-)  # llm.c's .bin: 256 int32 (magic, version 1, token count, …), then uint16
+LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # .bin: 256 int32 (magic, version 1, token count, …), then uint16
 MANIFEST = "manifest.json"
 
 # -----------------------------------------------------------------------------

@@ -22,9 +22,7 @@ from torch import Tensor
 
 # Radford et al. 2019 for gpt2 … gpt2-xl; Brown et al. 2020 (arXiv:2005.14165), table 2.1, for gpt3-*.
 SIZES: dict[str, dict[str, int]] = {
-    "demo": dict(
-        n_layer=4, n_head=4, n_embd=128, block_size=256
-    ),  # what two CPU cores train in three minutes
+    "demo": dict(n_layer=4, n_head=4, n_embd=128, block_size=256),  # two CPU cores train it in minutes
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),  # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),  # 774M
@@ -44,9 +42,7 @@ class GPTConfig:
     n_embd: int = 768
     block_size: int = 1024  # longest sequence, tokens
     n_tokens: int = 50257  # ids the tokenizer has; only these are ever sampled
-    vocab_size: int = (
-        50304  # rows of the embedding: n_tokens padded to a multiple of 64, which matrix units like
-    )
+    vocab_size: int = 50304  # rows of the embedding: n_tokens padded to a multiple of 64, for speed
     attention: str = "flash"  # flash: PyTorch's fused kernels; manual: written out in `manual_attention`
 
     def __post_init__(self) -> None:
@@ -157,9 +153,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
-        q, k, v = (
-            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v)
-        )  # (B, nh, T, hs)
+        q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
         if cache is not None:
             k, v, mask = cache.extend(self.layer, k, v)  # (B, nh, S, hs)
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
@@ -280,10 +274,11 @@ class GPT(nn.Module):
         not), and attention's two products are 12 · n_layer · C · T, counted in full although half of it is
         masked.
         """
-        matmul = (
-            sum(p.numel() for p in self.parameters() if p.dim() >= 2) - self.transformer.wpe.weight.numel()
+        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2)
+        return (
+            6 * (matrices - self.transformer.wpe.weight.numel())
+            + 12 * self.config.n_layer * self.config.n_embd * T
         )
-        return 6 * matmul + 12 * self.config.n_layer * self.config.n_embd * T
 
     # -------------------------------------------------------------------------
     # Sampling

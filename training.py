@@ -91,9 +91,8 @@ def setup(device: str, deterministic: bool) -> Dist:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every console can show what a young model samples
     if device == "auto":
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        mps = torch.backends.mps.is_available()
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         kind = torch.device(device).type
@@ -115,9 +114,8 @@ def setup(device: str, deterministic: bool) -> Dist:
             # only a warning where no such kernel exists: sampling's cumsum, which does not touch training
             torch.use_deterministic_algorithms(True, warn_only=True)
             warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
-            torch.utils.deterministic.fill_uninitialized_memory = (
-                False  # it costs a pass over every new tensor
-            )
+            # not a pass over every new tensor
+            torch.utils.deterministic.fill_uninitialized_memory = False
     if world_size == 1:
         return Dist(0, 1, torch.device(device))
     if kind == "mps":
