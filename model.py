@@ -22,7 +22,7 @@ from torch import Tensor
 
 # Radford et al. 2019 for gpt2 … gpt2-xl; Brown et al. 2020 (arXiv:2005.14165), table 2.1, for gpt3-*.
 SIZES: dict[str, dict[str, int]] = {
-    "demo": dict(n_layer=4, n_head=4, n_embd=128, block_size=256),  # two CPU cores train it in minutes
+    "demo": dict(n_layer=3, n_head=4, n_embd=128, block_size=256),  # two CPU cores train it in minutes
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),  # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),  # 774M

@@ -107,8 +107,11 @@ def draw(
                 axes.axhline(
                     GPT2_LOSS, color="0.3", linestyle="--", linewidth=1.2, label=f"GPT-2 124M, {GPT2_LOSS}"
                 )
-            # the first steps, near ln(vocabulary), would press the rest of the curve flat
-            axes.set_ylim(top=np.percentile(np.concatenate([r[1][name][1] for r, _ in drawn]), 90) * 1.3)
+            # the untrained loss, near ln(vocabulary), would press the rest of the curve flat
+            trained = [
+                values[1:] if len(values) > 1 else values for _, values in (run[1][name] for run, _ in drawn)
+            ]
+            axes.set_ylim(top=1.15 * max(map(np.max, trained)))
         else:
             axes.set_ylabel("HellaSwag accuracy, acc_norm")
             for (reference, accuracy), style in zip(HELLASWAG.items() if comparable else [], ("--", "-.")):

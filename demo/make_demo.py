@@ -3,10 +3,11 @@
     python demo/make_demo.py              # into the repository root
     python demo/make_demo.py /tmp/demo    # into another folder
 
-Writes `input.txt`: about a megabyte of little stories, descriptions, letters and dialogues about the forty
-characters of `world.py`, in simple English. Documents are separated by a line holding only `<|endoftext|>`.
-All of it is consistent: whoever is hungry eats his or her own favourite food, whoever is tired goes to his or
-her own home. The same seed gives the same bytes on every platform and on every Python from 3.10 on.
+Writes `demo/hellaswag.jsonl`, rows of held-out situations, and `input.txt`: about a megabyte of little stories,
+descriptions, letters and dialogues about the forty characters of `world.py`, in simple English. Documents are
+separated by a line holding only `<|endoftext|>`. All of it is consistent: whoever is hungry eats his or her own
+favourite food, whoever is tired goes to his or her own home. The same seed gives the same bytes on every platform
+and on every Python from 3.10 on.
 
 Every fifth (character, situation) pair is held out: the fact is told in other words, but the character is
 never seen in that situation. So whoever has read `input.txt` can be tested on situations that were not in it.
@@ -25,6 +26,7 @@ import world as w
 from world import Character, Food, Place, Situation, Thing, World
 
 SEED = 1337
+WORDINGS = 4  # of each kind of sentence that are used: more make the text richer, and slower to learn
 NOTES_PER_SUBJECT = 9  # documents about each place, food and thing
 SEPARATOR = "\n<|endoftext|>\n"
 
@@ -41,8 +43,8 @@ def fill(template: str, **words: object) -> str:
 
 
 def pick(templates: Sequence[str], rng: Random) -> str:
-    """One of the templates, with one of x and y taken wherever it says [x|y]."""
-    return re.sub(r"\[([^]]*)\]", lambda m: rng.choice(m[1].split("|")), rng.choice(templates))
+    """One of the first WORDINGS templates, with one of x and y taken wherever it says [x|y]."""
+    return re.sub(r"\[([^]]*)\]", lambda m: rng.choice(m[1].split("|")), rng.choice(templates[:WORDINGS]))
 
 
 def say(templates: Sequence[str], rng: Random, **words: object) -> str:
@@ -288,10 +290,7 @@ def input_text(world: World, rng: Random) -> str:
 
 
 def hellaswag(world: World, rng: Random) -> str:
-    """Two rows for every held-out pair, with HellaSwag's fields: jsonl, the right ending at a random place.
-
-    The rows name the character once more before the scene where the context itself would not say who it is.
-    """
+    """Two rows for every held-out pair as jsonl with HellaSwag's fields, the right ending at a random place."""
     rows = []
     for c in world.characters:
         for situation in (s for s in w.SITUATIONS if held_out(c, s)):
