@@ -79,16 +79,8 @@ def bench_train(cfg: Config) -> None:
 
     from data import Windows, get_tokenizer, open_data, prefetch, step_windows
     from model import GPT, SIZES, GPTConfig, pad_vocab
-    from training import (
-        Log,
-        StepResult,
-        autocast,
-        cosine_lr,
-        make_optimizers,
-        pick_precision,
-        setup,
-        train_step,
-    )
+    from optimizers import make_optimizers
+    from training import Log, StepResult, autocast, cosine_lr, pick_precision, setup, train_step
 
     dist = setup(cfg.device, deterministic=False)
     amp = autocast(pick_precision(cfg.precision, dist.device), dist.device)
