@@ -5,9 +5,9 @@
 
 Writes `demo/hellaswag.jsonl`, rows of held-out situations, and `input.txt`: about a megabyte of little
 stories, descriptions, letters and dialogues about the forty characters of `world.py`, in simple English.
-Documents are separated by a line holding only `<|endoftext|>`. All of it is consistent: whoever is hungry eats
-his or her own favourite food, whoever is tired goes to his or her own home. The same seed gives the same bytes
-on every platform and on every Python from 3.10 on.
+Documents are separated by a line holding only `<|endoftext|>`. All of it is consistent: whoever is hungry
+eats his or her own favourite food, whoever is tired goes to his or her own home. The same seed gives the
+same bytes on every platform and on every Python from 3.10 on.
 
 Every fifth (character, situation) pair is held out: the fact is told in other words, but the character is
 never seen in that situation. So whoever has read `input.txt` can be tested on situations that were not in it.
