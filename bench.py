@@ -25,9 +25,7 @@ from typing import Literal
 @dataclass(frozen=True)
 class Config:
     what: Literal["train", "data", "tokenize", "hellaswag"] = "train"  # the measurement
-    data: str = str(
-        Path(__file__).parent / "input.txt"
-    )  # text or shards; or parquet files, or HellaSwag rows
+    data: str = str(Path(__file__).parent / "input.txt")  # text, shards, parquet files, or rows
     tokenizer: Literal["gpt2", "bytes"] = "bytes"  # of the data
     model: str = "demo"  # a size of model.py's table
     T: int = 256  # sequence length, tokens

@@ -237,6 +237,8 @@ def build(
         raise SystemExit(f"unknown model {cfg.model!r}: expected one of {', '.join(SIZES)}")
     shape = SIZES[cfg.model] | dict(block_size=cfg.T, n_tokens=n_tokens, vocab_size=pad_vocab(n_tokens))
     config = GPTConfig(**shape, attention=cfg.attention)
+    if state and "optimizers" not in state:
+        raise SystemExit(f"the checkpoint in {cfg.out_dir} is not of train_gpt2.py: choose another --out_dir")
     if state and (changed := differences(state["model_config"], asdict(config))):
         raise SystemExit(
             f"the checkpoint in {cfg.out_dir} is of another model ({changed}): choose another --out_dir"
@@ -324,8 +326,8 @@ def main(cfg: Config) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     log = Log(out_dir, dist)
     state = find_resume(out_dir, cfg.resume, dist, log.note)
-    questions = load_questions(cfg, tokenizer, dist, log.note)
     raw, optimizers = build(cfg, tokenizer.n_vocab, state, dist)
+    questions = load_questions(cfg, tokenizer, dist, log.note)
     if dist.rank == 0:
         n_bytes = (cfg.keep + 1) * 12 * raw.n_params()  # fp32 weights and two moments
         require_space(out_dir, n_bytes, f"keeping {cfg.keep} checkpoints and writing one")

@@ -196,7 +196,7 @@ def test_sources_about_one_or_two_shards_long(tmp_path: Path, n: int, capfd: pyt
     assert ("partial on purpose" in capfd.readouterr().out) == (n != 120)
 
 
-@pytest.mark.parametrize("max_tokens", [2, 500, 3000, 3001, 30_000, 10**9])
+@pytest.mark.parametrize("max_tokens", [2, 500, 3000, 3001, 8_000, 10**9])
 def test_max_tokens(source: SimpleNamespace, tmp_path: Path, max_tokens: int) -> None:
     main(config(source.folder, tmp_path / "out", shard_size=3000, max_tokens=max_tokens))
     check_folder(tmp_path / "out", source.documents, 3000, max_tokens)
@@ -237,8 +237,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     write_parquet(folder / "b.parquet", documents[3000:6000], row_group_size=10**6)
     lines = [json.dumps({"text": document}) for document in documents[6000:]]
     (folder / "c.jsonl").write_text("\n".join(lines) + "\n")
-    main(config(folder, folder / "out", shard_size=30_000))
-    check_folder(folder / "out", documents, 30_000)
+    main(config(folder, folder / "out", shard_size=8_000))
+    check_folder(folder / "out", documents, 8_000)
     return SimpleNamespace(folder=folder, files=files_of(folder / "out"))
 
 
@@ -246,7 +246,7 @@ def test_killed_and_continued(large: SimpleNamespace, tmp_path: Path) -> None:
     rng = random.Random(0)
     out, n_kills = tmp_path / "out", 0
     for attempt in range(6):
-        process = start(config(large.folder, out, shard_size=30_000, workers=1 + attempt % 3))
+        process = start(config(large.folder, out, shard_size=8_000, workers=1 + attempt % 3))
         n_shards = len(list(out.glob("*.npy"))) + rng.randrange(1, 8)
         wait_for(lambda n=n_shards: len(list(out.glob("*.npy*"))) >= n, process)
         time.sleep(rng.random() * 0.02)
@@ -256,7 +256,7 @@ def test_killed_and_continued(large: SimpleNamespace, tmp_path: Path) -> None:
             break
         n_kills += 1
     assert n_kills >= 2
-    main(config(large.folder, out, shard_size=30_000, workers=2))
+    main(config(large.folder, out, shard_size=8_000, workers=2))
     assert files_of(out) == large.files
 
 
@@ -284,13 +284,13 @@ def test_continues_from_every_shard(source: SimpleNamespace, tmp_path: Path, mon
 
 def test_ctrl_c(large: SimpleNamespace, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start(config(large.folder, out, shard_size=30_000))
+    process = start(config(large.folder, out, shard_size=8_000))
     wait_for(lambda: len(list(out.glob("*.npy"))) >= 2, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 1 and "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith("stopped after")
-    main(config(large.folder, out, shard_size=30_000))
+    main(config(large.folder, out, shard_size=8_000))
     assert files_of(out) == large.files
 
 
@@ -413,7 +413,7 @@ def test_disk_full(source: SimpleNamespace, tmp_path: Path) -> None:
         patch.setattr(shutil, "disk_usage", lambda path: usage)
         refused(config(source.folder, tmp_path / "none"), str(tmp_path / "none"), "free")
     out = tmp_path / "out"
-    limit = (30_000, 30_000)  # bytes in a file
+    limit = (8_000, 8_000)  # bytes in a file
     process = start(
         config(source.folder, out, shard_size=20_000),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),

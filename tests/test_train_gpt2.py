@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import hellaswag
 import model
 import train_gpt2
 import training
 from checkpoints import list_checkpoints, load_checkpoint
-from data import Shard, Windows, step_windows
+from data import Shard, Windows, get_tokenizer, step_windows
 from model import GPT, GPTConfig
 from train_gpt2 import Config, main, validate
 from training import Dist
@@ -100,7 +101,7 @@ SETTINGS = dict(
     val_tokens=512,
     device="cpu",
 )
-SETTINGS |= dict(n_samples=1, sample_tokens=8, save_every=5)
+SETTINGS |= dict(n_samples=1, sample_tokens=8, save_every=5, hella_every=0, plot=False)
 
 
 def command(text: Path, out_dir: Path, **settings: object) -> list[str]:
@@ -288,8 +289,10 @@ def cfg(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         warmup_steps=3,
         eval_every=5,
         val_tokens=64,
+        hella_every=0,
         n_samples=1,
         sample_tokens=6,
+        plot=False,
         save_every=4,
         device="cpu",
         precision="fp32",
@@ -370,8 +373,40 @@ def test_what_a_run_leaves_behind(cfg: Config, capsys: pytest.CaptureFixture) ->
     GPT.from_weights(GPTConfig(**state["model_config"]), state["model"])  # all that sampling needs
     assert state["model_config"]["n_tokens"] == 257 and state["model_config"]["vocab_size"] == 320
     printed = capsys.readouterr().out
-    assert "GPT-2 124M" in printed and "GPT-3 124M" in printed
+    assert "validation loss" in printed.splitlines()[-2] and "GPT-2" not in printed  # bytes do not compare
     assert losses(folder)[11] < losses(folder)[0] - 0.1  # it learns
+
+
+def test_hellaswag_during_training(cfg: Config) -> None:
+    folder = train(cfg, hella_every=5, plot=True)
+    hella = losses(folder, "hella")
+    assert hella.keys() == {0, 5, 10, 12}
+    state = load_checkpoint(folder / "ckpt_000012.pt")
+    raw = GPT.from_weights(GPTConfig(**state["model_config"]), state["model"])
+    rows = hellaswag.read_rows(cfg.hella_data, cfg.hella_rows, print)
+    questions = hellaswag.prepare(rows, get_tokenizer("bytes"), "completion", cfg.T, print)
+    result = hellaswag.evaluate(raw, questions, training.autocast("fp32", ALONE.device), ALONE)
+    assert hella[12] == pytest.approx(result.accuracy["per token"]) == state["scores"]["hella"]
+    assert (folder / "Loss.png").read_bytes()[1:4] == (folder / "Hellaswag.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_the_table_compares_what_can_be_compared() -> None:
+    raw = GPT(GPTConfig(**TINY, n_tokens=257, vocab_size=320))
+    scores = dict(val=3.25, hella=0.3)
+    shown = train_gpt2.table(Config(out_dir="mine"), raw, 10, scores, seconds=7200)
+    for part in (
+        "mine",
+        "3.2500",
+        "0.3000",
+        "2.00",
+        "5,242,880",
+        "GPT-2 124M",
+        "3.2924",
+        "0.2955",
+        "GPT-3 124M",
+    ):
+        assert part in shown
+    assert "GPT" not in train_gpt2.table(Config(tokenizer="bytes"), raw, 10, {}, seconds=1)
 
 
 def test_a_finished_run_only_shows_its_table(cfg: Config, capsys: pytest.CaptureFixture) -> None:
@@ -381,7 +416,7 @@ def test_a_finished_run_only_shows_its_table(cfg: Config, capsys: pytest.Capture
     train(cfg)
     assert (read_log(folder), final_bits(folder)) == before
     printed = capsys.readouterr().out
-    assert "GPT-2 124M" in printed and "continuing" in printed and "tok/s |" not in printed
+    assert "HellaSwag" in printed and "continuing" in printed and "tok/s |" not in printed
 
 
 def test_more_steps_continue_a_finished_run(cfg: Config) -> None:
@@ -598,7 +633,7 @@ def test_odd_prompts_and_counts(cfg: Config, changed: dict[str, Any]) -> None:
     assert all(value == value for value in losses(folder, "val").values())
     shown = [line for line in notes(folder).splitlines() if line.startswith("#   > ")]
     assert len(shown) == 2 * changed.get("n_samples", 1)
-    assert all(changed.get("prompt", "One ").replace("\n", "\\n") in line for line in shown)
+    assert all(changed.get("prompt", "One day,").replace("\n", "\\n") in line for line in shown)
 
 
 # -----------------------------------------------------------------------------
