@@ -233,16 +233,21 @@ def read_text(path: str | Path, tokenizer: tiktoken.Encoding) -> tuple[list[Shar
     ]
 
 
-def open_data(path: str | Path, tokenizer: tiktoken.Encoding) -> tuple[list[Shard], list[Shard]]:
-    """The (training, validation) shards of a folder or a text file. Let `check_shards` see a folder first."""
-    path = Path(path)
-    if path.is_file():
-        return read_text(path, tokenizer)
-    if not path.is_dir():
+def require_data(path: str | Path) -> None:
+    """SystemExit that says where data comes from, unless `path` is a file or a folder."""
+    if not Path(path).exists():
         raise SystemExit(
             f"no shards in {path}: run `python fineweb.py` to write them, "
             "or `python train_gpt2.py demo` for a first run on input.txt"
         )
+
+
+def open_data(path: str | Path, tokenizer: tiktoken.Encoding) -> tuple[list[Shard], list[Shard]]:
+    """The (training, validation) shards of a folder or a text file. Let `check_shards` see a folder first."""
+    require_data(path)
+    path = Path(path)
+    if path.is_file():
+        return read_text(path, tokenizer)
     manifest = read_manifest(path)
     if manifest and manifest["tokenizer"] != tokenizer.name:
         raise SystemExit(

@@ -46,5 +46,5 @@ def require_space(folder: Path, n_bytes: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
         raise SystemExit(
-            f"{what} needs {n_bytes / 1e9:,.1f} GB, but the disk of {folder} has {free / 1e9:,.1f} GB free"
+            f"{what} needs {n_bytes / 1e9:,.2f} GB, but the disk of {folder} has {free / 1e9:,.2f} GB free"
         )

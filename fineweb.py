@@ -466,7 +466,6 @@ def check(cfg: Config) -> None:
         raise SystemExit(f"--max_tokens={cfg.max_tokens}: expected 0 (everything) or at least 2")
     if cfg.workers < 0:
         raise SystemExit(f"--workers={cfg.workers}: expected 0 (one per core) or more")
-    get_tokenizer(cfg.tokenizer)  # says so if it cannot be had
 
 
 def main(cfg: Config) -> None:
@@ -477,6 +476,7 @@ def main(cfg: Config) -> None:
     source, paths = find_source(cfg.data, manifest)
     settings = {"tokenizer": cfg.tokenizer, "shard_size": cfg.shard_size, "max_tokens": cfg.max_tokens}
     manifest = begin(folder, settings | {"source": source}, manifest)
+    get_tokenizer(cfg.tokenizer)  # says so if it cannot be had
     if manifest["complete"]:
         print(f"{folder} is complete: {manifest['n_tokens']:,} tokens in {len(manifest['shards'])} shards")
         return

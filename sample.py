@@ -43,7 +43,7 @@ class Config:
 
 CONFIGS = {
     "gpt2": Config(),
-    "demo": Config(checkpoint="out/demo", prompt="", n_samples=3, max_new_tokens=600, temperature=0.5),
+    "demo": Config(checkpoint="out/demo", prompt="One day", n_samples=3, max_new_tokens=500, temperature=0.3),
 }
 
 

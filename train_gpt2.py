@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import differences, find_resume, save_checkpoint
-from data import Windows, check_shards, get_tokenizer, open_data, prefetch, step_windows
+from data import Windows, check_shards, get_tokenizer, open_data, prefetch, require_data, step_windows
 from files import require_space
 from hellaswag import Questions, evaluate, find_rows, prepare, read_rows
 from model import GPT, SIZES, GPTConfig, pad_vocab
@@ -314,6 +314,7 @@ def main(cfg: Config) -> None:
     N = per_rank * dist.world_size  # sequences a step
 
     # data: windows of T + 1 tokens
+    require_data(cfg.data)  # before the vocabulary, which may have to be fetched
     tokenizer = get_tokenizer(cfg.tokenizer)
     splits = open_data(cfg.data, tokenizer)
     if dist.rank == 0 and Path(cfg.data).is_dir():

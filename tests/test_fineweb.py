@@ -1,5 +1,6 @@
 """fineweb.py: the bytes it writes against a plain reference, whatever is done to it meanwhile."""
 
+import functools
 import glob
 import json
 import os
@@ -103,10 +104,11 @@ def config(source: Path | str, out: Path, **constants: object) -> Config:
 
 
 def start(cfg: Config, method: str = "fork", **kwargs: object) -> subprocess.Popen:
-    """Run main(cfg) in a process group of its own."""
+    """Run main(cfg) in a process group of its own, which hears Ctrl-C even if this one does not."""
     command = [sys.executable, "-c", RUN, method, repr(vars(cfg))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    return subprocess.Popen(command, start_new_session=True, **pipes | kwargs)
+    hear = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, start_new_session=True, **{"preexec_fn": hear} | pipes | kwargs)
 
 
 def wait_for(condition: object, process: subprocess.Popen, seconds: float = 30) -> None:

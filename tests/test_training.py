@@ -932,7 +932,7 @@ def test_space_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 3 * 10**9))
     require_space(tmp_path, 3 * 10**9, "this")
-    with pytest.raises(SystemExit, match=r"this needs 4\.0 GB.* 3\.0 GB free") as error:
+    with pytest.raises(SystemExit, match=r"this needs 4\.00 GB.* 3\.00 GB free") as error:
         require_space(tmp_path, 4 * 10**9, "this")
     assert str(tmp_path) in str(error.value)
 
