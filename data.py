@@ -291,9 +291,8 @@ class Windows:
                 row[:] = shard.tokens[start : start + self.T + 1]
                 continue
             if number not in self.files:
-                if (
-                    len(self.files) == 64
-                ):  # a process may hold about a thousand, and 100B tokens are as many shards
+                # a process may hold about a thousand open, and 100B tokens are as many shards
+                if len(self.files) == 64:
                     self.files.pop(next(iter(self.files))).close()
                 self.files[number] = open(shard.path, "rb", buffering=0)
             file = self.files[number]
