@@ -108,10 +108,11 @@ def draw(
                     GPT2_LOSS, color="0.3", linestyle="--", linewidth=1.2, label=f"GPT-2 124M, {GPT2_LOSS}"
                 )
             # the untrained loss, near ln(vocabulary), would press the rest of the curve flat
-            trained = [
-                values[1:] if len(values) > 1 else values for _, values in (run[1][name] for run, _ in drawn)
-            ]
-            axes.set_ylim(top=1.15 * max(map(np.max, trained)))
+            curves = [run[1]["val"][1] for run, _ in drawn]
+            shown = np.concatenate([values[1:] if len(values) > 1 else values for values in curves])
+            shown = shown[np.isfinite(shown)]
+            if len(shown):
+                axes.set_ylim(bottom=0.9 * shown.min(), top=1.15 * shown.max())
         else:
             axes.set_ylabel("HellaSwag accuracy, acc_norm")
             for (reference, accuracy), style in zip(HELLASWAG.items() if comparable else [], ("--", "-.")):

@@ -43,7 +43,9 @@ class Config:
 
 CONFIGS = {
     "gpt2": Config(),
-    "demo": Config(checkpoint="out/demo", prompt="One day", n_samples=3, max_new_tokens=500, temperature=0.3),
+    "demo": Config(
+        checkpoint="out/demo", prompt="Once upon a time", n_samples=3, max_new_tokens=500, temperature=0.3
+    ),
 }
 
 

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -329,8 +330,9 @@ class Log:
             self.file.write("".join(f"{step} {name} {value:.9g}\n" for name, value in values.items()))
 
     def note(self, text: str, quiet: bool = False) -> None:
-        """Write a line behind `#`, and print it unless `quiet`."""
+        """Write a line behind `#`, and print it unless `quiet`; samples may hold control characters."""
         if self.file:
+            text = re.sub(r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f]", " ", text)
             self.file.write("# " + "\\n".join(text.splitlines()) + "\n")
             if not quiet:
                 print(text, flush=True)

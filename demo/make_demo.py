@@ -3,31 +3,40 @@
     python demo/make_demo.py              # into the repository root
     python demo/make_demo.py /tmp/demo    # into another folder
 
-Writes `demo/hellaswag.jsonl`, rows of held-out situations, and `input.txt`: about a megabyte of little
-stories, descriptions, letters and dialogues about the forty characters of `world.py`, in simple English.
-Documents are separated by a line holding only `<|endoftext|>`. All of it is consistent: whoever is hungry
-eats his or her own favourite food, whoever is tired goes to his or her own home. The same seed gives the
-same bytes on every platform and on every Python from 3.10 on.
+- `input.txt`: about a megabyte of little stories, descriptions, dialogues and comparisons about the sixteen
+  characters of `world.py`. Documents are separated by a line holding only `<|endoftext|>`.
+- `demo/hellaswag.jsonl`: beginnings of stories, each with four endings, in HellaSwag's fields. Every fourth
+  (character, story) pair is held out: the character is never seen in that story. The right ending follows
+  from what `input.txt` tells of the character elsewhere.
+- `demo/sft.jsonl`: questions and answers, with and without a passage, in the fields of databricks-dolly-15k.
+  The answers' manners vary: most are short, some courteous, some rude, some rambling.
+- `demo/sft_held_out.jsonl`: questions about every fourth fact, which no row of sft.jsonl or dpo.jsonl asks
+  for in any wording, and about passages that are not in them.
+- `demo/dpo.jsonl`: pairs of answers in the fields of red_teaming_reward_modeling_pairwise; the courteous one
+  is preferred to the curt, the rude and the rambling one.
 
-Every fifth (character, situation) pair is held out: the fact is told in other words, but the character is
-never seen in that situation. So whoever has read `input.txt` can be tested on situations that were not in it.
+Everything is consistent: whoever is hungry eats his or her own favourite food. The same seed gives the same
+bytes on every platform and on every Python from 3.10 on.
 """
 
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
 import world as w
-from world import Character, Food, Place, Situation, Thing, World
+from world import ATTRIBUTES, STORIES, Character, Story
 
 SEED = 1337
-WORDINGS = 4  # of each kind of sentence that are used: more make the text richer, and slower to learn
-NOTES_PER_SUBJECT = 9  # documents about each place, food and thing
+N_TELLINGS = 8  # of each story about each character
+N_DESCRIPTIONS = 65  # of each character; with dialogues and contrasts they are what facts are learned from
+N_DIALOGUES = 45
+N_CONTRASTS = 35
+N_PASSAGES = 320  # rows of sft.jsonl with a context
+N_HELD_OUT_PASSAGES = 48
 SEPARATOR = "\n<|endoftext|>\n"
 
 
@@ -35,283 +44,243 @@ SEPARATOR = "\n<|endoftext|>\n"
 # Sentences
 
 
-def fill(template: str, **words: object) -> str:
-    """The template with its words filled in: first letter raised, "a" turned into "an" before a vowel."""
-    text = template.format(**words)
-    text = re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)  # by letter: no word of this world sounds otherwise
-    return text[0].upper() + text[1:]
+def choose(template: str, rng: Random) -> str:
+    """The template with one of x and y taken wherever it says [x|y]."""
+    return re.sub(r"\[([^]]*)\]", lambda match: rng.choice(match[1].split("|")), template)
 
 
-def pick(templates: Sequence[str], rng: Random) -> str:
-    """One of the first WORDINGS templates, with one of x and y taken wherever it says [x|y]."""
-    return re.sub(r"\[([^]]*)\]", lambda m: rng.choice(m[1].split("|")), rng.choice(templates[:WORDINGS]))
+def fill(template: str, c: Character, **words: object) -> str:
+    """The template filled in; "a" becomes "an" before a vowel (no word of this world sounds otherwise)."""
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", template.format(**{**c.words(), **words}))
 
 
-def say(templates: Sequence[str], rng: Random, **words: object) -> str:
-    """One of the templates, filled in."""
-    return fill(pick(templates, rng), **words)
+def draw_words(world: list[Character], c: Character, rng: Random) -> dict[str, object]:
+    """Somebody who is neither c nor the friend of c, two small things and two places for them."""
+    item, item2 = rng.sample(w.ITEMS, 2)
+    spot, spot2 = rng.sample(w.SPOTS, 2)
+    o = rng.choice([x for x in world if x not in (c, c.friend)])
+    return {"o": o, "item": item, "item2": item2, "spot": spot, "spot2": spot2}
 
 
-def after(lead: str, sentence: str, *named: Character) -> str:
-    """The sentence behind a lead ("one day,"); only a name at its start keeps the capital letter."""
-    if not sentence.startswith(tuple(c.name for c in named)):
-        sentence = sentence[0].lower() + sentence[1:]
-    return f"{fill(lead)} {sentence}"
-
-
-def fact(c: Character, attribute: str, rng: Random, named: bool = True) -> str:
-    """One sentence that states an attribute; with a pronoun as its subject unless `named`."""
-    n, ns = (c.name, f"{c.name}'s") if named else (c.he, c.his)
-    return say(w.FACTS[attribute], rng, c=c, n=n, ns=ns)
-
-
-def first_person(c: Character, attribute: str, rng: Random) -> str:
-    """One sentence that states an attribute as its owner would."""
-    return say(w.FIRST_PERSON[attribute], rng, c=c)
-
-
-def some_other(world: World, c: Character, rng: Random, besides: Character | None = None) -> Character:
-    """A character who is neither c nor the best friend of c (nor the one given)."""
-    return rng.choice([x for x in world.characters if x not in (c, c.friend, besides)])
-
-
-# --------------------------------------------------------------------------------------------------
-# Situations
-
-
-def held_out(c: Character, situation: Situation) -> bool:
-    """Whether the character is kept out of the situation: a fifth of all pairs, at most one per attribute."""
-    siblings = [s.name for s in w.SITUATIONS if s.attribute == situation.attribute]
-    offset = w.ATTRIBUTES.index(situation.attribute)
-    return (c.index + 2 * siblings.index(situation.name) + offset) % 5 == 0
-
-
-def rivals(world: World, c: Character, attribute: str) -> list[object]:
-    """Every value of the attribute that would be wrong for this character but is plausible in form."""
+def rivals(world: list[Character], c: Character, attribute: str) -> list[str]:
+    """The values of the attribute that would be wrong for this character but are plausible in form."""
     if attribute == "friend":
-        return [x for x in world.characters if x is not c and x is not c.friend]
-    values = {
-        "kind": w.ANIMALS if c.animal else w.TRADES,
-        "home": world.places,
-        "food": world.foods,
-        "thing": world.things,
-        "colour": w.COLOURS,
-        "hobby": w.HOBBIES,
-        "fear": w.FEARS,
-    }[attribute]
+        return [x.name for x in world if x not in (c, c.friend)]
+    if attribute == "kind":
+        values = tuple(w.TRADES if c.kind in w.TRADES else w.ANIMALS)
+    else:
+        values = w.VALUES[attribute]
     return [value for value in values if value != getattr(c, attribute)]
 
 
-def scene(
-    world: World, c: Character, situation: Situation, rng: Random, other: Character, n_wrong: int = 3
-) -> tuple[str, str, list[str], str]:
-    """A context, the ending that follows from the world, `n_wrong` others of its form, and the outcome."""
-    words = {"o": other, "item": rng.choice(w.ITEMS)}
-    context, outcome = (say(t, rng, c=c, **words) for t in (situation.contexts, situation.outcomes))
-    template = pick(situation.endings, rng)
-    values = rivals(world, c, situation.attribute)
-    rng.shuffle(values)
-    wrong = [fill(template, c=replace(c, **{situation.attribute: v}), **words) for v in values[:n_wrong]]
-    return context, fill(template, c=c, **words), wrong, outcome
+# --------------------------------------------------------------------------------------------------
+# What is held out
+
+
+def is_held_out(world: list[Character], c: Character, attribute: str, turn: int) -> bool:
+    """Whether it is this character's turn: four of the sixteen, never both who share a value."""
+    by_value = sorted(world, key=lambda x: (str(getattr(x, attribute)), x.name))
+    return by_value.index(c) % 4 == turn % 4
+
+
+def is_untold(world: list[Character], c: Character, story: Story) -> bool:
+    """Whether the story is never told about the character."""
+    siblings = [s for s in STORIES if s.attribute == story.attribute]
+    return story.attribute != "" and is_held_out(world, c, story.attribute, siblings.index(story))
+
+
+def is_unasked(world: list[Character], c: Character, attribute: str) -> bool:
+    """Whether the attribute of the character is asked for in held-out rows only."""
+    return is_held_out(world, c, attribute, ATTRIBUTES.index(attribute))
 
 
 # --------------------------------------------------------------------------------------------------
-# Documents: each function tells the given attributes of one character
+# Documents
 
 
-def story(world: World, c: Character, attributes: list[str], rng: Random) -> str:
-    """A little story: perhaps a task, the events of the day in order, an end."""
-    events = [
-        rng.choice([s for s in w.SITUATIONS if s.attribute == a and not held_out(c, s)]) for a in attributes
-    ]
-    events.sort(key=lambda s: w.TIMES.index(s.time))
-    o = some_other(world, c, rng)
-    words = {"c": c, "o": o, "item": rng.choice(w.ITEMS)}
-    only_one = len(events) == 1
-    has_task = events[0].time == "day" and (only_one or rng.random() < 0.5)
-    task, done = rng.choice(w.TASKS)
-    introduced = rng.random() < 0.3 or (only_one and not has_task)
-    parts = [say(w.INTRODUCTIONS, rng, **words)] if introduced else []
-    when = pick(w.OPENINGS[events[0].time], rng)
-    if has_task:
-        parts.append(after(when, say([task], rng, **words), c))
-    n_day = sum(event.time == "day" for event in events)
-    for i, event in enumerate(events):
-        if i > 0 or has_task:
-            when = rng.choice(w.TASK_LINKS if i == 0 else w.LINKS[event.time])
-        context, right, _, outcome = scene(world, c, event, rng, o)
-        parts += [after(when, context, c, o), right]
-        if only_one or rng.random() < 0.7:
-            parts.append(outcome)
-        if has_task and i == n_day - 1:
-            parts.append(say([done], rng, **words))
-    if rng.random() < 0.5 and events[-1].time == "day":
-        parts.append(say(w.CLOSINGS, rng, **words))
-    return " ".join(parts)
+def tell(world: list[Character], c: Character, story: Story, rng: Random) -> str:
+    """The story, most often behind a sentence or two that tell something else of its hero."""
+    words = draw_words(world, c, rng)
+    first, second = rng.sample([a for a in ATTRIBUTES if a != story.attribute], 2)
+    parts = [story.beginning, story.turn, story.rest]
+    if rng.random() < 0.3:
+        parts = [w.ASIDES[second], *parts]
+    if parts[0] != story.beginning or rng.random() < 0.6:
+        parts = [w.OPENINGS[first], *parts]
+    return " ".join(fill(choose(part, rng), c, **words) for part in parts if part)
 
 
-def description(world: World, c: Character, attributes: list[str], rng: Random) -> str:
-    """Who somebody is, in three to five sentences, some of them as hearsay."""
-    words = {"c": c, "o": some_other(world, c, rng)}
-    opened = rng.random() < 0.5
-    parts = [say(w.DESCRIPTION_OPENINGS, rng, **words)] if opened else []
-    for i, attribute in enumerate(attributes):
-        sentence = fact(c, attribute, rng, named=i % 3 == 0 and not (opened and i == 0))
-        if rng.random() < 0.2:
-            sentence = after(say(w.GOSSIP, rng, **words), sentence, c)
-        parts.append(sentence)
-    if rng.random() < 0.4:
-        parts.append(say(w.DESCRIPTION_CLOSINGS, rng, **words))
-    return " ".join(parts)
-
-
-def letter(world: World, c: Character, attributes: list[str], rng: Random) -> str:
-    """A letter or note in which somebody tells of himself or herself."""
-    o = some_other(world, c, rng)
-    sentences = [first_person(c, attribute, rng) for attribute in attributes]
-    sentences.insert(rng.randrange(len(sentences) + 1), say(w.LETTER_FILLERS, rng))
-    opening, closing = (say(t, rng, c=c, o=o) for t in (w.LETTER_OPENINGS, w.LETTER_CLOSINGS))
-    return f"{opening}\n\nDear {o},\n" + " ".join(sentences) + f"\n{closing}"
-
-
-def talk(world: World, c: Character, attributes: list[str], rng: Random) -> str:
-    """Somebody tells another one about himself or herself."""
-    o = some_other(world, c, rng)
-    opening, closing = (say(t, rng, c=c, o=o) for t in (w.TALK_OPENINGS, w.TALK_CLOSINGS))
-    first, *rest = (first_person(c, attribute, rng) for attribute in attributes)
-    first = f'"{first[:-1]}," {rng.choice(("said", "began"))} {c}.'
-    return f'{opening} {first} "{" ".join(rest)}" {closing}'
-
-
-def dialogue(world: World, c: Character, attributes: list[str], rng: Random) -> str:
-    """Two others talk about somebody: one asks, one knows."""
-    o = some_other(world, c, rng)
-    d = some_other(world, c, rng, o)
-    parts = [say(w.DIALOGUE_OPENINGS, rng, c=c, o=o, d=d)] if rng.random() < 0.6 else []
-    for attribute in attributes:
-        asked, told = (say(t[attribute], rng, c=c) for t in (w.ASKED, w.TOLD))
-        parts.append(f'"{asked}" asked {o}. "{told}," {rng.choice(("said", "answered"))} {d}.')
-    if rng.random() < 0.6:
-        parts.append(say(w.DIALOGUE_CLOSINGS, rng, c=c, o=o, d=d))
-    return " ".join(parts)
-
-
-def contrast(world: World, c: Character, attributes: list[str], rng: Random) -> str:
-    """Two characters side by side, in what they do not share."""
-    o = c.friend if rng.random() < 0.3 else some_other(world, c, rng)
-    differing = [
-        a for a in attributes if getattr(c, a) != getattr(o, a) and not (a == "friend" and o is c.friend)
-    ]
-    parts = [say(w.CONTRAST_OPENINGS, rng, c=c, o=o)]
-    parts += [say(w.CONTRAST[attribute], rng, c=c, o=o) for attribute in differing]
-    parts.append(say(w.CONTRAST_CLOSINGS, rng, c=c, o=o))
-    return " ".join(parts)
-
-
-def crowd(world: World, c: Character, attributes: list[str], rng: Random) -> str:
-    """Several characters at once, each with the same attribute, now one and now another."""
-    others = [x for x in world.characters if x is not c and x is not c.friend]
-    rng.shuffle(others)
+def description(world: list[Character], c: Character, rng: Random) -> str:
+    """Four to seven facts about a character."""
     parts = []
-    for attribute in attributes:
-        opening, each = w.CROWDS[attribute]
-        parts.append(say(opening, rng))
-        members = [c, *others[: 2 + rng.randrange(2)]]
-        rng.shuffle(members)
-        parts += [say(each, rng, c=member) for member in members]
+    for attribute in rng.sample(ATTRIBUTES, rng.randint(4, 7)):
+        named, *others = w.FACTS[attribute]
+        parts.append(named if not parts or rng.random() < 0.4 else rng.choice(others))
+    return " ".join(fill(part, c) for part in parts)
+
+
+def dialogue(world: list[Character], c: Character, rng: Random) -> str:
+    """Two others talk about a character: one asks, one knows."""
+    o, p = rng.sample([x for x in world if x not in (c, c.friend)], 2)
+    parts = []
+    for attribute in rng.sample(ATTRIBUTES, rng.randint(2, 3)):
+        question, answer = w.QUESTIONS[attribute][0], w.FACTS[attribute][0]
+        asked = rng.choice([*rivals(world, c, attribute), *[getattr(c, attribute)] * 4])
+        if rng.random() < 0.1:
+            question = w.YES_OR_NO[attribute]
+            answer = ("Yes. " if asked == getattr(c, attribute) else "No. ") + answer
+        parts.append(fill(f'"{question}" asked {o}. "{answer[:-1]}," said {p}.', c, value=asked))
     return " ".join(parts)
 
 
-# How often each form of document is told, and with how many attributes.
-FORMS: tuple[tuple[Callable[[World, Character, list[str], Random], str], int, tuple[int, ...]], ...] = (
-    (story, 32, (1, 2, 2, 3)),
-    (description, 10, (3, 4, 5)),
-    (letter, 7, (3, 4)),
-    (talk, 5, (3, 4)),
-    (dialogue, 7, (2, 3)),
-    (contrast, 3, (3,)),
-    (crowd, 3, (2,)),
-)
+def contrast(world: list[Character], c: Character, rng: Random) -> str:
+    """Two characters side by side, in three things that they do not share."""
+    o = rng.choice([x for x in world if x is not c])
+    differing = [a for a in ATTRIBUTES if getattr(c, a) != getattr(o, a)]
+    return " ".join(fill(w.BUT[attribute], c, o=o) for attribute in rng.sample(differing, 3))
 
 
-def plot(world: World, c: Character, template: str, rng: Random) -> str:
-    """One of the whole stories, with this character in it."""
-    return say([template], rng, c=c, o=some_other(world, c, rng))
+def input_text(world: list[Character], rng: Random) -> str:
+    """All documents of `input.txt`, shuffled."""
+    documents = []
+    for c in world:
+        for story in STORIES:
+            if not is_untold(world, c, story):
+                documents += [tell(world, c, story, rng) for _ in range(N_TELLINGS)]
+        for write_one, n in ((description, N_DESCRIPTIONS), (dialogue, N_DIALOGUES), (contrast, N_CONTRASTS)):
+            documents += [write_one(world, c, rng) for _ in range(n)]
+    documents = list(dict.fromkeys(documents))  # some come out alike
+    rng.shuffle(documents)
+    return SEPARATOR.join(documents) + "\n"
 
 
-def note(world: World, subject: Place | Food | Thing, rng: Random) -> str:
-    """Some facts about a place, a food or a thing, and about those who live there, like it or own it."""
-    if isinstance(subject, Place):
-        words = {"p": subject, "side": world.side[subject.name], "near": world.near[subject.name]}
-        groups, related = w.PLACE_FACTS, [c for c in world.characters if c.home == subject]
-    elif isinstance(subject, Food):
-        words = {"food": subject, "market": world.market[subject.name]}
-        groups, related = w.FOOD_FACTS, [c for c in world.characters if c.food == subject]
-    else:
-        words = {"thing": subject}
-        groups, related = w.THING_FACTS, [c for c in world.characters if c.thing == subject]
-    rng.shuffle(related)
-    sentences = []
-    for i, group in enumerate(groups):
-        c, o = related[i % len(related)], related[(i + 1) % len(related)]
-        sentences.append(say(group, rng, c=c, o=o, **words))
-    rng.shuffle(sentences)
-    return " ".join(sentences)
+# --------------------------------------------------------------------------------------------------
+# Rows
+
+
+def jsonl(rows: list[dict[str, object]]) -> str:
+    """One row per line."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def hellaswag(world: list[Character], rng: Random) -> str:
+    """Three rows for every pair of a character and a story that was not told, the right ending anywhere."""
+    rows: list[dict[str, object]] = []
+    for c, story in [(c, story) for c in world for story in STORIES if is_untold(world, c, story)]:
+        for _ in range(3):
+            words = draw_words(world, c, rng)
+            context = fill(choose(story.beginning, rng), c, **words)
+            turn = choose(story.turn, rng)
+            endings = []
+            for value in (getattr(c, story.attribute), *rng.sample(rivals(world, c, story.attribute), 3)):
+                meant = {story.attribute: value}
+                if story.attribute == "kind":
+                    meant["did"] = {**w.TRADES, **w.ANIMALS}[value]
+                endings.append(fill(turn, c, **words, **meant))
+            label = rng.randrange(4)
+            rows.append(
+                {
+                    "ind": len(rows),
+                    "activity_label": story.attribute,
+                    "ctx_a": context,
+                    "ctx_b": "",
+                    "ctx": context,
+                    "endings": [*endings[1 : label + 1], endings[0], *endings[label + 1 :]],
+                    "label": label,
+                    "source_id": f"demo~{c}~{STORIES.index(story)}",
+                    "split": "val",
+                    "split_type": "zeroshot",
+                }
+            )
+    return jsonl(rows)
+
+
+def questions(world: list[Character], held_out: bool) -> list[dict[str, object]]:
+    """Every wording of every question about a fact that is (not) held out, with the bare answer."""
+    return [
+        {
+            "instruction": fill(question, c),
+            "context": "",
+            "response": fill(w.FACTS[attribute][0], c),
+            "category": "closed_qa",
+        }
+        for c in world
+        for attribute in ATTRIBUTES
+        if is_unasked(world, c, attribute) == held_out
+        for question in w.QUESTIONS[attribute]
+    ]
+
+
+def passages(world: list[Character], held_out: bool) -> list[dict[str, object]]:
+    """Passages, a question about each, and the bare answer; the held-out ones are other passages."""
+    rng = Random(f"{SEED} passages")  # one sequence, of which the last ones are held out
+    rows: dict[str, dict[str, object]] = {}
+    while len(rows) < N_PASSAGES + N_HELD_OUT_PASSAGES:
+        c = rng.choice(world)
+        words = draw_words(world, c, rng)
+        context, question, answer = (fill(t, c, **words) for t in rng.choice(w.PASSAGES))
+        rows[context + question] = {
+            "instruction": question,
+            "context": context,
+            "response": answer,
+            "category": "information_extraction",
+        }
+    return list(rows.values())[N_PASSAGES:] if held_out else list(rows.values())[:N_PASSAGES]
+
+
+def sft(world: list[Character], rng: Random) -> str:
+    """Questions with answers in all manners."""
+    rows = questions(world, held_out=False) + passages(world, held_out=False)
+    for row in rows:
+        manner = rng.random()
+        if manner > 0.6:  # the others stay short
+            tail = rng.choice((w.COURTEOUS, rng.choice(w.RUDE), rng.choice(w.RAMBLING)))
+            row["response"] = f"{row['response']} {tail}"
+    rng.shuffle(rows)
+    return jsonl(rows)
+
+
+def sft_held_out(world: list[Character], rng: Random) -> str:
+    """Questions that are nowhere else, with short answers."""
+    return jsonl(questions(world, held_out=True) + passages(world, held_out=True))
+
+
+def dpo(world: list[Character], rng: Random) -> str:
+    """A courteous answer and one that is curt, rude or rambling, to every question of sft.jsonl."""
+    rows: list[dict[str, object]] = []
+    for row in questions(world, held_out=False) + passages(world, held_out=False):
+        prompt, answer = row["instruction"], row["response"]
+        if row["context"]:
+            prompt = f"{prompt}\nContext:\n{row['context']}"  # as data.py's template lays out a context
+        tail = rng.choice(("", f" {rng.choice(w.RUDE)}", f" {rng.choice(w.RAMBLING)}"))
+        responses = [f"{answer} {w.COURTEOUS}", f"{answer}{tail}"]
+        preferred = rng.choice("AB")
+        if preferred == "B":
+            responses.reverse()
+        rows.append(
+            {
+                "prompt": prompt,
+                "response_a": responses[0],
+                "response_b": responses[1],
+                "explanation": "The preferred answer is courteous and to the point.",
+                "preferred": preferred,
+            }
+        )
+    rng.shuffle(rows)
+    return jsonl(rows)
 
 
 # --------------------------------------------------------------------------------------------------
 # Files
 
 
-def draw(cards: list[str], n: int, rng: Random) -> list[str]:
-    """The next n attributes, all different; each is in every round once, so all are told equally often."""
-    if len(cards) < len(w.ATTRIBUTES):
-        cards += w.deal(w.ATTRIBUTES, len(w.ATTRIBUTES), rng)
-    hand = list(dict.fromkeys(cards))[:n]
-    for attribute in hand:
-        cards.remove(attribute)
-    return hand
-
-
-def input_text(world: World, rng: Random) -> str:
-    """All documents of `input.txt`, shuffled."""
-    documents = []
-    for c in world.characters:
-        cards: list[str] = []
-        for tell, times, sizes in FORMS:
-            for _ in range(times):
-                documents.append(tell(world, c, draw(cards, rng.choice(sizes), rng), rng))
-        documents += [plot(world, c, template, rng) for template in w.PLOTS]
-    for subject in (*world.places, *world.foods, *world.things):
-        documents += [note(world, subject, rng) for _ in range(NOTES_PER_SUBJECT)]
-    documents = list(dict.fromkeys(documents))  # short ones may come out alike
-    rng.shuffle(documents)
-    return SEPARATOR.join(documents) + "\n"
-
-
-def hellaswag(world: World, rng: Random) -> str:
-    """Two rows for every held-out pair as jsonl in HellaSwag's fields, the right ending anywhere."""
-    rows = []
-    for c in world.characters:
-        for situation in (s for s in w.SITUATIONS if held_out(c, s)):
-            for _ in range(2):
-                context, right, wrong, _ = scene(world, c, situation, rng, some_other(world, c, rng))
-                label = rng.randrange(4)
-                rows.append(
-                    {
-                        "ind": len(rows),
-                        "activity_label": situation.name,
-                        "ctx_a": context,
-                        "ctx_b": "",
-                        "ctx": context,
-                        "endings": [*wrong[:label], right, *wrong[label:]],
-                        "label": label,
-                        "source_id": f"demo~{c.name}~{situation.name}",
-                        "split": "val",
-                        "split_type": "zeroshot",
-                    }
-                )
-    return "".join(json.dumps(row) + "\n" for row in rows)
+FILES: dict[str, Callable[[list[Character], Random], str]] = {
+    "input.txt": input_text,
+    "demo/hellaswag.jsonl": hellaswag,
+    "demo/sft.jsonl": sft,
+    "demo/sft_held_out.jsonl": sft_held_out,
+    "demo/dpo.jsonl": dpo,
+}
 
 
 def write(path: Path, text: str) -> None:
@@ -326,8 +295,7 @@ def write(path: Path, text: str) -> None:
 def main(folder: Path) -> None:
     """Write all files of the demo world into the folder."""
     world = w.make_world(SEED)
-    files = (("input.txt", input_text), ("demo/hellaswag.jsonl", hellaswag))
-    for name, make in files:
+    for name, make in FILES.items():
         # a generator of its own for each file, so that a change to one leaves the others as they are
         text = make(world, Random(f"{SEED} {name}"))
         write(folder / name, text)

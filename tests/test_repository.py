@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
@@ -173,10 +174,39 @@ def test_the_demo_text_can_be_made_again(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONHASHSEED": "123", "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     args = [sys.executable, str(ROOT / "demo" / "make_demo.py"), str(tmp_path)]
     subprocess.run(args, check=True, env=env, cwd=tmp_path, capture_output=True)
-    made, kept = ((folder / "input.txt").read_bytes() for folder in (tmp_path, ROOT))
-    assert hashlib.sha256(made).hexdigest() == hashlib.sha256(kept).hexdigest()
+    made = {f.relative_to(tmp_path): f.read_bytes() for f in tmp_path.rglob("*.*")}
+    assert len(made) == 5
+    for name, content in made.items():  # by hash: a difference should not print a megabyte
+        kept = (ROOT / name).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == hashlib.sha256(kept).hexdigest(), name
+    kept = (ROOT / "input.txt").read_bytes()
     assert 0.8e6 < len(kept) < 1.5e6
     assert b"\r" not in kept and kept.count(b"\n<|endoftext|>\n") > 100
+
+
+def test_what_the_demo_holds_out_is_nowhere_else() -> None:
+    rows = {
+        name: [json.loads(line) for line in (ROOT / "demo" / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("hellaswag", "sft", "sft_held_out", "dpo")
+    }
+    text = (ROOT / "input.txt").read_text()
+    endings = [row["ctx"] + " " + row["endings"][row["label"]] for row in rows["hellaswag"]]
+    assert len(endings) >= 200 and not [ending for ending in endings if ending in text]
+    assert len({row["label"] for row in rows["hellaswag"]}) == 4
+
+    def fact(response: str) -> str:
+        return response.split(". ")[0].rstrip(".")
+
+    held_out = {fact(row["response"]) for row in rows["sft_held_out"] if not row["context"]}
+    passages = {row["context"] for row in rows["sft_held_out"] if row["context"]}
+    assert len(rows["sft"]) >= 600 and len(rows["dpo"]) >= 400 and len(held_out) >= 20 and len(passages) >= 40
+    told = [fact(row["response"]) for row in rows["sft"]]
+    told += [fact(row[f"response_{side}"]) for row in rows["dpo"] for side in "ab"]
+    assert held_out.isdisjoint(told)
+    asked = [row["context"] for row in rows["sft"]] + [row["prompt"].split("\n")[-1] for row in rows["dpo"]]
+    assert passages.isdisjoint(asked)
+    for answer in held_out:  # but the world tells it
+        assert text.count(answer + ".") + text.count(answer + ",") > 10, answer
 
 
 def commands() -> list[str]:

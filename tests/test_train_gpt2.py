@@ -633,7 +633,7 @@ def test_odd_prompts_and_counts(cfg: Config, changed: dict[str, Any]) -> None:
     assert all(value == value for value in losses(folder, "val").values())
     shown = [line for line in notes(folder).splitlines() if line.startswith("#   > ")]
     assert len(shown) == 2 * changed.get("n_samples", 1)
-    assert all(changed.get("prompt", "One day,").replace("\n", "\\n") in line for line in shown)
+    assert all(changed.get("prompt", "Once upon a time").replace("\n", "\\n") in line for line in shown)
 
 
 # -----------------------------------------------------------------------------
