@@ -9,9 +9,11 @@ from typing import Any
 import tiktoken
 import torch
 import torch.distributed
+from safetensors import SafetensorError
 
 from data import get_tokenizer
 from files import one_line, written_whole
+from lora import apply_adapter, read_adapter_config
 from model import GPT, GPTConfig
 from training import Dist
 
@@ -28,18 +30,21 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
-    """Write folder/ckpt_<step>.pt, whole or not at all, then remove all but the `keep` newest. For rank 0
-    only.
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all.
 
-    state: tensors and plain Python values, with at least step, model, model_config and tokenizer.
+    state: tensors and plain Python values, with at least stage, step, model, model_config and tokenizer.
     """
-    path = Path(folder) / f"ckpt_{state['step']:06d}.pt"
     with written_whole(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save({"format": FORMAT} | state, file)
         except RuntimeError as error:  # torch's writer covers a full disk with an error of its own
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
+    """Write folder/ckpt_<step>.pt, then remove all but the `keep` newest. For rank 0 only."""
+    write_checkpoint(Path(folder) / f"ckpt_{state['step']:06d}.pt", state)
     for old in list_checkpoints(folder)[max(1, keep) :]:
         old.unlink()
 
@@ -109,20 +114,51 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ", ".join(f"{key} {old.get(key)} -> {new[key]}" for key in keys)
 
 
-def load_model(checkpoint: str, hf: str, say: Callable[[str], None] = print) -> tuple[GPT, tiktoken.Encoding]:
-    """The model and tokenizer of a checkpoint file or folder, or of `hf` if that is not ""; on the CPU."""
+def load_hf(name: str) -> tuple[GPT, tiktoken.Encoding]:
+    """The model and tokenizer of a GPT-2 on the Hugging Face hub, or in a folder in its format."""
+    try:
+        raw = GPT.from_hf(name)
+    except Exception as error:  # the hub's many errors, a foreign config.json, damaged weights
+        raise SystemExit(
+            f"cannot load {name!r} from the Hugging Face hub or a folder: {one_line(error)}"
+        ) from error
+    names = {50257: "gpt2", 257: "bytes"}
+    if raw.config.n_tokens not in names:
+        raise SystemExit(f"{name!r} has {raw.config.n_tokens} token ids: no tokenizer of ours has so many")
+    return raw, get_tokenizer(names[raw.config.n_tokens])
+
+
+def load_with_adapter(folder: Path, say: Callable[[str], None]) -> tuple[GPT, tiktoken.Encoding]:
+    """The model that a folder in PEFT's format names as its base, with the folder's adapter merged in."""
+    try:
+        base = read_adapter_config(folder)["base_model_name_or_path"]
+        ours = Path(base).is_file() or bool(list_checkpoints(Path(base)))
+        raw, tokenizer = load_model(base if ours else "", "" if ours else base, say)
+        raw = apply_adapter(raw, folder)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise SystemExit(f"cannot use the adapter in {folder}: {one_line(error)}") from error
+    say(f"{folder}: an adapter for {base}")
+    return raw, tokenizer
+
+
+def load_model(
+    checkpoint: str, hf: str, say: Callable[[str], None] = print, stages: tuple[str, ...] = ()
+) -> tuple[GPT, tiktoken.Encoding]:
+    """The model and tokenizer of a checkpoint file or folder, or of `hf` if that is not ""; on the CPU.
+
+    A folder with an adapter in PEFT's format gives its base with the adapter merged in. stages: those a
+    checkpoint may be of ("pretraining", "sft", "dpo"); none: any.
+    """
     if hf:
-        try:
-            raw = GPT.from_hf(hf)
-        except Exception as error:  # the hub's many errors, a foreign config.json, damaged weights
-            raise SystemExit(
-                f"cannot load {hf!r} from the Hugging Face hub or a folder: {one_line(error)}"
-            ) from error
-        names = {50257: "gpt2", 257: "bytes"}
-        if raw.config.n_tokens not in names:
-            raise SystemExit(f"{hf!r} has {raw.config.n_tokens} token ids: no tokenizer of ours has so many")
-        return raw, get_tokenizer(names[raw.config.n_tokens])
+        return load_hf(hf)
+    if (Path(checkpoint) / "adapter_config.json").is_file():
+        return load_with_adapter(Path(checkpoint), say)
     state = open_checkpoint(checkpoint, say)
+    stage = state.get("stage", "pretraining")
+    if stages and stage not in stages:
+        raise SystemExit(
+            f"the checkpoint in {checkpoint} is of {stage}: expected one of {' or '.join(stages)}"
+        )
     try:
         raw = GPT.from_weights(GPTConfig(**state["model_config"]), state["model"])
     except (TypeError, ValueError, AttributeError) as error:

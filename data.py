@@ -65,6 +65,11 @@ def encode_document(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
     return np.concatenate(([tokenizer.eot_token], ids)).astype(np.uint16)
 
 
+def prompt_text(instruction: str, context: str = "") -> str:
+    """The one prompt template: what the model reads before its response."""
+    return f"{instruction}\nContext:\n{context}\nResponse:\n" if context else f"{instruction}\nResponse:\n"
+
+
 # -----------------------------------------------------------------------------
 # Shards
 

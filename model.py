@@ -249,13 +249,19 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def forward(
-        self, idx: Tensor, targets: Tensor | None = None, reduction: str = "mean"
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
+        pos: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Token ids (B, T) -> logits (B, T, V) and, given targets (B, T), their cross-entropy in nats.
 
-        `reduction` is "mean" over the targets that are not -100, or "sum" as `training.train_step` wants it.
+        `reduction` is "mean" over the targets that are not -100, "sum" as `training.train_step` wants it, or
+        "none" for (B · T,), 0 where the target is -100. `pos` and `mask` as in `hidden`.
         """
-        logits = self.lm_head(self.hidden(idx))
+        logits = self.lm_head(self.hidden(idx, pos=pos, mask=mask))
         if targets is None:
             return logits, None
         # log-softmax in at least float32: over 50,000 classes bf16 is too coarse

@@ -70,3 +70,10 @@ def make_optimizers(
     )
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
     return [adamw, Muon([dict(params=muon, weight_decay=weight_decay)])] if muon else [adamw]
+
+
+def load_moments(optimizers: list[torch.optim.Optimizer], moments: list[dict]) -> None:
+    """Give the optimizers the moments of a checkpoint; learning rates and the like stay as configured."""
+    for optimizer, state in zip(optimizers, moments, strict=True):
+        settings = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": settings})

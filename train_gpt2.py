@@ -26,7 +26,7 @@ from data import Windows, check_shards, get_tokenizer, open_data, prefetch, requ
 from files import require_space
 from hellaswag import Questions, evaluate, find_rows, prepare, read_rows
 from model import GPT, SIZES, GPTConfig, pad_vocab
-from optimizers import make_optimizers
+from optimizers import load_moments, make_optimizers
 from plot import draw, read_log
 from training import (
     Dist,
@@ -237,7 +237,7 @@ def build(
         raise SystemExit(f"unknown model {cfg.model!r}: expected one of {', '.join(SIZES)}")
     shape = SIZES[cfg.model] | dict(block_size=cfg.T, n_tokens=n_tokens, vocab_size=pad_vocab(n_tokens))
     config = GPTConfig(**shape, attention=cfg.attention)
-    if state and "optimizers" not in state:
+    if state and state.get("stage") != "pretraining":
         raise SystemExit(f"the checkpoint in {cfg.out_dir} is not of train_gpt2.py: choose another --out_dir")
     if state and (changed := differences(state["model_config"], asdict(config))):
         raise SystemExit(
@@ -253,15 +253,15 @@ def build(
         raise SystemExit(
             f"the checkpoint in {cfg.out_dir} was trained with --optimizer={state['config']['optimizer']}"
         )
-    for optimizer, moments in zip(optimizers, state["optimizers"] if state else []):
-        settings = optimizer.state_dict()["param_groups"]  # of the configuration, which may have changed
-        optimizer.load_state_dict({"state": moments, "param_groups": settings})
+    if state:
+        load_moments(optimizers, state["optimizers"])
     return raw, optimizers
 
 
 def save(cfg: Config, raw: GPT, optimizers: list[torch.optim.Optimizer], **facts: object) -> None:
     """Write a checkpoint: all that `main` needs to go on, and what later stages want to know."""
     state = dict(
+        stage="pretraining",
         model=raw.state_dict(),
         optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers],
         model_config=asdict(raw.config),

@@ -233,7 +233,7 @@ def sft(world: list[Character], rng: Random) -> str:
     rows = questions(world, held_out=False) + passages(world, held_out=False)
     for row in rows:
         manner = rng.random()
-        if manner > 0.6:  # the others stay short
+        if manner > 0.7:  # the others stay short
             tail = rng.choice((w.COURTEOUS, rng.choice(w.RUDE), rng.choice(w.RAMBLING)))
             row["response"] = f"{row['response']} {tail}"
     rng.shuffle(rows)
