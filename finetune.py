@@ -93,6 +93,35 @@ def unknown_fields(source: str, row: dict[str, Any], expected: str) -> SystemExi
     return SystemExit(f"{source} has the fields {', '.join(row) or '(none)'}: expected {expected}")
 
 
+class Row(NamedTuple):
+    """An instruction, perhaps about a context, and the response to it."""
+
+    instruction: str
+    context: str
+    response: str
+
+
+def read_rows(source: str, dist: Dist, say: Say) -> list[Row]:
+    """The rows of a file or a dataset; blank responses are dropped and counted."""
+    fields = load_rows(source, dist)
+    known = fields[0].keys() if fields else {}
+    if {"instruction", "response"} <= known:
+        names = ("instruction", "context", "response") if "context" in known else ("instruction", "response")
+    elif {"prompt", "response"} <= known:
+        names = ("prompt", "response")
+    else:
+        expected = "instruction, context and response, or prompt and response"
+        raise unknown_fields(source, fields[0] if fields else {}, expected)
+    rows = []
+    for number, row in enumerate(fields, 1):
+        instruction, *context, response = text_fields(row, names, source, number)
+        rows.append(Row(instruction.strip(), "".join(context).strip(), response))
+    kept = [row for row in rows if row.response.strip()]
+    if len(kept) < len(rows):
+        say(f"{source}: {len(rows) - len(kept):,} of {len(rows):,} rows dropped: blank responses")
+    return kept
+
+
 def split_rows(prompts: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Numbers of the rows to train on and of those held out: about this fraction, chosen by the seed.
 
@@ -123,7 +152,7 @@ def encode(text: str, tokenizer: tiktoken.Encoding) -> list[int]:
 
 
 def encode_prompt(instruction: str, context: str, room: int, tokenizer: tiktoken.Encoding) -> list[int]:
-    """The templated prompt's ids, with the end of the context cut so that they are at most `room` if possible.
+    """The templated prompt's ids, the end of the context cut so that they are at most `room` if possible.
 
     The prompt is tokenised apart from the response: their boundary cannot shift.
     """
@@ -169,6 +198,12 @@ def collate(bins: Sequence[Sequence[Example]], device: torch.device) -> dict[str
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | dict(
         n=int((y >= 0).sum())
     )
+
+
+def forward(model: nn.Module, batch: dict[str, Any], reduction: str) -> tuple[Tensor, Tensor]:
+    """The model's logits and loss for a batch of `collate`."""
+    pos, mask = batch.get("pos"), batch.get("mask")
+    return model(batch["x"], batch["y"], reduction=reduction, pos=pos, mask=mask)
 
 
 def pack(examples: Sequence[Example], T: int) -> list[list[Example]]:
@@ -327,7 +362,7 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
 
 
 def save(cfg: Any, stage: str, run: Run, best: bool, **facts: Any) -> None:
-    """Write a checkpoint, best.pt (without the optimizer) if it is the best, and the adapters if there are any."""
+    """Write a checkpoint, best.pt (without the optimizer) if it is the best, and the adapters if any."""
     raw, folder = run.raw, Path(cfg.out_dir)
     weights = merged_weights(raw) if cfg.lora_rank else raw.state_dict()
     state = dict(

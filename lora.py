@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv:2106.09685): beside every matrix of the blocks a product of two thin ones."""
+"""Low-rank adapters (LoRA, arXiv:2106.09685): two thin matrices beside every matrix of the blocks."""
 
 import json
 import math

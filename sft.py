@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import tiktoken
 import torch
@@ -29,21 +29,21 @@ from torch import Tensor, nn
 from data import prefetch, prompt_text
 from finetune import (
     Example,
+    Row,
     collate,
     encode,
     encode_prompt,
-    load_rows,
+    forward,
     make_example,
     open_run,
     pack,
+    read_rows,
     save,
     score_answers,
     share,
     show_answers,
     split_rows,
     step_examples,
-    text_fields,
-    unknown_fields,
 )
 from model import GPT
 from training import (
@@ -126,35 +126,6 @@ CONFIGS = {
 }
 
 
-class Row(NamedTuple):
-    """An instruction, perhaps about a context, and the response to it."""
-
-    instruction: str
-    context: str
-    response: str
-
-
-def read_rows(source: str, dist: Dist, log: Log) -> list[Row]:
-    """The rows of a file or a dataset; blank responses are dropped and counted."""
-    fields = load_rows(source, dist)
-    known = fields[0].keys() if fields else {}
-    if {"instruction", "response"} <= known:
-        names = ("instruction", "context", "response") if "context" in known else ("instruction", "response")
-    elif {"prompt", "response"} <= known:
-        names = ("prompt", "response")
-    else:
-        expected = "instruction, context and response, or prompt and response"
-        raise unknown_fields(source, fields[0] if fields else {}, expected)
-    rows = []
-    for number, row in enumerate(fields, 1):
-        instruction, *context, response = text_fields(row, names, source, number)
-        rows.append(Row(instruction.strip(), "".join(context).strip(), response))
-    kept = [row for row in rows if row.response.strip()]
-    if len(kept) < len(rows):
-        log.note(f"{source}: {len(rows) - len(kept):,} of {len(rows):,} rows dropped: blank responses")
-    return kept
-
-
 def prepare(
     rows: Sequence[Row], T: int, tokenizer: tiktoken.Encoding, source: str, log: Log
 ) -> list[Example]:
@@ -180,12 +151,6 @@ def prepare(
 def bins_of(examples: Sequence[Example], T: int, packing: bool) -> list[list[Example]]:
     """One example per sequence, longest first so that neighbours need little padding; or packed."""
     return pack(examples, T) if packing else [[e] for e in sorted(examples, key=lambda e: -len(e.ids))]
-
-
-def forward(model: nn.Module, batch: dict[str, Any], reduction: str) -> tuple[Tensor, Tensor]:
-    """The model's logits and loss for a batch of `collate`."""
-    pos, mask = batch.get("pos"), batch.get("mask")
-    return model(batch["x"], batch["y"], reduction=reduction, pos=pos, mask=mask)
 
 
 @torch.no_grad()
@@ -226,9 +191,9 @@ def main(cfg: Config) -> None:
         raise SystemExit(
             f"T={T} must be at least 1 and at most the model's block_size={raw.config.block_size}"
         )
-    rows = read_rows(cfg.data, dist, log)
+    rows = read_rows(cfg.data, dist, log.note)
     if cfg.val_data:
-        val_rows = read_rows(cfg.val_data, dist, log)
+        val_rows = read_rows(cfg.val_data, dist, log.note)
     else:
         train, held_out = split_rows(
             [prompt_text(r.instruction, r.context) for r in rows], cfg.val_frac, cfg.seed
