@@ -170,5 +170,6 @@ def load_model(
         raise SystemExit(
             f"{checkpoint} has {raw.config.n_tokens} token ids, its tokenizer {tokenizer.n_vocab}"
         )
-    say(f"{checkpoint}: step {state['step']}, {raw.n_params():,} parameters, tokenizer {tokenizer.name}")
+    what = f"{stage}, step {state['step']}, {raw.n_params():,} parameters, tokenizer {tokenizer.name}"
+    say(f"{checkpoint}: {what}")
     return raw, tokenizer

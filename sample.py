@@ -5,8 +5,11 @@
     python sample.py --hf=gpt2 --prompt="The meaning of life is" --n_samples=3 --top_k=0 --top_p=0.95
     echo "What is a cat?" | python sample.py --prompt=-         # standard input
     python sample.py --prompt_file=prompts.txt                  # the whole file is one prompt
+    python sample.py --checkpoint=out/dpo --chat                # a conversation with a fine-tuned model
+    python sample.py demo-chat                                  # after the demos of sft.py and dpo.py
 
-The prompt and the model's words go to standard output, everything else to standard error.
+The prompt and the model's words go to standard output, everything else to standard error. In a conversation
+/reset forgets what was said and /quit ends it; what no longer fits into the model's context is forgotten too.
 """
 
 import codecs
@@ -15,13 +18,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
 import tiktoken
 
 from checkpoints import load_model
-from model import check_sampling
+from data import prompt_text
+from model import GPT, check_sampling
 from training import autocast, check_positive, parse, pick_precision, setup
 
 
@@ -31,6 +36,8 @@ class Config:
     hf: str = ""  # instead: a GPT-2 of the Hugging Face hub ("gpt2", "gpt2-xl"), or a folder in its format
     prompt: str = "Hello, I'm a language model,"  # "-" reads standard input; "" begins a document
     prompt_file: str = ""  # instead: the text of a file
+    chat: bool = False  # a conversation instead: every line is a prompt in the template of sft.py
+    turns: int = 8  # of a conversation that the model sees; 0 suits one that learned from single questions
     n_samples: int = 1  # continuations, drawn together; more than one are printed one after another
     max_new_tokens: int = 256  # length of each, tokens; end-of-text ends one sooner
     temperature: float = 0.8  # 0: always the most likely token; 1: the model's own probabilities
@@ -46,6 +53,7 @@ CONFIGS = {
     "demo": Config(
         checkpoint="out/demo", prompt="Once upon a time", n_samples=3, max_new_tokens=500, temperature=0.3
     ),
+    "demo-chat": Config(checkpoint="out/demo-dpo", chat=True, turns=0, max_new_tokens=100, temperature=0.0),
 }
 
 
@@ -82,19 +90,79 @@ def stream(
     yield [decoder.decode(b"", final=True) for decoder in decoders]
 
 
+def fit_history(history: list[list[int]], prompt: list[int], room: int) -> list[list[int]]:
+    """The newest turns that fit into `room` tokens together with the prompt."""
+    kept = room - len(prompt)
+    newest = []
+    for turn in reversed(history):
+        kept -= len(turn)
+        if kept < 0:
+            break
+        newest.insert(0, turn)
+    return newest
+
+
+def chat(cfg: Config, raw: GPT, tokenizer: tiktoken.Encoding) -> None:
+    """Answer line by line until /quit or the end of the input; each turn sees the ones before it."""
+    # what an answer may need stays free, but never more than half of what the model sees
+    room = raw.config.block_size - min(cfg.max_new_tokens, raw.config.block_size // 2)
+    history: list[list[int]] = []  # the turns so far, each with its end-of-text
+    say("/reset forgets what was said, /quit ends")
+    for seed in count(cfg.seed):
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return print()
+        except UnicodeDecodeError as error:
+            say(f"not text in UTF-8: {error}")
+            continue
+        if line == "/quit":
+            return
+        if line == "/reset":
+            history = []
+        elif line.startswith("/"):
+            say(f"no command {line}: there are /reset and /quit")
+        if not line or line.startswith("/"):
+            continue
+        prompt = tokenizer.encode_ordinary(prompt_text(line))
+        if len(prompt) > room:
+            say(f"that is {len(prompt)} tokens; the model has room for {room}")
+            continue
+        history = fit_history(history[max(0, len(history) - cfg.turns) :], prompt, room)
+        turn = list(prompt)
+        settings = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, seeds=[seed])
+        context = [token for old in history for token in old] + prompt
+        tokens = raw.generate([context], cfg.max_new_tokens, stop=tokenizer.eot_token, **settings)
+        for (piece,) in stream(remember(tokens, turn), tokenizer, 1):
+            print(piece, end="", flush=True)
+        print()
+        history.append([*turn, tokenizer.eot_token] if turn[-1] != tokenizer.eot_token else turn)
+
+
+def remember(tokens: Iterator[list[int | None]], turn: list[int]) -> Iterator[list[int | None]]:
+    """Hand the tokens of the only row on, and add them to the turn."""
+    for step in tokens:
+        turn += [token for token in step if token is not None]
+        yield step
+
+
 def main(cfg: Config) -> None:
-    """Print the prompt's continuations."""
+    """Print the prompt's continuations, or hold a conversation."""
     check_positive(cfg, "n_samples")
-    if cfg.max_new_tokens < 0:
-        raise SystemExit(f"max_new_tokens={cfg.max_new_tokens} must be at least 0")
+    for name in ("max_new_tokens", "turns"):
+        if getattr(cfg, name) < 0:
+            raise SystemExit(f"{name}={getattr(cfg, name)} must be at least 0")
     try:
         check_sampling(cfg.temperature, cfg.top_k, cfg.top_p)
     except ValueError as error:
         raise SystemExit(str(error)) from error
-    text = read_prompt(cfg)
+    text = "" if cfg.chat else read_prompt(cfg)
     raw, tokenizer = load_model(cfg.checkpoint, cfg.hf, say)
     device = setup(cfg.device, deterministic=False).device
     raw.to(device)
+    if cfg.chat:
+        with autocast(pick_precision(cfg.precision, device), device):
+            return chat(cfg, raw, tokenizer)
 
     prompt = tokenizer.encode_ordinary(text) or [tokenizer.eot_token]  # an empty prompt begins a document
     if len(prompt) > raw.config.block_size:

@@ -81,9 +81,9 @@ class Config:
     min_lr_frac: float = 0.0  # the cosine ends at this share of max_lr
     warmup_frac: float = 0.03  # share of the steps in which the learning rate rises
     weight_decay: float = 0.0  # on matrices and embeddings
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
-    eps: float = 1e-8  # AdamW
+    beta1: float = 0.9  # AdamW: memory of gradients
+    beta2: float = 0.95  # AdamW: memory of squared gradients
+    eps: float = 1e-8  # AdamW: added to their root
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     seed: int = 1337  # of the split, the order of the rows, and the adapters
     lora_rank: int = 0  # train adapters of this rank instead of the weights; 0: the weights

@@ -36,8 +36,8 @@ def parse(configs: dict[str, Config], doc: str, args: list[str] | None = None) -
     """Constants -> command line: `script.py [NAME] [--constant=value …]`, where NAME picks one of `configs`.
 
     The first configuration is the default. The comments behind the constants become the help; `--max_lr` and
-    `--max-lr` are the same; an unknown constant ends the program with a suggestion. `args` defaults to
-    sys.argv[1:].
+    `--max-lr` are the same, `--chat` is `--chat=True`; an unknown constant ends the program with a
+    suggestion. `args` defaults to sys.argv[1:].
     """
     import tyro
 
@@ -49,6 +49,9 @@ def parse(configs: dict[str, Config], doc: str, args: list[str] | None = None) -
         )
     is_rank_0 = os.environ.get("RANK", "0") == "0"
     known = [field.name for field in fields(configs[name])]
+    flags = {f"--{field.name}" for field in fields(configs[name]) if "bool" in str(field.type)}
+    alone = [not after or after.startswith("--") for after in [*args[1:], ""]]
+    args = [f"{arg}=True" if arg in flags and bare else arg for arg, bare in zip(args, alone)]
     for option in (arg[2:].split("=")[0] for arg in args if arg.startswith("--")):
         if option.replace("-", "_") not in (*known, "help"):
             close = difflib.get_close_matches(option.replace("-", "_"), known, n=1, cutoff=0.5)

@@ -17,10 +17,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))
 
-# An arrow only ever points to a lower number. A file that is not named here is a script, number 4.
-LAYERS = {"files": 0, "model": 1, "data": 1, "training": 1, "optimizers": 1, "checkpoints": 2}
-LAYERS |= {"hellaswag": 3, "plot": 3, "bench": 5}
-SCRIPTS = [name for name in FILES if LAYERS.get(name, 4) >= 3]
+# An arrow only ever points to a lower number. A file that is not named here is a script, number 5.
+LAYERS = {"files": 0, "model": 1, "data": 1, "training": 1, "optimizers": 1, "lora": 2, "checkpoints": 3}
+LAYERS |= {"hellaswag": 4, "plot": 4, "finetune": 4, "bench": 6}
+SCRIPTS = [name for name in FILES if LAYERS.get(name, 5) >= 4 and name != "finetune"]
 
 
 def tree(path: Path) -> ast.Module:
@@ -47,7 +47,7 @@ def imported(node: ast.AST) -> set[str]:
 def test_imports_only_point_down() -> None:
     for name in FILES:
         for other in imported(tree(ROOT / f"{name}.py")) & set(FILES):
-            assert LAYERS.get(other, 4) < LAYERS.get(name, 4), f"{name}.py must not import {other}.py"
+            assert LAYERS.get(other, 5) < LAYERS.get(name, 5), f"{name}.py must not import {other}.py"
 
 
 def test_every_import_is_named_in_the_requirements() -> None:
