@@ -17,6 +17,7 @@ from lora import apply_adapter, read_adapter_config
 from model import GPT, GPTConfig
 from training import Dist
 
+MAKERS = {"pretraining": "train_gpt2.py", "sft": "sft.py", "dpo": "dpo.py"}  # the stages
 FORMAT = 1  # raise it when a checkpoint's keys change their meaning
 
 
@@ -156,9 +157,8 @@ def load_model(
     state = open_checkpoint(checkpoint, say)
     stage = state.get("stage", "pretraining")
     if stages and stage not in stages:
-        raise SystemExit(
-            f"the checkpoint in {checkpoint} is of {stage}: expected one of {' or '.join(stages)}"
-        )
+        makers = " or ".join(f"{name} ({MAKERS[name]})" for name in stages)
+        raise SystemExit(f"the checkpoint in {checkpoint} is of {stage}: start from one of {makers}")
     try:
         raw = GPT.from_weights(GPTConfig(**state["model_config"]), state["model"])
     except (TypeError, ValueError, AttributeError) as error:
