@@ -73,9 +73,7 @@ Loss = Literal["sigmoid", "robust", "hinge", "ipo"]
 class Config:
     checkpoint: str = "out/sft"  # what to start from: a folder of sft.py, or one checkpoint file
     hf: str = ""  # instead: a GPT-2 on the Hugging Face hub, or a folder in its format
-    data: str = (
-        "andersonbcdefg/red_teaming_reward_modeling_pairwise"  # on the hub, or .json, .jsonl, .parquet
-    )
+    data: str = "andersonbcdefg/red_teaming_reward_modeling_pairwise"  # a dataset, or a file
     val_frac: float = 0.03  # part held out, chosen by the seed; pairs with the same prompt stay together
     questions: str = ""  # prompts and responses, as for sft.py: how answers begin is scored; "": not
     out_dir: str = "out/dpo"  # where log.txt and checkpoints go
@@ -106,9 +104,7 @@ class Config:
     lora_merge: bool = True  # checkpoints hold the merged model; False: only the adapters, which are small
 
     eval_every: int = 100  # steps between measures on the held-out pairs
-    answer_rows: int = (
-        0  # compare the greedy answers to so many held-out prompts with the chosen ones; 0: none
-    )
+    answer_rows: int = 0  # compare greedy answers to so many held-out prompts with the chosen; 0: none
     prompts: tuple[str, ...] = (  # answered before, during and after
         "What is the capital of France?",
         "How can I make friends in a new city?",
@@ -120,7 +116,7 @@ class Config:
 
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
-    compile: bool | None = False  # torch.compile the training step; shapes vary, so it seldom pays
+    compile: bool = False  # torch.compile the training step; shapes vary, so it seldom pays
     deterministic: bool = True  # CUDA kernels that give the same bits every time: a resumed run is exact
 
 
@@ -305,7 +301,7 @@ def add_reference(
     for pair in flat:
         for example in pair[:2]:
             hashed.update(f"{len(example.ids)} {example.n_prompt}".encode() + example.ids.tobytes())
-    path = Path(cfg.out_dir) / f"reference_{hashed.hexdigest()[:16]}.npy"
+    path = Path(cfg.out_dir) / f"reference_{hashed.hexdigest()[:16]}.npz"
     found = read_reference(path, len(flat))
     if dist.world_size > 1:  # all compute, or none
         found = found if total(torch.tensor(float(found is None), device=dist.device), dist) == 0 else None
@@ -315,7 +311,7 @@ def add_reference(
         found = reference_log_probs(started, flat, run.amp, cfg.B, dist)
         if dist.rank == 0:
             with written_whole(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, found)
+                np.savez(file, log_probs=found)
     pairs = iter(Tokens(*pair[:2], (c, r)) for pair, (c, r) in zip(flat, found.tolist()))
     return [[next(pairs) for _ in split] for split in splits]
 
@@ -323,8 +319,9 @@ def add_reference(
 def read_reference(path: Path, n_pairs: int) -> np.ndarray | None:
     """The kept log-probabilities, (n_pairs, 2); None if there are none that can be used."""
     try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        with np.load(path, allow_pickle=False) as archive:  # which has checksums
+            found = archive["log_probs"]
+    except Exception:  # the disk's, zipfile's and numpy's many; they are computed anew, and the log says so
         return None
     return found if found.shape == (n_pairs, 2) and np.isfinite(found).all() else None
 
@@ -348,6 +345,11 @@ def reference_log_probs(
 def check(cfg: Config) -> None:
     """SystemExit that names the first constant out of range."""
     check_positive(cfg, "B", "pairs_per_step", "eval_every", "save_every", "keep")
+    if cfg.max_steps is not None:
+        check_positive(cfg, "max_steps")
+    for name in ("rpo_alpha", "patience", "lora_rank", "answer_rows", "answer_tokens"):
+        if getattr(cfg, name) < 0:
+            raise SystemExit(f"{name}={getattr(cfg, name)} must be at least 0")
     if not cfg.beta > 0:
         raise SystemExit(f"beta={cfg.beta} must be above 0")
     if not 0 <= cfg.label_smoothing < 0.5:
@@ -407,7 +409,7 @@ def main(cfg: Config) -> None:
 
     start = state["step"] if state else 0
     scores = state["scores"] if state else {}
-    best_loss, best_margin, waited = scores.get("best", (math.inf, -math.inf, 0))
+    best_loss, best_margin, best_step = scores.get("best", (math.inf, -math.inf, 0))
     schedule = dict(max_steps=max_steps, warmup_steps=round(cfg.warmup_frac * max_steps))
     schedule |= dict(max_lr=cfg.max_lr, min_lr_frac=cfg.min_lr_frac)
     batches = prefetch(read, start, max_steps)
@@ -418,9 +420,10 @@ def main(cfg: Config) -> None:
             means = measure(run, val, cfg, dist)
             margin, best = means["rewards/margins"], 0 < step and means["loss"] < best_loss
             best_loss = means["loss"] if best else best_loss
-            waited = 0 if margin > best_margin else waited + 1
-            best_margin = max(margin, best_margin)
-            enough = 0 < cfg.patience <= waited
+            if margin > best_margin:
+                best_margin, best_step = margin, step
+            # by steps: a resumed run, which measures once more where it goes on, must not count that
+            enough = 0 < cfg.patience * cfg.eval_every <= step - best_step
             scores = {f"val/{name}": value for name, value in means.items()}
             text = f"step {step}: held-out loss {means['loss']:.4f}, margin {margin:.3f}, "
             text += f"accuracy {means['rewards/accuracies']:.1%}, "
@@ -438,7 +441,7 @@ def main(cfg: Config) -> None:
             show_answers(run, cfg, log, dist)
         last = last or enough
         if dist.rank == 0 and (best or step > start and (step % cfg.save_every == 0 or last or stopped)):
-            kept = scores | dict(best=(best_loss, best_margin, waited))
+            kept = scores | dict(best=(best_loss, best_margin, best_step))
             save(cfg, "dpo", run, best, step=step, scores=kept)
         if last or stopped:
             break

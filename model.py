@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -21,12 +22,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # Radford et al. 2019 for gpt2 … gpt2-xl; Brown et al. 2020 (arXiv:2005.14165), table 2.1, for gpt3-*.
-SIZES: dict[str, dict[str, int]] = {
+# ndgpt2-*: GPT-2 whose MLPs are made of NdLinear layers (see NdMLP).
+SIZES: dict[str, dict[str, Any]] = {
     "demo": dict(n_layer=3, n_head=4, n_embd=128, block_size=256),  # two CPU cores train it in minutes
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),  # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024),  # 1558M
+    "nd-demo": dict(
+        n_layer=3, n_head=4, n_embd=128, block_size=256, mlp="ndlinear", mlp_width=256, mlp_modes=2
+    ),
+    "ndgpt2-96m": dict(
+        n_layer=12, n_head=12, n_embd=768, block_size=1024, mlp="ndlinear", mlp_width=1536, mlp_modes=2
+    ),
+    "ndgpt2-82m": dict(
+        n_layer=12, n_head=12, n_embd=768, block_size=1024, mlp="ndlinear", mlp_width=768, mlp_modes=6
+    ),
     "gpt3-1.3b": dict(n_layer=24, n_head=16, n_embd=2048, block_size=2048),
     "gpt3-2.7b": dict(n_layer=32, n_head=32, n_embd=2560, block_size=2048),
     "gpt3-6.7b": dict(n_layer=32, n_head=32, n_embd=4096, block_size=2048),
@@ -44,18 +55,20 @@ class GPTConfig:
     n_tokens: int = 50257  # ids the tokenizer has; only these are ever sampled
     vocab_size: int = 50304  # rows of the embedding: n_tokens padded to a multiple of 64, for speed
     attention: str = "flash"  # flash: PyTorch's fused kernels; manual: written out in `manual_attention`
+    mlp: str = "dense"  # dense: GPT-2's; ndlinear: of NdLinear layers
+    mlp_width: int = 0  # of ndlinear: size of the hidden tensor's first mode; 0: 4 n_embd
+    mlp_modes: int = 1  # of ndlinear: size of its second mode
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            most = 1000 if name == "n_layer" else 2**20 - 1
-            if name != "attention" and not (type(value) is int and 0 < value <= most):
-                raise ValueError(
-                    f"{name}={value!r} in the model's configuration: expected an integer from 1 to {most}"
-                )
-        if self.attention not in ("flash", "manual"):
-            raise ValueError(
-                f"attention={self.attention!r} in the model's configuration: expected 'flash' or 'manual'"
-            )
+            least, most = 0 if name == "mlp_width" else 1, 1000 if name == "n_layer" else 2**20 - 1
+            if name not in ("attention", "mlp") and not (type(value) is int and least <= value <= most):
+                expected = f"an integer from {least} to {most}"
+                raise ValueError(f"{name}={value!r} in the model's configuration: expected {expected}")
+        for name, known in (("attention", ("flash", "manual")), ("mlp", ("dense", "ndlinear"))):
+            if getattr(self, name) not in known:
+                value, expected = getattr(self, name), " or ".join(map(repr, known))
+                raise ValueError(f"{name}={value!r} in the model's configuration: expected {expected}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
         if self.n_tokens > self.vocab_size:
@@ -65,6 +78,11 @@ class GPTConfig:
 def pad_vocab(n_tokens: int) -> int:
     """Rows of the embedding for a tokenizer of `n_tokens` ids: the next multiple of 64 (50257 -> 50304)."""
     return -(-n_tokens // 64) * 64
+
+
+def is_matrix(p: Tensor) -> bool:
+    """Whether a parameter is a matrix or an embedding, and not a bias, a gain, or a vector in two axes."""
+    return p.dim() >= 2 and min(p.shape) > 1
 
 
 # -----------------------------------------------------------------------------
@@ -173,6 +191,47 @@ class MLP(nn.Module):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
+class NdLinear(nn.Module):
+    """A linear map along each mode of a tensor in turn, the first mode first (arXiv:2503.17353, algorithm 1).
+
+    (..., d_1, …, d_n) -> (..., h_1, …, h_n), with matrices (h_i, d_i) and, if wanted, biases (h_i,): without
+    biases the linear map whose matrix is the Kronecker product of the factors.
+    """
+
+    def __init__(self, d: Sequence[int], h: Sequence[int], bias: bool = True) -> None:
+        super().__init__()
+        if len(d) != len(h) or not d:
+            raise ValueError(f"NdLinear needs as many modes out as in, not {tuple(d)} -> {tuple(h)}")
+        self.modes = nn.ModuleList(nn.Linear(d_i, h_i, bias=bias) for d_i, h_i in zip(d, h))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for axis, linear in enumerate(self.modes, -len(self.modes)):
+            x = linear(x.movedim(axis, -1)).movedim(-1, axis)
+        return x
+
+
+class NdMLP(nn.Module):
+    """An MLP of two NdLinear layers, (C, 1) -> (I, f) -> GELU -> (I, f) -> (C, 1): NdGPT-2's.
+
+    The second mode comes from and goes to size one, so a hidden unit is gelu(w_j u_i + β_j) with u = W x + b,
+    and the block a dense one of width I whose activation is learned: Σ_j v_j gelu(w_j t + β_j).
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        C, I, f = config.n_embd, config.mlp_width or 4 * config.n_embd, config.mlp_modes  # noqa: E741
+        self.c_fc = NdLinear((C, 1), (I, f))
+        self.c_proj = NdLinear((I, f), (C, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.c_fc(x[..., None]), approximate="tanh")  # (B, T, I, f)
+        # The literal order is self.c_proj(hidden)[..., 0]. The small mode first costs 1/f of it; then the
+        # large mode's bias, which would have been mixed too, counts once instead of Σ v times.
+        large, small = self.c_proj.modes
+        mixed = F.linear(hidden, small.weight)[..., 0]  # (B, T, I)
+        return large(mixed) + (small.weight.sum() - 1) * large.bias + small.bias
+
+
 class Block(nn.Module):
     """Attention, then the MLP, each behind a layer norm and added to the residual stream."""
 
@@ -181,7 +240,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config) if config.mlp == "dense" else NdMLP(config)
 
     def forward(self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, mask)
@@ -215,16 +274,23 @@ class GPT(nn.Module):
 
         Matrices and embeddings N(0, 0.02); the projections that write into the residual stream 0.02 / √(2
         n_layer), so that its variance does not grow with depth. OpenAI drew wpe with 0.01; like most
-        reproductions we use 0.02.
+        reproductions we use 0.02. NdLinear's small factors begin near 1 and 1/f, so that an NdMLP begins as a
+        dense MLP would: with 0.02 for every factor its output would be 1e5 times too small to learn from.
         """
         for name, p in self.named_parameters():
-            if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
+            if name.endswith("c_fc.modes.1.weight"):  # (f, 1), scattered: equal ones would stay equal
+                nn.init.normal_(p, mean=1.0, std=0.1)
+            elif name.endswith("c_proj.modes.1.weight"):  # (1, f)
+                nn.init.constant_(p, 1 / p.numel())
+            elif name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
                 nn.init.ones_(p)
             elif name.endswith(".bias"):
                 nn.init.zeros_(p)
-            elif name.endswith("c_proj.weight"):
+            elif name.endswith(("c_proj.weight", "c_proj.modes.0.weight")):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif name.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_fc.weight")):
+            elif name.endswith(
+                ("wte.weight", "wpe.weight", "c_attn.weight", "c_fc.weight", "modes.0.weight")
+            ):
                 nn.init.normal_(p, std=0.02)
             else:
                 raise AssertionError(f"no initialisation rule for the parameter {name}")
@@ -281,7 +347,7 @@ class GPT(nn.Module):
         not), and attention's two products are 12 · n_layer · C · T, counted in full although half of it is
         masked.
         """
-        matrices = sum(p.numel() for p in self.parameters() if p.dim() >= 2)
+        matrices = sum(p.numel() for p in self.parameters() if is_matrix(p))
         return (
             6 * (matrices - self.transformer.wpe.weight.numel())
             + 12 * self.config.n_layer * self.config.n_embd * T
@@ -439,8 +505,10 @@ class GPT(nn.Module):
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config, weights = self.config, {}
+        if config.mlp != "dense":
+            raise ValueError(f"a GPT-2 of Hugging Face has no mlp={config.mlp!r}")
+        folder.mkdir(parents=True, exist_ok=True)
         for name, tensor in self.state_dict().items():
             if name == "transformer.wte.weight":
                 tensor = tensor[: config.n_tokens]

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from model import is_matrix
+
 
 def orthogonalize(x: Tensor) -> Tensor:
     """Matrices (n, rows, columns) -> about U Vᵀ of the singular value decomposition of each, same shape.
@@ -57,13 +59,13 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Fused AdamW, and with optimizer="muon" Muon for the blocks' matrices; no parameter twice.
 
-    Weight decay is on matrices and embeddings (2-D and more), not on biases and gains.
+    Weight decay is on matrices and embeddings, not on biases, gains and NdLinear's mixing vectors.
     """
     params = {name: p for name, p in raw.named_parameters() if p.requires_grad}
-    muon = [p for name, p in params.items() if optimizer == "muon" and p.dim() == 2 and ".h." in name]
+    muon = [p for name, p in params.items() if optimizer == "muon" and is_matrix(p) and ".h." in name]
     taken = {id(p) for p in muon}
-    decayed = [p for p in params.values() if p.dim() >= 2 and id(p) not in taken]
-    others = [p for p in params.values() if p.dim() < 2]
+    decayed = [p for p in params.values() if is_matrix(p) and id(p) not in taken]
+    others = [p for p in params.values() if not is_matrix(p)]
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
     assert sorted(map(id, muon + decayed + others)) == sorted(map(id, params.values())), (
         "a parameter has no or two groups"

@@ -239,7 +239,8 @@ def build(
     config = GPTConfig(**shape, attention=cfg.attention)
     if state and state.get("stage") != "pretraining":
         raise SystemExit(f"the checkpoint in {cfg.out_dir} is not of train_gpt2.py: choose another --out_dir")
-    if state and (changed := differences(state["model_config"], asdict(config))):
+    # an older checkpoint may not name what has a default
+    if state and (changed := differences(asdict(GPTConfig(**state["model_config"])), asdict(config))):
         raise SystemExit(
             f"the checkpoint in {cfg.out_dir} is of another model ({changed}): choose another --out_dir"
         )

@@ -335,10 +335,10 @@ class Log:
     def note(self, text: str, quiet: bool = False) -> None:
         """Write a line behind `#`, and print it unless `quiet`; samples may hold control characters."""
         if self.file:
-            text = re.sub(r"[^\S\n]|[\x00-\x09\x0b-\x1f\x7f]", " ", text)
-            self.file.write("# " + "\\n".join(text.splitlines()) + "\n")
+            lines = [re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", line) for line in text.splitlines()]
+            self.file.write("# " + "\\n".join(lines) + "\n")
             if not quiet:
-                print(text, flush=True)
+                print("\n".join(lines), flush=True)
 
     def line(
         self, step: int, max_steps: int, out: StepResult, lr: float, dt: float, units: int, mfu: float | None

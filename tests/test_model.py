@@ -77,7 +77,11 @@ def test_sizes_have_the_papers_shapes_and_parameter_counts(name: str) -> None:
     with torch.device("meta"):
         raw = GPT(GPTConfig(**SIZES[name]))
     c = raw.config
-    assert raw.n_params() == closed_form(c.n_layer, c.n_embd, c.block_size, V=50304)
+    expected = closed_form(c.n_layer, c.n_embd, c.block_size, V=50304)
+    if c.mlp == "ndlinear":
+        C, I, f = c.n_embd, c.mlp_width, c.mlp_modes  # noqa: E741
+        expected += c.n_layer * ((2 * C * I + I + C + 3 * f + 1) - (8 * C * C + 5 * C))
+    assert raw.n_params() == expected
     if name in TABLE:
         L, nh, C, T, n_params = TABLE[name]
         assert (c.n_layer, c.n_head, c.n_embd, c.block_size) == (L, nh, C, T)

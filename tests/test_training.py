@@ -869,7 +869,14 @@ def test_a_note_is_one_line_behind_a_hash(tmp_path: Path, capsys: pytest.Capture
     assert len(lines) == 2
     assert lines[0].startswith("# ")
     assert lines[1] == "7 val 2\n"
-    assert capsys.readouterr().out.startswith(text[:1])
+    assert capsys.readouterr().out.startswith(text.splitlines()[0][:1])
+
+
+def test_a_note_carries_no_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    Log(tmp_path, ALONE).note("a\x1b[31m\x00b\tc é")  # what a young model of bytes may well sample
+    expected = "a\ufffd[31m\ufffdb\ufffdc é\n"
+    assert capsys.readouterr().out == expected
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "# " + expected
 
 
 def test_a_console_that_cannot_show_a_character_is_no_reason_to_stop(

@@ -1,0 +1,169 @@
+"""NdLinear against its definitions, and an NdGPT-2 through everything a dense one goes through."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model import GPT, MLP, SIZES, GPTConfig, NdLinear, NdMLP
+from optimizers import make_optimizers
+
+TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, n_tokens=257, vocab_size=320)
+ND = TINY | dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)
+MODES = [((5,), (7,)), ((3, 4), (5, 2)), ((2, 3, 4), (4, 3, 2)), ((2, 3, 2, 3), (3, 2, 4, 2))]
+
+
+def algorithm_1(layer: NdLinear, x: Tensor) -> Tensor:
+    """The paper's algorithm, literally: bring each mode to the end, flatten, multiply, bring it back."""
+    n = len(layer.modes)
+    for i, linear in enumerate(layer.modes, 1):
+        x = x.transpose(i, n)
+        shape = x.shape[:-1]
+        flat = x.reshape(-1, x.size(-1))
+        y = flat @ linear.weight.T
+        y = y + linear.bias if linear.bias is not None else y
+        x = y.reshape(*shape, -1).transpose(i, n)
+    return x
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("d, h", MODES)
+def test_ndlinear_is_the_papers_algorithm(d: tuple[int, ...], h: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = NdLinear(d, h, bias), torch.randn(6, *d)
+    torch.testing.assert_close(layer(x), algorithm_1(layer, x), rtol=0, atol=1e-6)
+    assert layer(x).shape == (6, *h)
+
+
+@pytest.mark.parametrize("d, h", MODES)
+def test_ndlinear_equals_the_authors_layer(d: tuple[int, ...], h: tuple[int, ...]) -> None:
+    authors = pytest.importorskip("ndlinear", reason="pip install ndlinear compares with the authors' layer")
+    torch.manual_seed(1)
+    ours, theirs = NdLinear(d, h), authors.NdLinear(d, h)
+    for mine, other in zip(ours.modes, theirs.align_layers):
+        other.load_state_dict(mine.state_dict())
+    x = torch.randn(6, *d)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("d, h", MODES)
+def test_without_bias_it_is_the_kronecker_product(d: tuple[int, ...], h: tuple[int, ...]) -> None:
+    torch.manual_seed(2)
+    layer, x = NdLinear(d, h, bias=False).double(), torch.randn(6, *d, dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    for linear in layer.modes:
+        matrix = torch.kron(matrix, linear.weight)
+    torch.testing.assert_close(layer(x).flatten(1), x.flatten(1) @ matrix.T, rtol=0, atol=1e-12)
+
+
+def test_modes_that_do_not_match_are_refused() -> None:
+    for d, h in (((2, 3), (4,)), ((), ())):
+        with pytest.raises(ValueError, match="as many modes"):
+            NdLinear(d, h)
+
+
+def test_the_mlps_cheap_order_is_the_literal_one() -> None:
+    torch.manual_seed(3)
+    mlp = NdMLP(GPTConfig(**ND))
+    for p in mlp.parameters():  # biases too, which begin at 0
+        nn.init.normal_(p, std=0.3)
+    x = torch.randn(2, 5, 16)
+    literal = mlp.c_proj(nn.functional.gelu(mlp.c_fc(x[..., None]), approximate="tanh"))[..., 0]
+    torch.testing.assert_close(mlp(x), literal, rtol=0, atol=1e-6 * literal.abs().max().item())
+
+
+def test_sizes_have_the_published_counts() -> None:
+    for name, n_params in (("ndgpt2-96m", 96_146_004), ("ndgpt2-82m", 81_981_156)):
+        with torch.device("meta"):
+            assert GPT(GPTConfig(**SIZES[name])).n_params() == n_params
+
+
+@pytest.mark.parametrize("size", ["demo", "gpt2"])
+def test_at_the_start_it_is_as_large_as_the_dense_one(size: str) -> None:
+    torch.manual_seed(4)
+    shape = SIZES[size] | dict(n_layer=1)  # one block tells
+    nd = shape | dict(mlp="ndlinear", mlp_width=2 * shape["n_embd"], mlp_modes=2)
+    x = torch.randn(64, shape["n_embd"])
+    dense, ours = (GPT(GPTConfig(**s)).transformer.h[0].mlp(x).std().item() for s in (shape, nd))
+    assert 0.5 * dense / math.sqrt(2) < ours < 2 * dense / math.sqrt(2)  # half as wide: 1/√2 of it
+
+
+def test_one_mode_of_ones_is_the_dense_mlp() -> None:
+    torch.manual_seed(5)
+    config = GPTConfig(**TINY | dict(mlp="ndlinear", mlp_width=64, mlp_modes=1))
+    nd, dense = NdMLP(config), MLP(GPTConfig(**TINY))
+    for ours, linear in ((nd.c_fc, dense.c_fc), (nd.c_proj, dense.c_proj)):
+        ours.modes[0].load_state_dict(linear.state_dict())
+        nn.init.ones_(ours.modes[1].weight)
+        nn.init.zeros_(ours.modes[1].bias)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(nd(x), dense(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_mixing_vectors_do_not_decay(optimizer: str) -> None:
+    raw = GPT(GPTConfig(**ND))
+    settings = dict(weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    groups = [g for o in make_optimizers(raw, optimizer=optimizer, **settings) for g in o.param_groups]
+    decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
+    for name, p in raw.named_parameters():
+        small = ".modes.1." in name or p.dim() < 2
+        assert (id(p) in decayed) != small, name
+
+
+def test_it_learns_and_every_parameter_moves() -> None:
+    torch.manual_seed(6)
+    raw = GPT(GPTConfig(**ND))
+    before = {name: p.detach().clone() for name, p in raw.named_parameters()}
+    optimizers = make_optimizers(raw, optimizer="adamw", weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    idx = torch.randint(257, (4, 33))
+    losses = []
+    for _ in range(30):
+        _, loss = raw(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        losses.append(loss.item())
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-2
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 2
+    for name, p in raw.named_parameters():
+        assert not torch.equal(p, before[name]), name
+    w = raw.transformer.h[0].mlp.c_fc.modes[1].weight.flatten()
+    assert len(set(w.tolist())) == 3  # the modes went different ways
+
+
+def test_cached_generation_equals_uncached() -> None:
+    torch.manual_seed(7)
+    raw = GPT(GPTConfig(**ND))
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8]]
+    rows = [list(p) for p in prompts]
+    for tokens in raw.generate(prompts, 10, temperature=0):
+        for row, token in zip(rows, tokens):
+            row.append(token)
+    for row, prompt in zip(rows, prompts):
+        for at in range(len(prompt), len(row)):
+            logits, _ = raw(torch.tensor([row[:at]]))
+            assert row[at] == int(logits[0, -1, :257].argmax())
+
+
+def test_weights_travel_and_hugging_face_is_refused(tmp_path: Path) -> None:
+    raw = GPT(GPTConfig(**ND))
+    again = GPT.from_weights(GPTConfig(**asdict(raw.config)), raw.state_dict())
+    idx = torch.randint(257, (2, 8))
+    assert torch.equal(raw(idx)[0], again(idx)[0])
+    with pytest.raises(ValueError, match="ndlinear"):
+        raw.to_hf(tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize(
+    "changed", [dict(mlp="nd"), dict(mlp_modes=0), dict(mlp_width=-1), dict(mlp_width=1.5)]
+)
+def test_bad_shapes_are_refused(changed: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(changed))):
+        GPTConfig(**ND | changed)
