@@ -163,7 +163,7 @@ def read_pairs(source: str, dist: Dist, say: Say) -> list[Pair]:
     """The pairs of a file or a dataset; blank or equal responses and unknown preferences are dropped and
     counted."""
     rows = load_rows(source, dist)
-    known = rows[0].keys() if rows else {}
+    known = set(rows[0]) if rows else set()
     pairs, dropped = [], dict(blank=0, equal=0, preferred=0)
     if {"prompt", "response_a", "response_b", "preferred"} <= known:
         names = ("prompt", "response_a", "response_b", "preferred")
@@ -373,7 +373,7 @@ def main(cfg: Config) -> None:
         log.note(text)
 
     # data: pairs to learn from, pairs held out, and questions to score the answers to
-    T = cfg.T or raw.config.block_size
+    T = raw.config.block_size if cfg.T is None else cfg.T
     if not 1 <= T <= raw.config.block_size:
         raise SystemExit(
             f"T={T} must be at least 1 and at most the model's block_size={raw.config.block_size}"
