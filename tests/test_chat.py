@@ -1,6 +1,8 @@
 """sample.py --chat: what the model is given to read, turn by turn, and how a conversation is led and left."""
 
 import builtins
+import io
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -305,8 +307,8 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert "no command /help" in err and "Traceback" not in err
 
 
-def test_input_that_is_not_text_ends_quietly(tmp_path: Path) -> None:
+def test_input_that_is_not_text(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, speaker({}))
-    said = run(f"--checkpoint={tmp_path}", "--chat", "--device=cpu", stdin=b"\xff\xfe\nhi\n")
-    assert said.returncode == 0, said.stderr.decode()
-    assert b"Traceback" not in said.stderr
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\nhi\n"), encoding="utf-8"))
+    main(config(tmp_path, chat=True))
+    assert "not text in UTF-8" in capsys.readouterr().err
