@@ -40,7 +40,8 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     if path.suffix == ".json":
         rows = json.loads(text)
     elif path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        # not splitlines: JSON may hold U+2028 and the like as they are
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     else:
         raise ValueError("expected a .json, .jsonl or .parquet file")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -104,7 +105,7 @@ class Row(NamedTuple):
 def read_rows(source: str, dist: Dist, say: Say) -> list[Row]:
     """The rows of a file or a dataset; blank responses are dropped and counted."""
     fields = load_rows(source, dist)
-    known = fields[0].keys() if fields else {}
+    known = {name for row in fields for name in row}  # a field of some rows must be a field of all
     if {"instruction", "response"} <= known:
         names = ("instruction", "context", "response") if "context" in known else ("instruction", "response")
     elif {"prompt", "response"} <= known:
@@ -322,7 +323,11 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
         raise SystemExit(
             f"out_dir={cfg.out_dir} holds the checkpoint to start from: choose another --out_dir"
         )
+    if cfg.lora_rank < 0:
+        raise SystemExit(f"lora_rank={cfg.lora_rank} must be 0 (no adapters) or above")
     raw, tokenizer = load_model(cfg.checkpoint, cfg.hf, say, stages)
+    if cfg.lora_rank and raw.config.mlp != "dense":
+        raise SystemExit(f"a model with mlp={raw.config.mlp!r} takes no adapters: leave --lora_rank at 0")
     out_dir.mkdir(parents=True, exist_ok=True)
     state = find_resume(out_dir, cfg.resume, dist, say)
     base = fingerprint(raw.state_dict())

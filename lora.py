@@ -32,7 +32,12 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(raw: GPT, rank: int, alpha: float) -> None:
-    """Give the four matrices of every block an adapter, and freeze everything else."""
+    """Give the four matrices of every block an adapter, and freeze everything else.
+
+    ValueError if the blocks have other matrices.
+    """
+    if raw.config.mlp != "dense":
+        raise ValueError(f"a model with mlp={raw.config.mlp!r} takes no adapters")
     raw.requires_grad_(False)
     n_adapters = 0
     for block in raw.transformer.h:
@@ -109,9 +114,12 @@ def save_adapter(folder: Path, raw: GPT, base: str) -> None:
 def read_adapter_config(folder: Path) -> dict:
     """adapter_config.json, with at least r, lora_alpha and base_model_name_or_path; else a ValueError."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    missing = {"r", "lora_alpha", "base_model_name_or_path"} - config.keys()
-    if config.get("peft_type") != "LORA" or missing or not isinstance(config["r"], int) or config["r"] < 1:
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds no LoRA adapter as PEFT writes it")
+    kinds = dict(r=int, lora_alpha=(int, float), base_model_name_or_path=str)
+    for key, kind in kinds.items():
+        if not isinstance(config.get(key), kind) or key == "r" and config[key] < 1:
+            raise ValueError(f"adapter_config.json has {key}={config.get(key)!r}")
     unlike = dict(use_rslora=False, use_dora=False, bias="none", rank_pattern={}, alpha_pattern={})
     for key, value in unlike.items():
         if config.get(key, value) != value:

@@ -174,6 +174,8 @@ def measure(
 def main(cfg: Config) -> None:
     """Fine-tune for the given epochs; measure, answer and save on the way."""
     check_positive(cfg, "B", "rows_per_step", "eval_every", "save_every", "keep")
+    if cfg.max_steps is not None:
+        check_positive(cfg, "max_steps")
     dist = setup(cfg.device, cfg.deterministic)
     stop_requested = stop_on_signals()
     out_dir = Path(cfg.out_dir)
@@ -186,7 +188,7 @@ def main(cfg: Config) -> None:
         log.note(text)
 
     # data: rows held out, and examples to learn from
-    T = cfg.T or raw.config.block_size
+    T = raw.config.block_size if cfg.T is None else cfg.T
     if not 1 <= T <= raw.config.block_size:
         raise SystemExit(
             f"T={T} must be at least 1 and at most the model's block_size={raw.config.block_size}"
