@@ -480,6 +480,18 @@ def test_a_run_leaves_no_trace_in_its_start(cfg: Config) -> None:
     assert {path.name: path.read_bytes() for path in Path(cfg.checkpoint).iterdir()} == before
 
 
+def test_the_best_is_kept_when_it_gets_worse(cfg: Config, tmp_path: Path) -> None:
+    """What is held out prefers the other answer: every step makes it worse."""
+    rows = toy_rows()
+    for i in dpo.split_rows([row["prompt"] for row in rows], cfg.val_frac, cfg.seed)[1]:
+        rows[i]["preferred"] = "AB"[rows[i]["preferred"] == "A"]
+    folder = train(cfg, data=str(write_rows(tmp_path / "against.jsonl", rows)))
+    val = column(folder, "val")
+    assert val[0] < val[5] < val[10] < val[12]
+    assert load_checkpoint(folder / "best.pt")["step"] == 5  # of those after the start
+    assert (folder / "ckpt_000012.pt").is_file()
+
+
 def test_patience(cfg: Config) -> None:
     """At a learning rate of nothing no margin is larger than the first: the third evaluation after it ends
     the run, whether or not it was resumed on the way."""
