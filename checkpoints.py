@@ -71,14 +71,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def open_checkpoint(path: str | Path, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """The checkpoint in a file, or the newest readable one in a folder; SystemExit if there is none."""
+def open_checkpoint(
+    path: str | Path, say: Callable[[str], None] = print, maker: str = "train_gpt2.py"
+) -> dict[str, Any]:
+    """The checkpoint in a file, or the newest readable one in a folder; SystemExit if there is none.
+
+    maker: the script that the message then names.
+    """
     path = Path(path)
     candidates = [path] if path.is_file() else list_checkpoints(path)
     if not candidates:
-        raise SystemExit(
-            f"no checkpoint in {path}: train one first, for example with `python train_gpt2.py demo`"
-        )
+        raise SystemExit(f"no checkpoint in {path}: train one first, for example with `python {maker} demo`")
     for number, candidate in enumerate(candidates, 1):
         try:
             return load_checkpoint(candidate)
@@ -154,7 +157,7 @@ def load_model(
         return load_hf(hf)
     if (Path(checkpoint) / "adapter_config.json").is_file():
         return load_with_adapter(Path(checkpoint), say)
-    state = open_checkpoint(checkpoint, say)
+    state = open_checkpoint(checkpoint, say, MAKERS[stages[0]] if stages else "train_gpt2.py")
     stage = state.get("stage", "pretraining")
     if stages and stage not in stages:
         makers = " or ".join(f"{name} ({MAKERS[name]})" for name in stages)

@@ -74,6 +74,28 @@ def make_optimizers(
     return [adamw, Muon([dict(params=muon, weight_decay=weight_decay)])] if muon else [adamw]
 
 
+def zero_masks(raw: nn.Module) -> dict[str, Tensor]:
+    """Where the matrices of a pruned model's blocks are not zero, by name; a dense model has none.
+
+    One zero in a hundred makes a matrix pruned: no training and no rounding leaves so many.
+    """
+    matrices = {name: p.detach() for name, p in raw.named_parameters() if ".h." in name and is_matrix(p)}
+    return {name: p != 0 for name, p in matrices.items() if (p == 0).float().mean() >= 0.01}
+
+
+def keep_zeros(optimizers: list[torch.optim.Optimizer], raw: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Make every optimizer step leave the weights zero where a mask is False."""
+    params = {name: p for name, p in raw.named_parameters() if name in masks}
+
+    @torch.no_grad()
+    def mask_weights(*_: object) -> None:
+        for name, p in params.items():
+            p.mul_(masks[name])
+
+    for optimizer in optimizers if params else []:
+        optimizer.register_step_post_hook(mask_weights)
+
+
 def load_moments(optimizers: list[torch.optim.Optimizer], moments: list[dict]) -> None:
     """Give the optimizers the moments of a checkpoint; learning rates and the like stay as configured."""
     for optimizer, state in zip(optimizers, moments, strict=True):

@@ -12,7 +12,7 @@ same losses to the last bit; on another number of devices it sees the same batch
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import differences, find_resume, save_checkpoint
+from checkpoints import differences, find_resume, load_model, save_checkpoint
 from data import Windows, check_shards, get_tokenizer, open_data, prefetch, require_data, step_windows
 from files import require_space
 from hellaswag import Questions, evaluate, find_rows, prepare, read_rows
 from model import GPT, SIZES, GPTConfig, pad_vocab
-from optimizers import load_moments, make_optimizers
+from optimizers import keep_zeros, load_moments, make_optimizers, zero_masks
 from plot import draw, read_log
 from training import (
     Dist,
@@ -43,8 +43,8 @@ from training import (
     pick_precision,
     setup,
     stop_on_signals,
-    total,
     train_step,
+    validate,
 )
 
 
@@ -54,6 +54,8 @@ class Config:
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # of the shards, or for the .txt file
     out_dir: str = "out/gpt2"  # where log.txt and checkpoints go
     resume: Literal["auto", "never"] = "auto"  # auto: continue out_dir's newest checkpoint; never: refuse
+    init_from: str = ""  # start from the weights of this checkpoint, of the same shape; "": random ones
+    keep_masks: bool = True  # weights that prune.py made zero stay zero
 
     model: str = "gpt2"  # a size of model.py's table
     attention: Literal["flash", "manual"] = "flash"  # flash: fused kernels; manual: written out, slower
@@ -90,6 +92,28 @@ class Config:
     compile: bool | None = None  # torch.compile the training step; None: on CUDA
     deterministic: bool = True  # CUDA kernels that give the same bits every time: a resumed run is exact
 
+
+DEMO = Config(
+    data=str(Path(__file__).parent / "input.txt"),
+    tokenizer="bytes",
+    out_dir="out/demo",
+    model="demo",
+    T=256,
+    total_batch_size=8 * 256,
+    max_steps=1200,
+    min_lr_frac=0.0,
+    optimizer="muon",
+    max_lr=1e-2,
+    warmup_steps=50,
+    val_tokens=2**16,
+    eval_every=200,
+    hella_every=200,
+    hella_data=str(Path(__file__).parent / "demo" / "hellaswag.jsonl"),
+    n_samples=2,
+    sample_tokens=200,
+    prompt="Once upon a time",
+    save_every=400,
+)
 
 CONFIGS = {
     "gpt2": Config(),
@@ -131,42 +155,11 @@ CONFIGS = {
         max_steps=4768,
         warmup_steps=178,
     ),
-    "demo": Config(
-        data=str(Path(__file__).parent / "input.txt"),
-        tokenizer="bytes",
-        out_dir="out/demo",
-        model="demo",
-        T=256,
-        total_batch_size=8 * 256,
-        max_steps=1200,
-        min_lr_frac=0.0,
-        optimizer="muon",
-        max_lr=1e-2,
-        warmup_steps=50,
-        val_tokens=2**16,
-        eval_every=200,
-        hella_every=200,
-        hella_data=str(Path(__file__).parent / "demo" / "hellaswag.jsonl"),
-        n_samples=2,
-        sample_tokens=200,
-        prompt="Once upon a time",
-        save_every=400,
-    ),
+    "demo": DEMO,
+    "nd-demo": replace(DEMO, model="nd-demo", out_dir="out/nd-demo"),  # the same with NdLinear
+    "ndgpt2-96m": Config(model="ndgpt2-96m", out_dir="out/ndgpt2-96m"),
+    "ndgpt2-82m": Config(model="ndgpt2-82m", out_dir="out/ndgpt2-82m"),
 }
-
-
-@torch.no_grad()
-def validate(raw: GPT, val: Windows, n_tokens: int, rows: int, amp: torch.autocast, dist: Dist) -> float:
-    """Mean loss, nats per token, over the first n_tokens of the validation windows, `rows` at a time."""
-    n = max(1, min(len(val), n_tokens // val.T))
-    mine = torch.arange(n)[dist.rank :: dist.world_size]
-    losses = [torch.zeros((), device=dist.device)]  # on the device: nothing waits until all are in
-    for windows in mine.split(rows):
-        xy = torch.from_numpy(val.read(windows.numpy())).to(dist.device)  # (rows, T + 1)
-        with amp:
-            _, loss = raw(xy[:, :-1], xy[:, 1:], reduction="sum")
-        losses.append(loss)
-    return total(torch.stack(losses).cpu().double().sum(), dist).item() / (n * val.T)
 
 
 def samples(raw: GPT, cfg: Config, step: int, amp: torch.autocast) -> list[str]:
@@ -230,14 +223,14 @@ def pick_rows(
 
 
 def build(
-    cfg: Config, n_tokens: int, state: dict | None, dist: Dist
+    cfg: Config, n_tokens: int, state: dict | None, dist: Dist, say: Callable[[str], None]
 ) -> tuple[GPT, list[torch.optim.Optimizer]]:
-    """Model and optimizers on the device, fresh from the seed or as a checkpoint's `state` has them."""
+    """Model and optimizers on the device: fresh from the seed, from init_from, or as `state` has them."""
     if cfg.model not in SIZES:
         raise SystemExit(f"unknown model {cfg.model!r}: expected one of {', '.join(SIZES)}")
     shape = SIZES[cfg.model] | dict(block_size=cfg.T, n_tokens=n_tokens, vocab_size=pad_vocab(n_tokens))
     config = GPTConfig(**shape, attention=cfg.attention)
-    if state and state.get("stage") != "pretraining":
+    if state and (state.get("stage") != "pretraining" or "optimizers" not in state):
         raise SystemExit(f"the checkpoint in {cfg.out_dir} is not of train_gpt2.py: choose another --out_dir")
     # an older checkpoint may not name what has a default
     if state and (changed := differences(asdict(GPTConfig(**state["model_config"])), asdict(config))):
@@ -245,7 +238,15 @@ def build(
             f"the checkpoint in {cfg.out_dir} is of another model ({changed}): choose another --out_dir"
         )
     torch.manual_seed(cfg.seed)
-    raw = GPT.from_weights(config, state["model"]) if state else GPT(config)
+    if state:
+        raw = GPT.from_weights(config, state["model"])
+    elif cfg.init_from:
+        raw, _ = load_model(cfg.init_from, "", say)
+        if changed := differences(asdict(raw.config), asdict(config) | dict(attention=raw.config.attention)):
+            raise SystemExit(f"the model in {cfg.init_from} has another shape ({changed})")
+        raw = GPT.from_weights(config, raw.state_dict())
+    else:
+        raw = GPT(config)
     raw.to(dist.device)
     betas = (cfg.beta1, cfg.beta2)
     settings = dict(weight_decay=cfg.weight_decay, betas=betas, eps=cfg.eps)
@@ -256,6 +257,9 @@ def build(
         )
     if state:
         load_moments(optimizers, state["optimizers"])
+    if cfg.keep_masks and (masks := zero_masks(raw)):
+        keep_zeros(optimizers, raw, masks)
+        say(f"{len(masks)} pruned matrices: their zeros stay zero")
     return raw, optimizers
 
 
@@ -328,7 +332,7 @@ def main(cfg: Config) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     log = Log(out_dir, dist)
     state = find_resume(out_dir, cfg.resume, dist, log.note)
-    raw, optimizers = build(cfg, tokenizer.n_vocab, state, dist)
+    raw, optimizers = build(cfg, tokenizer.n_vocab, state, dist, log.note)
     questions = load_questions(cfg, tokenizer, dist, log.note)
     if dist.rank == 0:
         n_bytes = (cfg.keep + 1) * 12 * raw.n_params()  # fp32 weights and two moments

@@ -49,9 +49,9 @@ def parse(configs: dict[str, Config], doc: str, args: list[str] | None = None) -
         )
     is_rank_0 = os.environ.get("RANK", "0") == "0"
     known = [field.name for field in fields(configs[name])]
-    flags = {f"--{field.name}" for field in fields(configs[name]) if "bool" in str(field.type)}
+    flags = {f"__{field.name}" for field in fields(configs[name]) if "bool" in str(field.type)}
     alone = [not after or after.startswith("--") for after in [*args[1:], ""]]
-    args = [f"{arg}=True" if arg in flags and bare else arg for arg, bare in zip(args, alone)]
+    args = [f"{a}=True" if a.replace("-", "_") in flags and bare else a for a, bare in zip(args, alone)]
     for option in (arg[2:].split("=")[0] for arg in args if arg.startswith("--")):
         if option.replace("-", "_") not in (*known, "help"):
             close = difflib.get_close_matches(option.replace("-", "_"), known, n=1, cutoff=0.5)
@@ -268,6 +268,23 @@ def train_step(
             optimizer.step()
         optimizer.zero_grad()
     return StepResult(loss, norm, not finite, stops > 0)
+
+
+@torch.no_grad()
+def validate(raw: nn.Module, val: Any, n_tokens: int, rows: int, amp: torch.autocast, dist: Dist) -> float:
+    """Mean loss, nats per token, over the first n_tokens of the validation windows, `rows` at a time.
+
+    val: data.Windows.
+    """
+    n = max(1, min(len(val), n_tokens // val.T))
+    mine = torch.arange(n)[dist.rank :: dist.world_size]
+    losses = [torch.zeros((), device=dist.device)]  # on the device: nothing waits until all are in
+    for windows in mine.split(rows):
+        xy = torch.from_numpy(val.read(windows.numpy())).to(dist.device)  # (rows, T + 1)
+        with amp:
+            _, loss = raw(xy[:, :-1], xy[:, 1:], reduction="sum")
+        losses.append(loss)
+    return total(torch.stack(losses).cpu().double().sum(), dist).item() / (n * val.T)
 
 
 def count_bad(bad_steps: int, out: StepResult) -> int:
