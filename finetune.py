@@ -323,6 +323,8 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
         raise SystemExit(
             f"out_dir={cfg.out_dir} holds the checkpoint to start from: choose another --out_dir"
         )
+    if not 0 <= cfg.seed < 2**63:
+        raise SystemExit(f"seed={cfg.seed} must be from 0 to 2**63 - 1")
     if cfg.lora_rank < 0:
         raise SystemExit(f"lora_rank={cfg.lora_rank} must be 0 (no adapters) or above")
     raw, tokenizer = load_model(cfg.checkpoint, cfg.hf, say, stages)

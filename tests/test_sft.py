@@ -529,6 +529,7 @@ def test_a_missing_checkpoint(cfg: Config, tmp_path: Path) -> None:
         dict(save_every=0),
         dict(keep=0),
         dict(lora_rank=-1),
+        dict(seed=-1),
         dict(device="gpu"),
     ],
     ids=str,
