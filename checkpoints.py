@@ -159,6 +159,9 @@ def load_model(
         return load_with_adapter(Path(checkpoint), say)
     state = open_checkpoint(checkpoint, say, MAKERS[stages[0]] if stages else "train_gpt2.py")
     stage = state.get("stage", "pretraining")
+    if not state["model"] and "adapters" in state:
+        folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent
+        raise SystemExit(f"the checkpoint in {checkpoint} holds only adapters: take {folder / 'adapter'}")
     if stages and stage not in stages:
         makers = " or ".join(f"{name} ({MAKERS[name]})" for name in stages)
         raise SystemExit(f"the checkpoint in {checkpoint} is of {stage}: start from one of {makers}")

@@ -101,6 +101,7 @@ class Config:
     seed: int = 1337  # of the split, the order of the pairs, and the adapters
     lora_rank: int = 0  # train adapters of this rank instead of the weights; 0: the weights
     lora_alpha: float = 32.0  # adapters count alpha / rank
+    keep_masks: bool = True  # weights that prune.py made zero stay zero
     lora_merge: bool = True  # checkpoints hold the merged model; False: only the adapters, which are small
 
     eval_every: int = 100  # steps between measures on the held-out pairs

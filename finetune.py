@@ -21,7 +21,7 @@ from data import permute, prompt_text, step_windows
 from files import one_line
 from lora import add_lora, load_lora, lora_weights, merged_weights, save_adapter
 from model import GPT
-from optimizers import load_moments, make_optimizers
+from optimizers import keep_zeros, load_moments, make_optimizers, zero_masks
 from training import Dist, Log, autocast, barrier, pick_precision, total
 
 Say = Callable[[str], None]
@@ -175,14 +175,14 @@ def make_example(prompt: list[int], response: str, T: int, tokenizer: tiktoken.E
     return Example(np.array(ids, dtype=np.int64), len(prompt)) if len(ids) > len(prompt) else None
 
 
-def collate(bins: Sequence[Sequence[Example]], device: torch.device) -> dict[str, Any]:
+def collate(bins: Sequence[Sequence[Example]], device: torch.device, width: int = 1) -> dict[str, Any]:
     """Bins of examples -> a batch; each bin becomes a row, its examples one behind the other.
 
     x, y: (B, W) int64, y = -100 where nothing is to be predicted. n: number of targets. If a bin holds
     several examples also pos (B, W), which begins at 0 in each, and mask (B, 1, W, W), which keeps each to
-    itself. Padding stands on the right, where a causal model never looks.
+    itself. Padding stands on the right, where a causal model never looks, up to the longest or to `width`.
     """
-    W = max(1, *(sum(len(e.ids) - 1 for e in row) for row in bins))
+    W = max(width, *(sum(len(e.ids) - 1 for e in row) for row in bins))
     x, pos, doc = (np.zeros((len(bins), W), dtype=np.int64) for _ in range(3))
     y = np.full((len(bins), W), -100)
     for b, row in enumerate(bins):
@@ -328,8 +328,12 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
     if cfg.lora_rank < 0:
         raise SystemExit(f"lora_rank={cfg.lora_rank} must be 0 (no adapters) or above")
     raw, tokenizer = load_model(cfg.checkpoint, cfg.hf, say, stages)
-    if cfg.lora_rank and raw.config.mlp != "dense":
-        raise SystemExit(f"a model with mlp={raw.config.mlp!r} takes no adapters: leave --lora_rank at 0")
+    masks = zero_masks(raw) if cfg.keep_masks else {}
+    if cfg.lora_rank and masks:
+        raise SystemExit(
+            "merged adapters would fill the zeros of a pruned model: leave --lora_rank at 0, or give up the "
+            "zeros with --keep_masks=False"
+        )
     out_dir.mkdir(parents=True, exist_ok=True)
     state = find_resume(out_dir, cfg.resume, dist, say)
     base = fingerprint(raw.state_dict())
@@ -356,6 +360,9 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
     optimizers = make_optimizers(
         raw, optimizer="adamw", weight_decay=cfg.weight_decay, betas=betas, eps=cfg.eps
     )
+    if masks:
+        keep_zeros(optimizers, raw, {name: mask.to(dist.device) for name, mask in masks.items()})
+        say(f"{len(masks)} pruned matrices: their zeros stay zero")
     if state:
         load_moments(optimizers, state["optimizers"])
         changed = differences(state["config"], cfg.__dict__) or "nothing"

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from files import written_whole
-from model import GPT
+from model import GPT, matrices
 
-MATRICES = ("c_attn", "c_proj", "c_fc")  # c_proj stands for attention's and the MLP's
 PEFT_PREFIX = "base_model.model."
 
 
@@ -32,21 +31,14 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(raw: GPT, rank: int, alpha: float) -> None:
-    """Give the four matrices of every block an adapter, and freeze everything else.
-
-    ValueError if the blocks have other matrices.
-    """
-    if raw.config.mlp != "dense":
-        raise ValueError(f"a model with mlp={raw.config.mlp!r} takes no adapters")
+    """Give every matrix of the blocks an adapter, and freeze everything else."""
     raw.requires_grad_(False)
-    n_adapters = 0
     for block in raw.transformer.h:
-        for part in (block.attn, block.mlp):
-            for name in MATRICES:
-                if hasattr(part, name):
-                    setattr(part, name, LoRALinear(getattr(part, name), rank, alpha))
-                    n_adapters += 1
-    assert n_adapters == 4 * raw.config.n_layer, f"{n_adapters} adapters in {raw.config.n_layer} blocks"
+        for name, linear in matrices(block).items():
+            parent, _, last = name.rpartition(".")
+            setattr(block.get_submodule(parent), last, LoRALinear(linear, rank, alpha))
+        n_adapters = sum(isinstance(module, LoRALinear) for module in block.modules())
+        assert n_adapters == 4, f"{n_adapters} adapters in a block"
 
 
 def lora_weights(raw: GPT) -> dict[str, Tensor]:
@@ -96,7 +88,7 @@ def save_adapter(folder: Path, raw: GPT, base: str) -> None:
         r=rank,
         lora_alpha=first.scale * rank,
         lora_dropout=0.0,
-        target_modules=list(MATRICES),
+        target_modules=list(dict.fromkeys(name.split(".", 1)[1] for name in matrices(raw.transformer.h[0]))),
         fan_in_fan_out=True,  # Hugging Face's GPT-2 keeps its matrices as (in, out)
         bias="none",
         inference_mode=True,

@@ -232,6 +232,15 @@ class NdMLP(nn.Module):
         return large(mixed) + (small.weight.sum() - 1) * large.bias + small.bias
 
 
+def matrices(block: nn.Module) -> dict[str, nn.Linear]:
+    """The linear maps of a block that are matrices, by name: all but NdLinear's mixing vectors."""
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear) and is_matrix(module.weight)
+    }
+
+
 class Block(nn.Module):
     """Attention, then the MLP, each behind a layer norm and added to the residual stream."""
 

@@ -32,7 +32,7 @@ from checkpoints import load_model, open_checkpoint, write_checkpoint
 from data import Windows, open_data, require_data, step_windows
 from files import written_whole
 from hellaswag import evaluate, find_rows, prepare, read_rows
-from model import GPT, is_matrix
+from model import GPT, matrices
 from optimizers import zero_masks
 from training import autocast, check_positive, parse, pick_precision, setup, validate
 
@@ -76,15 +76,6 @@ CONFIGS = {
 
 # --------------------------------------------------------------------------------------------------
 # Masks
-
-
-def matrices(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linear maps of a block that are pruned, by name: all but NdLinear's mixing vectors."""
-    return {
-        name: module
-        for name, module in block.named_modules()
-        if isinstance(module, nn.Linear) and is_matrix(module.weight)
-    }
 
 
 def drop_smallest(score: Tensor, k: int) -> Tensor:

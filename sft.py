@@ -88,6 +88,7 @@ class Config:
     seed: int = 1337  # of the split, the order of the rows, and the adapters
     lora_rank: int = 0  # train adapters of this rank instead of the weights; 0: the weights
     lora_alpha: float = 32.0  # adapters count alpha / rank
+    keep_masks: bool = True  # weights that prune.py made zero stay zero
     lora_merge: bool = True  # checkpoints hold the merged model; False: only the adapters, which are small
 
     eval_every: int = 100  # steps between held-out losses
@@ -103,7 +104,7 @@ class Config:
 
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
-    compile: bool | None = None  # torch.compile the training step; None: on CUDA with packing (one shape)
+    compile: bool | None = None  # torch.compile the training step; None: on CUDA with packing (few shapes)
     deterministic: bool = True  # CUDA kernels that give the same bits every time: a resumed run is exact
 
 
@@ -215,7 +216,9 @@ def main(cfg: Config) -> None:
 
     def read(step: int) -> list[dict]:
         chosen = step_examples(examples, step, cfg.rows_per_step, cfg.seed)
-        return [collate(bins, dist.device) for bins in share(bins_of(chosen, T, cfg.packing), cfg.B, dist)]
+        width = T if cfg.packing else 1  # one shape for the compiler
+        parts = share(bins_of(chosen, T, cfg.packing), cfg.B, dist)
+        return [collate(bins, dist.device, width) for bins in parts]
 
     if dist.world_size > 1:  # DDP regroups the gradients it sums after its first backward: see train_gpt2.py
         loss_fn(run.model, read(0)[0]).backward()

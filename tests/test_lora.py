@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints import load_model, save_checkpoint
-from lora import MATRICES, add_lora, apply_adapter, load_lora, lora_weights, merged, save_adapter
+from lora import add_lora, apply_adapter, load_lora, lora_weights, merged, save_adapter
 from model import GPT, SIZES, GPTConfig
 from optimizers import make_optimizers
 
@@ -122,10 +122,22 @@ def test_gpt2_has_1179648_parameters_in_adapters_of_rank_8() -> None:
     assert raw.n_params() == n_params + n
 
 
-def test_a_model_without_these_matrices_takes_no_adapters() -> None:
-    raw = GPT(GPTConfig(**TINY, mlp="ndlinear"))
-    with pytest.raises(ValueError, match="mlp='ndlinear' takes no adapters"):
-        add_lora(raw, 4, 8.0)
+def test_ndlinear_adapts_its_large_factors(tmp_path: Path) -> None:
+    raw = GPT(GPTConfig(**TINY, mlp="ndlinear", mlp_width=24, mlp_modes=3))
+    base = GPT.from_weights(raw.config, {name: p.clone() for name, p in raw.state_dict().items()})
+    add_lora(raw, 4, 8.0)
+    assert len(lora_weights(raw)) == 2 * 4 * raw.config.n_layer
+    for p in lora_weights(raw).values():
+        torch.nn.init.normal_(p, std=0.1)
+    for name, p in raw.named_parameters():
+        if name.endswith("modes.0.bias"):
+            torch.nn.init.normal_(p)  # the cheap order counts it apart
+    idx = torch.randint(257, (2, 8))
+    torch.testing.assert_close(merged(raw)(idx)[0], raw(idx)[0], rtol=0, atol=1e-5)
+    assert not torch.allclose(base(idx)[0], raw(idx)[0])
+    save_adapter(tmp_path, raw, "somewhere")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["c_attn", "c_proj", "c_fc.modes.0", "c_proj.modes.0"]
 
 
 def test_loading_checks_names_and_shapes() -> None:
@@ -167,7 +179,9 @@ def test_the_files_are_those_of_peft(tmp_path: Path) -> None:
     ]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     known = dict(peft_type="LORA", task_type="CAUSAL_LM", r=4, lora_alpha=6, fan_in_fan_out=True, bias="none")
-    known |= dict(base_model_name_or_path="some/base", target_modules=list(MATRICES), lora_dropout=0)
+    known |= dict(
+        base_model_name_or_path="some/base", target_modules=list(("c_attn", "c_proj", "c_fc")), lora_dropout=0
+    )
     assert {key: config[key] for key in known} == known and config["inference_mode"] is True
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(weights) == 2 * 4 * 2
@@ -281,7 +295,11 @@ def test_we_compute_the_same_from_files_of_peft(tmp_path: Path, idx: Tensor) -> 
     tiny().to_hf(tmp_path / "base")
     base = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
     config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=list(MATRICES), fan_in_fan_out=True
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=6,
+        target_modules=list(("c_attn", "c_proj", "c_fc")),
+        fan_in_fan_out=True,
     )
     model = peft.get_peft_model(base, config).eval()
     with torch.no_grad():

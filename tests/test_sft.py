@@ -21,7 +21,7 @@ from torch import Tensor
 
 import sft
 import training
-from checkpoints import list_checkpoints, load_checkpoint, load_model, save_checkpoint
+from checkpoints import list_checkpoints, load_checkpoint, load_model, open_checkpoint, save_checkpoint
 from data import get_tokenizer
 from model import GPT, GPTConfig
 from sft import Config, main, measure, prepare
@@ -539,13 +539,32 @@ def test_a_constant_out_of_range_is_named(cfg: Config, changed: dict[str, Any]) 
     refused(cfg, f"{name}={value} ", **changed)
 
 
-def test_adapters_for_a_model_without_such_matrices(cfg: Config, tmp_path: Path) -> None:
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_an_ndlinear_model_is_tuned_like_any_other(cfg: Config, tmp_path: Path, lora_rank: int) -> None:
     raw = GPT(GPTConfig(**TINY, mlp="ndlinear"))
     state = dict(stage="pretraining", step=1, model=raw.state_dict(), tokenizer="bytes")
     (tmp_path / "nd").mkdir()
     save_checkpoint(tmp_path / "nd", state | dict(model_config=raw.config.__dict__), keep=1)
-    refused(cfg, "mlp='ndlinear' takes no adapters", checkpoint=str(tmp_path / "nd"), lora_rank=2)
-    assert losses(tune(cfg, checkpoint=str(tmp_path / "nd"), max_steps=2)).keys() == {0, 1}
+    changed = dict(checkpoint=str(tmp_path / "nd"), max_steps=2, lora_rank=lora_rank)
+    assert losses(tune(cfg, **changed)).keys() == {0, 1}
+
+
+def test_the_zeros_of_a_pruned_model_stay(cfg: Config, tmp_path: Path) -> None:
+    state = open_checkpoint(cfg.checkpoint)
+    names = [name for name in state["model"] if name.endswith(("c_attn.weight", "c_fc.weight"))]
+    masks = {name: torch.rand(state["model"][name].shape) < 0.5 for name in names}
+    for name, mask in masks.items():
+        state["model"][name] = state["model"][name] * mask
+    (tmp_path / "pruned").mkdir()
+    save_checkpoint(tmp_path / "pruned", state, keep=1)
+    changed = dict(checkpoint=str(tmp_path / "pruned"), max_steps=3, out_dir=str(tmp_path / "kept"))
+    tune(cfg, **changed)
+    tuned = open_checkpoint(tmp_path / "kept")["model"]
+    for name, mask in masks.items():
+        assert torch.equal(tuned[name] != 0, mask) and not torch.equal(tuned[name], state["model"][name])
+    tune(cfg, **changed | dict(out_dir=str(tmp_path / "filled"), keep_masks=False))
+    assert (open_checkpoint(tmp_path / "filled")["model"][names[0]] != 0).all()
+    refused(cfg, "keep_masks=False", **changed | dict(out_dir=str(tmp_path / "l"), lora_rank=2))
 
 
 def test_rows_of_which_nothing_is_left(cfg: Config, tmp_path: Path) -> None:
