@@ -224,12 +224,14 @@ class NdMLP(nn.Module):
         self.c_proj = NdLinear((I, f), (C, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.c_fc(x[..., None]), approximate="tanh")  # (B, T, I, f)
-        # The literal order is self.c_proj(hidden)[..., 0]. The small mode first costs 1/f of it; then the
-        # large mode's bias, which would have been mixed too, counts once instead of Σ v times.
-        large, small = self.c_proj.modes
-        mixed = F.linear(hidden, small.weight)[..., 0]  # (B, T, I)
-        return large(mixed) + (small.weight.sum() - 1) * large.bias + small.bias
+        # The literal order is self.c_proj(gelu(self.c_fc(x[..., None])))[..., 0]. Two changes make it cheap:
+        # the second mode stands first, so that all arithmetic runs along I; and it is contracted before the
+        # large product, for 1/f of that one's cost. The large bias would have been mixed too: Σ v times.
+        (large_in, spread), (large_out, mix) = self.c_fc.modes, self.c_proj.modes
+        w, beta, v = (p.view(-1, *[1] * x.dim()) for p in (spread.weight, spread.bias, mix.weight))
+        hidden = F.gelu(torch.addcmul(beta, w, large_in(x)), approximate="tanh")  # (f, B, T, I)
+        mixed = (v * hidden).sum(0)  # (B, T, I)
+        return large_out(mixed) + (mix.weight.sum() - 1) * large_out.bias + mix.bias
 
 
 def matrices(block: nn.Module) -> dict[str, nn.Linear]:
