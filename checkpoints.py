@@ -137,6 +137,7 @@ def load_with_adapter(folder: Path, say: Callable[[str], None]) -> tuple[GPT, ti
     try:
         base = read_adapter_config(folder)["base_model_name_or_path"]
         ours = Path(base).is_file() or bool(list_checkpoints(Path(base)))
+        ours = ours or (Path(base) / "adapter_config.json").is_file()
         raw, tokenizer = load_model(base if ours else "", "" if ours else base, say)
         raw = apply_adapter(raw, folder)
     except (OSError, ValueError, KeyError, SafetensorError) as error:

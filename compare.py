@@ -19,7 +19,6 @@ import torch
 
 import prune as pruning
 from checkpoints import load_model
-from data import Windows, open_data, require_data, step_windows
 from files import written_whole
 from model import GPT
 from training import autocast, check_positive, parse, pick_precision, setup
@@ -90,29 +89,34 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(cfg: Config) -> None:
     """Measure every checkpoint, dense and pruned, and write the table."""
     check_positive(cfg, "n_sequences", "B", "repeats")
-    device = setup(cfg.device, deterministic=False).device
+    dist = setup(cfg.device, deterministic=False)
+    if dist.world_size > 1:
+        raise SystemExit("compare.py runs as one process")
+    device = dist.device
     amp = autocast(pick_precision(cfg.precision, device), device)
-    require_data(cfg.data)
     loaded = [load_model(checkpoint, "") for checkpoint in cfg.checkpoints]
-    tok_per_sec = speeds([raw.to(device) for raw, _ in loaded], cfg, amp)
     names = [field for field in asdict(DEMO) if hasattr(cfg, field)]
     base = pruning.Config(**{name: getattr(cfg, name) for name in names if name != "out_dir"})
+    amounts: dict[str, dict[str, Any]] = {}
+    for amount in cfg.prunings:
+        try:
+            amounts[amount] = dict(pattern=amount) if ":" in amount else dict(ratio=float(amount))
+        except ValueError as error:
+            raise SystemExit(f"prunings: {amount!r} is neither a ratio nor a pattern such as 2:4") from error
+        for raw, _ in loaded:
+            pruning.check(replace(base, **amounts[amount]), raw)
+    tok_per_sec = speeds([raw.to(device) for raw, _ in loaded], cfg, amp)
     rows = []
     for checkpoint, (raw, tokenizer), speed in zip(cfg.checkpoints, loaded, tok_per_sec):
         T = raw.config.block_size
-        train, val = (Windows(shards, T) for shards in open_data(cfg.data, tokenizer))
-        if len(train) < cfg.n_sequences:
-            raise SystemExit(f"{cfg.data} has {len(train)} sequences, and n_sequences={cfg.n_sequences}")
-        chosen = train.read(step_windows(0, cfg.n_sequences, len(train), cfg.seed))[:, :-1]
-        idx = torch.from_numpy(chosen).to(device)
-        measure = pruning.make_measure(base, tokenizer, val, T, amp, print)
+        idx, val = pruning.calibration(cfg.data, T, cfg.n_sequences, cfg.seed, tokenizer)
+        idx = idx.to(device)
+        measure = pruning.make_measure(base, tokenizer, val, T, amp, dist)
         for how in ("-", *((method, amount) for method in cfg.methods for amount in cfg.prunings)):
             copy = GPT.from_weights(raw.config, {k: v.clone() for k, v in raw.state_dict().items()})
             if how != "-":
                 method, amount = how
-                change = dict(pattern=amount) if ":" in amount else dict(ratio=float(amount))
-                one = replace(base, method=method, **change)
-                pruning.check(one, copy)
+                one = replace(base, method=method, **amounts[amount])
                 pruning.prune(copy, idx, one, amp)
             found = pruning.sparsity(copy)
             row = dict(model=checkpoint, pruned=how if how == "-" else " ".join(how))

@@ -55,11 +55,13 @@ from finetune import (
 from training import (
     Dist,
     Log,
+    backward,
     check_positive,
     cleanup,
     cosine_lr,
     count_bad,
     parse,
+    pick_T,
     setup,
     stop_on_signals,
     total,
@@ -201,12 +203,12 @@ def prepare(
         chosen, rejected = (make_example(prompt, text, T, tokenizer) for text in (pair.chosen, pair.rejected))
         # cut to the same beginning they would teach nothing
         if chosen and rejected and not np.array_equal(chosen.ids, rejected.ids):
-            n_cut += tokenizer.eot_token not in (chosen.ids[-1], rejected.ids[-1])
+            n_cut += not chosen.ids[-1] == rejected.ids[-1] == tokenizer.eot_token
             tokens.append(Tokens(chosen, rejected))
     if len(tokens) < len(pairs):
         say(f"{source}: {len(pairs) - len(tokens):,} pairs dropped: nothing to compare within T={T} tokens")
     if n_cut:
-        say(f"{source}: {n_cut:,} pairs with both responses cut to fit into T={T} tokens")
+        say(f"{source}: {n_cut:,} pairs with a response cut to fit into T={T} tokens")
     if not tokens:
         raise SystemExit(f"no pair of {source} is left to learn from")
     return tokens
@@ -348,7 +350,7 @@ def check(cfg: Config) -> None:
     check_positive(cfg, "B", "pairs_per_step", "eval_every", "save_every", "keep")
     if cfg.max_steps is not None:
         check_positive(cfg, "max_steps")
-    for name in ("rpo_alpha", "patience", "lora_rank", "answer_rows", "answer_tokens"):
+    for name in ("rpo_alpha", "patience"):
         if getattr(cfg, name) < 0:
             raise SystemExit(f"{name}={getattr(cfg, name)} must be at least 0")
     if not cfg.beta > 0:
@@ -374,11 +376,7 @@ def main(cfg: Config) -> None:
         log.note(text)
 
     # data: pairs to learn from, pairs held out, and questions to score the answers to
-    T = raw.config.block_size if cfg.T is None else cfg.T
-    if not 1 <= T <= raw.config.block_size:
-        raise SystemExit(
-            f"T={T} must be at least 1 and at most the model's block_size={raw.config.block_size}"
-        )
+    T = pick_T(cfg.T, raw.config.block_size)
     pairs = read_pairs(cfg.data, dist, log.note)
     if len({pair.prompt for pair in pairs}) < 2:
         raise SystemExit(f"{cfg.data} leaves {len(pairs)} pairs: at least two prompts are needed")
@@ -386,7 +384,7 @@ def main(cfg: Config) -> None:
     held_out = [pairs[i] for i in splits[1]]
     train, val = (prepare([pairs[i] for i in split], T, tokenizer, cfg.data, log.note) for split in splits)
     train, val = add_reference(run, (train, val), cfg, dist, log.note)
-    room = T - 1
+    room = T - min(cfg.answer_tokens, T // 2)  # for the prompt where an answer shall follow
     chosen = [(encode_prompt(p.prompt, "", room, tokenizer), p.chosen) for p in held_out[: cfg.answer_rows]]
     rows = read_rows(cfg.questions, dist, log.note) if cfg.questions else []
     questions = [(encode_prompt(row.instruction, row.context, room, tokenizer), row.response) for row in rows]
@@ -404,11 +402,15 @@ def main(cfg: Config) -> None:
     def read(step: int) -> list[dict]:
         return micro_batches(step_examples(train, step, cfg.pairs_per_step, cfg.seed), cfg.B, dist)
 
-    if dist.world_size > 1:  # DDP regroups the gradients it sums after its first backward: see train_gpt2.py
-        loss_fn(run.model, read(0)[0]).backward()
+    if run.compiled or dist.world_size > 1:  # before the clock and the first step: see train_gpt2.py
+        backward(run.model, read(0)[0], loss_fn, 1.0)
         raw.zero_grad()
 
     start = state["step"] if state else 0
+    if start > max_steps:
+        raise SystemExit(
+            f"the run in {out_dir} is at step {start} already, and this one has {max_steps} steps"
+        )
     scores = state["scores"] if state else {}
     best_loss, best_margin, best_step = scores.get("best", (math.inf, -math.inf, 0))
     schedule = dict(max_steps=max_steps, warmup_steps=round(cfg.warmup_frac * max_steps))
@@ -455,8 +457,10 @@ def main(cfg: Config) -> None:
         out = train_step(run.model, run.optimizers, micro, loss_fn, lr=lr, **limits)
         sums = total(torch.stack(metrics).sum(dim=0), dist) / cfg.pairs_per_step
         means = dict(zip(METRICS, sums.tolist()))
-        if step == 0:
-            expected, tolerance = loss_at_zero(cfg.loss, cfg.beta), 0.05 if amp._enabled else 1e-3
+        if step == 0 and not out.skipped:
+            # sums over hundreds of tokens, computed in other batches: in bf16 or TF32 they differ visibly
+            coarse = amp._enabled or dist.device.type == "cuda"
+            expected, tolerance = loss_at_zero(cfg.loss, cfg.beta), 0.5 if coarse else 1e-3
             assert abs(means["preference"] - expected) <= tolerance * expected, (
                 f"the policy does not start as the reference: loss {means['preference']}, not {expected}"
             )

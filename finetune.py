@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import differences, find_resume, load_model, save_checkpoint, write_checkpoint
 from data import permute, prompt_text, step_windows
-from files import one_line
+from files import one_line, require_space
 from lora import add_lora, load_lora, lora_weights, merged_weights, save_adapter
 from model import GPT
 from optimizers import keep_zeros, load_moments, make_optimizers, zero_masks
@@ -105,7 +105,7 @@ class Row(NamedTuple):
 def read_rows(source: str, dist: Dist, say: Say) -> list[Row]:
     """The rows of a file or a dataset; blank responses are dropped and counted."""
     fields = load_rows(source, dist)
-    known = {name for row in fields for name in row}  # a field of some rows must be a field of all
+    known = {name for row in fields for name in row}
     if {"instruction", "response"} <= known:
         names = ("instruction", "context", "response") if "context" in known else ("instruction", "response")
     elif {"prompt", "response"} <= known:
@@ -115,6 +115,7 @@ def read_rows(source: str, dist: Dist, say: Say) -> list[Row]:
         raise unknown_fields(source, fields[0] if fields else {}, expected)
     rows = []
     for number, row in enumerate(fields, 1):
+        row = dict(context="") | row  # which rows may leave out
         instruction, *context, response = text_fields(row, names, source, number)
         rows.append(Row(instruction.strip(), "".join(context).strip(), response))
     kept = [row for row in rows if row.response.strip()]
@@ -193,7 +194,7 @@ def collate(bins: Sequence[Sequence[Example]], device: torch.device, width: int 
             y[b, at + n_prompt - 1 : to] = ids[n_prompt:]
             at = to
     batch = dict(x=torch.from_numpy(x), y=torch.from_numpy(y))
-    if any(len(row) > 1 for row in bins):
+    if width > 1 or any(len(row) > 1 for row in bins):  # the same tensors at every step for the compiler
         same = torch.from_numpy(doc)[:, :, None] == torch.from_numpy(doc)[:, None, :]  # (B, W, W)
         batch |= dict(pos=torch.from_numpy(pos), mask=same.tril()[:, None])
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | dict(
@@ -299,6 +300,7 @@ class Run(NamedTuple):
     state: dict[str, Any] | None  # of the checkpoint to continue from
     base: str  # fingerprint of the weights that the run started from
     amp: torch.autocast
+    compiled: bool
 
 
 def fingerprint(weights: dict[str, Tensor]) -> str:
@@ -323,10 +325,13 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
         raise SystemExit(
             f"out_dir={cfg.out_dir} holds the checkpoint to start from: choose another --out_dir"
         )
+    if not 0 < cfg.val_frac < 1:
+        raise SystemExit(f"val_frac={cfg.val_frac} must be above 0 and below 1")
+    for name in ("answer_rows", "answer_tokens", "lora_rank"):
+        if getattr(cfg, name) < 0:
+            raise SystemExit(f"{name}={getattr(cfg, name)} must be at least 0")
     if not 0 <= cfg.seed < 2**63:
         raise SystemExit(f"seed={cfg.seed} must be from 0 to 2**63 - 1")
-    if cfg.lora_rank < 0:
-        raise SystemExit(f"lora_rank={cfg.lora_rank} must be 0 (no adapters) or above")
     raw, tokenizer = load_model(cfg.checkpoint, cfg.hf, say, stages)
     masks = zero_masks(raw) if cfg.keep_masks else {}
     if cfg.lora_rank and masks:
@@ -338,7 +343,7 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
     state = find_resume(out_dir, cfg.resume, dist, say)
     base = fingerprint(raw.state_dict())
     if state:
-        if state.get("stage") != stage:
+        if state.get("stage") != stage or "optimizers" not in state:
             raise SystemExit(f"the checkpoint in {out_dir} is not of {stage}: choose another --out_dir")
         if state["base"] != base:
             raise SystemExit(
@@ -371,8 +376,11 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
     model: nn.Module = torch.compile(raw) if compiled else raw
     if dist.world_size > 1:
         model = DistributedDataParallel(model)
+    if dist.rank == 0:
+        n_bytes = (cfg.keep + 2) * 12 * raw.n_params()  # fp32 weights and two moments; one more for best.pt
+        require_space(out_dir, n_bytes, f"keeping {cfg.keep} checkpoints and the best, and writing one")
     amp = autocast(pick_precision(cfg.precision, dist.device), dist.device)
-    return Run(raw, model, tokenizer, optimizers, state, base, amp)
+    return Run(raw, model, tokenizer, optimizers, state, base, amp, compiled)
 
 
 def save(cfg: Any, stage: str, run: Run, best: bool, **facts: Any) -> None:

@@ -4,7 +4,8 @@
     python prune.py --ratio=0.5                          # out/gpt2, calibrated on edu_fineweb10B
     python prune.py --hf=gpt2 --data=book.txt --pattern=2:4
     python prune.py --method=magnitude                   # the baseline
-    python train_gpt2.py --init_from=out/pruned --max_lr=6e-5 --max_steps=500 --out_dir=out/recovered
+    python train_gpt2.py --init_from=out/pruned --out_dir=out/recovered \\
+        --max_lr=6e-5 --max_steps=500 --warmup_steps=50
 
 Wanda zeroes the weights that matter least to a layer's output: within every output, those with the smallest
 |weight| times the norm of its input over some calibration text. Blocks are pruned in order, each on what the
@@ -28,13 +29,13 @@ import tiktoken
 import torch
 from torch import Tensor, nn
 
-from checkpoints import load_model, open_checkpoint, write_checkpoint
-from data import Windows, open_data, require_data, step_windows
+from checkpoints import list_checkpoints, load_model, open_checkpoint, write_checkpoint
+from data import Windows, check_shards, open_data, require_data, step_windows
 from files import written_whole
 from hellaswag import evaluate, find_rows, prepare, read_rows
 from model import GPT, matrices
 from optimizers import zero_masks
-from training import autocast, check_positive, parse, pick_precision, setup, validate
+from training import Dist, autocast, check_positive, parse, pick_precision, pick_T, setup, validate
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Config:
     pattern: str = ""  # instead of ratio: N:M keeps the N best of every M neighbouring inputs, such as 2:4
     data: str = "edu_fineweb10B"  # calibration and validation text: token shards, or one .txt file
     n_sequences: int = 128  # for calibration (16 are nearly as good: arXiv:2306.11695, figure 2)
-    T: int | None = None  # length of these, tokens; None: the model's block_size
+    T: int | None = None  # length of these and of those measured on, tokens; None: the model's block_size
     B: int = 8  # sequences per forward
     seed: int = 1337  # of their choice
 
@@ -144,7 +145,7 @@ def prune(raw: GPT, idx: Tensor, cfg: Config, amp: torch.autocast) -> dict[str, 
         norms = squared_norms(block, x, cfg.B, amp) if cfg.method == "wanda" else {}
         for name, linear in matrices(block).items():
             mask = make_mask(linear.weight, norms[name].sqrt() if norms else None, cfg)
-            masks[f"transformer.h.{layer}.{name}.weight"] = mask
+            masks[f"transformer.h.{layer}.{name}.weight"] = mask & (linear.weight != 0)  # or zero before
         for name, linear in matrices(block).items():  # all are scored before any is pruned
             linear.weight.mul_(masks[f"transformer.h.{layer}.{name}.weight"])
         if norms:  # the next block sees what the pruned one makes
@@ -158,21 +159,36 @@ def prune(raw: GPT, idx: Tensor, cfg: Config, amp: torch.autocast) -> dict[str, 
 # Measures
 
 
+def calibration(
+    data: str, T: int, n_sequences: int, seed: int, tokenizer: tiktoken.Encoding
+) -> tuple[Tensor, Windows]:
+    """Calibration tokens (n_sequences, T) from the training part, chosen by the seed; the validation part."""
+    require_data(data)
+    if Path(data).is_dir():
+        check_shards(data, tokenizer.n_vocab)
+    train, val = (Windows(shards, T) for shards in open_data(data, tokenizer))
+    if len(train) < n_sequences:
+        raise SystemExit(
+            f"{data} has {len(train)} sequences of {T} tokens, and n_sequences={n_sequences}: give more "
+            "text, or take fewer or shorter sequences"
+        )
+    chosen = train.read(step_windows(0, n_sequences, len(train), seed))[:, :-1]
+    return torch.from_numpy(chosen), val
+
+
 Measure = Callable[[GPT], dict[str, float]]
 
 
 def make_measure(
-    cfg: Config, tokenizer: tiktoken.Encoding, val: Windows, T: int, amp: torch.autocast, say: Callable
+    cfg: Config, tokenizer: tiktoken.Encoding, val: Windows, T: int, amp: torch.autocast, dist: Dist
 ) -> Measure:
     """A function from a model to its loss, perplexity and HellaSwag accuracies."""
     questions = None
     if cfg.hella_rows >= 0:
-        dist = setup(cfg.device, deterministic=False)
-        rows = read_rows(find_rows(cfg.hella_data, dist), cfg.hella_rows, say)
-        questions = prepare(rows, tokenizer, "completion", T, say)
+        rows = read_rows(find_rows(cfg.hella_data, dist), cfg.hella_rows, print)
+        questions = prepare(rows, tokenizer, "completion", T, print)
 
     def measure(raw: GPT) -> dict[str, float]:
-        dist = setup(cfg.device, deterministic=False)
         loss = validate(raw, val, cfg.val_tokens, cfg.B, amp, dist)
         scores = dict(loss=loss, perplexity=math.exp(min(loss, 99)))
         if questions:
@@ -228,6 +244,8 @@ def time_sparse_kernels(raw: GPT, idx: Tensor) -> dict[str, float]:
 def check(cfg: Config, raw: GPT) -> None:
     """SystemExit that names the constant which does not fit the model or is out of range."""
     check_positive(cfg, "n_sequences", "B")
+    if not 0 <= cfg.seed < 2**63:
+        raise SystemExit(f"seed={cfg.seed} must be from 0 to 2**63 - 1")
     if not 0 <= cfg.ratio < 1:
         raise SystemExit(f"ratio={cfg.ratio} must be at least 0 and below 1")
     if pattern := read_pattern(cfg.pattern):
@@ -263,28 +281,23 @@ def main(cfg: Config) -> None:
         Path(cfg.checkpoint).resolve().parent,
     ):
         raise SystemExit(f"out_dir={cfg.out_dir} holds the checkpoint to prune: choose another --out_dir")
+    ours = not cfg.hf and not (Path(cfg.checkpoint) / "adapter_config.json").is_file()
+    source = open_checkpoint(cfg.checkpoint) if ours else {}
+    stage, step = source.get("stage", "pretraining"), source.get("step", 0)
+    path = out_dir / f"ckpt_{step:06d}.pt"
+    if others := [other.name for other in list_checkpoints(out_dir) if other != path]:
+        raise SystemExit(f"{out_dir} holds other checkpoints ({', '.join(others)}): choose another --out_dir")
     raw, tokenizer = load_model(cfg.checkpoint, cfg.hf)
     check(cfg, raw)
     if cfg.sparse_kernels and dist.device.type != "cuda":
         raise SystemExit("--sparse_kernels needs a CUDA device")
-    T = cfg.T or raw.config.block_size
-    if not 1 <= T <= raw.config.block_size:
-        raise SystemExit(
-            f"T={T} must be at least 1 and at most the model's block_size={raw.config.block_size}"
-        )
-    require_data(cfg.data)
-    train, val = (Windows(shards, T) for shards in open_data(cfg.data, tokenizer))
-    if len(train) < cfg.n_sequences:
-        raise SystemExit(
-            f"{cfg.data} has {len(train)} sequences of {T} tokens, and n_sequences={cfg.n_sequences}: give "
-            "more text, or take fewer or shorter sequences"
-        )
-    chosen = train.read(step_windows(0, cfg.n_sequences, len(train), cfg.seed))[:, :-1]
-    idx = torch.from_numpy(chosen).to(dist.device)
+    T = pick_T(cfg.T, raw.config.block_size)
+    idx, val = calibration(cfg.data, T, cfg.n_sequences, cfg.seed, tokenizer)
+    idx = idx.to(dist.device)
     amp = autocast(pick_precision(cfg.precision, dist.device), dist.device)
     raw.to(dist.device)
 
-    measure = make_measure(cfg, tokenizer, val, T, amp, print)
+    measure = make_measure(cfg, tokenizer, val, T, amp, dist)
     before = sparsity(raw) | measure(raw)
     if zero_masks(raw):
         print(f"already pruned: {before['sparsity']:.1%} of the weights are zero; they stay so")
@@ -294,22 +307,20 @@ def main(cfg: Config) -> None:
     print(table(before, after, cfg))
 
     out_dir.mkdir(parents=True, exist_ok=True)
-    source = {} if cfg.hf else open_checkpoint(cfg.checkpoint)
-    step = source.get("step", 0)
-    state = dict(stage=source.get("stage", "pretraining"), step=step, tokenizer=tokenizer.name, masks=masks)
-    state |= dict(model=raw.state_dict(), model_config=asdict(raw.config), pruned=asdict(cfg))
-    write_checkpoint(out_dir / f"ckpt_{step:06d}.pt", state)
+    state = dict(stage=stage, step=step, tokenizer=tokenizer.name, masks=masks, model=raw.state_dict())
+    write_checkpoint(path, state | dict(model_config=asdict(raw.config), pruned=asdict(cfg)))
     report = dict(config=asdict(cfg), before=before, after=after)
+
+    def write_report() -> None:
+        with written_whole(out_dir / "report.json") as temporary:
+            temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    write_report()
+    print(f"written: {path} and {out_dir / 'report.json'}")
     if cfg.sparse_kernels:
-        report["sparse_kernels"] = time_sparse_kernels(raw, idx[: cfg.B])
-        print(
-            "a forward pass: {dense_ms:.2f} ms dense, {sparse_ms:.2f} ms 2:4".format(
-                **report["sparse_kernels"]
-            )
-        )
-    with written_whole(out_dir / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {out_dir / f'ckpt_{step:06d}.pt'} and {out_dir / 'report.json'}")
+        report["sparse_kernels"] = found = time_sparse_kernels(raw, idx[: cfg.B])
+        write_report()
+        print(f"a forward pass: {found['dense_ms']:.2f} ms dense, {found['sparse_ms']:.2f} ms 2:4")
 
 
 if __name__ == "__main__":

@@ -49,11 +49,13 @@ from model import GPT
 from training import (
     Dist,
     Log,
+    backward,
     check_positive,
     cleanup,
     cosine_lr,
     count_bad,
     parse,
+    pick_T,
     setup,
     stop_on_signals,
     total,
@@ -189,11 +191,7 @@ def main(cfg: Config) -> None:
         log.note(text)
 
     # data: rows held out, and examples to learn from
-    T = raw.config.block_size if cfg.T is None else cfg.T
-    if not 1 <= T <= raw.config.block_size:
-        raise SystemExit(
-            f"T={T} must be at least 1 and at most the model's block_size={raw.config.block_size}"
-        )
+    T = pick_T(cfg.T, raw.config.block_size)
     rows = read_rows(cfg.data, dist, log.note)
     if cfg.val_data:
         val_rows = read_rows(cfg.val_data, dist, log.note)
@@ -204,8 +202,9 @@ def main(cfg: Config) -> None:
         rows, val_rows = [rows[i] for i in train], [rows[i] for i in held_out]
     examples = prepare(rows, T, tokenizer, cfg.data, log)
     val_examples = prepare(val_rows, T, tokenizer, cfg.val_data or "the held-out part", log)
+    room = T - min(cfg.answer_tokens, T // 2)  # for the prompt where an answer shall follow
     questions = [
-        (encode_prompt(row.instruction, row.context, T - 1, tokenizer), row.response)
+        (encode_prompt(row.instruction, row.context, room, tokenizer), row.response)
         for row in val_rows[: cfg.answer_rows]
     ]
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(examples) / cfg.rows_per_step))
@@ -216,12 +215,13 @@ def main(cfg: Config) -> None:
 
     def read(step: int) -> list[dict]:
         chosen = step_examples(examples, step, cfg.rows_per_step, cfg.seed)
-        width = T if cfg.packing else 1  # one shape for the compiler
         parts = share(bins_of(chosen, T, cfg.packing), cfg.B, dist)
-        return [collate(bins, dist.device, width) for bins in parts]
+        if cfg.packing and run.compiled:  # one shape for the compiler
+            return [collate(bins + [[]] * (cfg.B - len(bins)), dist.device, T) for bins in parts]
+        return [collate(bins, dist.device) for bins in parts]
 
-    if dist.world_size > 1:  # DDP regroups the gradients it sums after its first backward: see train_gpt2.py
-        loss_fn(run.model, read(0)[0]).backward()
+    if run.compiled or dist.world_size > 1:  # before the clock and the first step: see train_gpt2.py
+        backward(run.model, read(0)[0], loss_fn, 1.0)
         raw.zero_grad()
 
     first = examples[0]
@@ -233,6 +233,10 @@ def main(cfg: Config) -> None:
         f"{cfg.rows_per_step} rows\nthe first row, with [what is learned]: {prompt}[{response}]"
     )
     start = state["step"] if state else 0
+    if start > max_steps:
+        raise SystemExit(
+            f"the run in {out_dir} is at step {start} already, and this one has {max_steps} steps"
+        )
     scores = state["scores"] if state else {}
     best_loss = scores.get("best", math.inf)
     schedule = dict(max_steps=max_steps, warmup_steps=round(cfg.warmup_frac * max_steps))

@@ -32,6 +32,7 @@ from training import (
     Dist,
     Log,
     autocast,
+    backward,
     barrier,
     check_positive,
     cleanup,
@@ -228,7 +229,12 @@ def build(
     """Model and optimizers on the device: fresh from the seed, from init_from, or as `state` has them."""
     if cfg.model not in SIZES:
         raise SystemExit(f"unknown model {cfg.model!r}: expected one of {', '.join(SIZES)}")
-    shape = SIZES[cfg.model] | dict(block_size=cfg.T, n_tokens=n_tokens, vocab_size=pad_vocab(n_tokens))
+    if cfg.init_from and not state:
+        start, _ = load_model(cfg.init_from, "", say)
+    # OpenAI's weights come without padding, and a run that began with them goes on without
+    vocab_size = state["model_config"]["vocab_size"] if state else pad_vocab(n_tokens)
+    vocab_size = start.config.vocab_size if cfg.init_from and not state else vocab_size
+    shape = SIZES[cfg.model] | dict(block_size=cfg.T, n_tokens=n_tokens, vocab_size=vocab_size)
     config = GPTConfig(**shape, attention=cfg.attention)
     if state and (state.get("stage") != "pretraining" or "optimizers" not in state):
         raise SystemExit(f"the checkpoint in {cfg.out_dir} is not of train_gpt2.py: choose another --out_dir")
@@ -241,10 +247,11 @@ def build(
     if state:
         raw = GPT.from_weights(config, state["model"])
     elif cfg.init_from:
-        raw, _ = load_model(cfg.init_from, "", say)
-        if changed := differences(asdict(raw.config), asdict(config) | dict(attention=raw.config.attention)):
+        if changed := differences(
+            asdict(start.config), asdict(config) | dict(attention=start.config.attention)
+        ):
             raise SystemExit(f"the model in {cfg.init_from} has another shape ({changed})")
-        raw = GPT.from_weights(config, raw.state_dict())
+        raw = GPT.from_weights(config, start.state_dict())
     else:
         raw = GPT(config)
     raw.to(dist.device)
@@ -363,7 +370,7 @@ def main(cfg: Config) -> None:
     if compiled or dist.world_size > 1:
         # Compile outside the clock. And after its first backward DDP regroups the gradients it sums, which
         # moves the last bits: a resumed run must be past that before its first step too.
-        loss_fn(model, split(read(0))[0]).backward()
+        backward(model, split(read(0))[0], loss_fn, 1.0)
         raw.zero_grad()
 
     log.header(cfg, device=dist.device, devices=dist.world_size, B=B)
@@ -377,6 +384,8 @@ def main(cfg: Config) -> None:
         f"{per_rank // B} x B={B} sequences a device"
     )
     start = state["step"] if state else 0
+    if start > cfg.max_steps:
+        raise SystemExit(f"the run in {out_dir} is at step {start} already, and max_steps={cfg.max_steps}")
     scores = state["scores"] if state else {}  # the latest
     began = time.perf_counter() - (state["seconds"] if state else 0)
     peak = peak_flops(dist.device)

@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
@@ -86,6 +86,13 @@ def check_positive(config: object, *names: str) -> None:
             raise SystemExit(f"{name}={getattr(config, name)} must be at least 1")
 
 
+def pick_T(T: int | None, block_size: int) -> int:
+    """T, or the model's block_size where it is None; SystemExit if the model cannot hold it."""
+    if T is not None and not 1 <= T <= block_size:
+        raise SystemExit(f"T={T} must be at least 1 and at most the model's block_size={block_size}")
+    return block_size if T is None else T
+
+
 def setup(device: str, deterministic: bool) -> Dist:
     """Choose the device and, under torchrun, join the process group (nccl on CUDA, gloo on CPU).
 
@@ -115,7 +122,7 @@ def setup(device: str, deterministic: bool) -> Dist:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            # only a warning where no such kernel exists: sampling's cumsum, which does not touch training
+            # where no such kernel exists (sampling's cumsum) a warning; training is strict: exact_kernels
             torch.use_deterministic_algorithms(True, warn_only=True)
             warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
             # not a pass over every new tensor
@@ -219,6 +226,31 @@ def cosine_lr(step: int, *, max_steps: int, warmup_steps: int, max_lr: float, mi
     return max_lr * (min_lr_frac + (1 - min_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+@contextmanager
+def exact_kernels() -> Iterator[None]:
+    """Within, deterministic means deterministic: attention's backward pass is not while it only warns."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(enabled)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+def backward(
+    model: nn.Module,
+    batch: dict[str, Any],
+    loss_fn: Callable[[nn.Module, dict[str, Any]], Tensor],
+    scale: Any,
+) -> Tensor:
+    """One forward and backward pass of scale · loss; returns the loss, summed over the batch, detached."""
+    with exact_kernels():
+        loss = loss_fn(model, batch)
+        (loss * scale).backward()
+    return loss.detach()
+
+
 class StepResult(NamedTuple):
     """What a training step did."""
 
@@ -253,9 +285,7 @@ def train_step(
         # DDP reads this flag in the forward too; gradients travel once a step, with the last micro-batch
         accumulate = dist.world_size > 1 and i < len(micro_batches) - 1
         with model.no_sync() if accumulate else nullcontext():
-            loss = loss_fn(model, batch)
-            (loss * (dist.world_size / n)).backward()  # DDP averages over ranks; we want the sum
-        loss_sum += loss.detach()
+            loss_sum += backward(model, batch, loss_fn, dist.world_size / n)  # DDP averages; we want the sum
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     # one message and one wait: the same numbers, hence the same decision, on every rank
     sums = total(torch.stack([loss_sum, torch.tensor(float(stop), device=dist.device)]), dist)
