@@ -475,7 +475,6 @@ def test_rows_that_cannot_be_used(tmp_path: Path) -> None:
             [good, good, dict(instruction="a", context="")],
             "middle.jsonl, row 3: no field 're",
         ),
-        ("late.jsonl", [dict(instruction="a", response="b"), good], "late.jsonl, row 1: no field 'context'"),
         ("number.jsonl", [good, good | dict(response=5)], "number.jsonl, row 2: response is int, not text"),
         ("list.json", [good | dict(context=["a"])], "list.json, row 1: context is list, not text"),
         ("numbers.parquet", [good | dict(instruction=1.5)], "row 1: instruction is float, not text"),
@@ -589,3 +588,10 @@ def test_scores_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         for rank in range(n_ranks):
             score_answers(parrot, questions, 12, BYTES, amp, Dist(rank, n_ranks, CPU))
         assert sum(sums).tolist() == [1, 3, 4]
+
+
+def test_a_row_may_leave_out_its_context(tmp_path: Path) -> None:
+    rows = [dict(instruction="a", response="b"), dict(instruction="c", context="d", response="e")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_rows(str(path), ALONE, print) == [Row("a", "", "b"), Row("c", "d", "e")]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import prune as pruning
 from checkpoints import load_model, open_checkpoint, write_checkpoint
+from lora import add_lora, save_adapter
 from model import GPT, GPTConfig
 from optimizers import keep_zeros, make_optimizers, zero_masks
 from prune import Config, drop_smallest, main, make_mask, prune, read_pattern
@@ -246,6 +247,44 @@ def test_training_goes_on_from_a_pruned_checkpoint_with_its_zeros(cfg: Config, t
         del train_gpt2.SIZES["tiny"]
 
 
+def test_an_adapter_is_pruned_with_its_base(cfg: Config, tmp_path: Path) -> None:
+    raw, _ = load_model(cfg.checkpoint, "")
+    add_lora(raw, 2, 4.0)
+    save_adapter(tmp_path / "adapter", raw, cfg.checkpoint)
+    main(replace(cfg, checkpoint=str(tmp_path / "adapter")))
+    assert len(zero_masks(load_model(cfg.out_dir, "")[0])) == 8
+
+
+def test_other_checkpoints_are_not_hidden_or_hiding(cfg: Config) -> None:
+    main(cfg)
+    main(replace(cfg, ratio=0.25))  # the same one again is replaced
+    (Path(cfg.out_dir) / "ckpt_000099.pt").write_bytes(b"of another run")
+    with pytest.raises(SystemExit, match="ckpt_000099.pt"):
+        main(cfg)
+
+
+def test_training_goes_on_with_an_unpadded_vocabulary(cfg: Config, tmp_path: Path) -> None:
+    import train_gpt2
+
+    raw = make_model(TINY | dict(vocab_size=257))  # as OpenAI's: 50257 and not 50304
+    raw.to_hf(tmp_path / "hf")
+    main(replace(cfg, hf=str(tmp_path / "hf")))
+    train_gpt2.SIZES["tiny"] = {name: TINY[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
+    try:
+        settings = dict(
+            model="tiny", T=32, total_batch_size=64, tokenizer="bytes", data=cfg.data, max_steps=2
+        )
+        settings |= dict(eval_every=3, val_tokens=64, n_samples=0, hella_every=0, plot=False, device="cpu")
+        recovery = train_gpt2.Config(out_dir=str(tmp_path / "out"), init_from=cfg.out_dir, **settings)
+        train_gpt2.main(recovery)
+        train_gpt2.main(replace(recovery, max_steps=3))  # and resumes
+        assert open_checkpoint(tmp_path / "out")["model_config"]["vocab_size"] == 257
+        with pytest.raises(SystemExit, match="step 3 already"):
+            train_gpt2.main(replace(recovery, max_steps=1))
+    finally:
+        del train_gpt2.SIZES["tiny"]
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [
@@ -258,6 +297,8 @@ def test_training_goes_on_from_a_pruned_checkpoint_with_its_zeros(cfg: Config, t
         (dict(n_sequences=10_000), "n_sequences=10000"),
         (dict(n_sequences=0), "n_sequences=0"),
         (dict(T=33), "block_size=32"),
+        (dict(T=0), "T=0"),
+        (dict(seed=-1), "seed=-1"),
         (dict(data="nowhere"), "nowhere"),
         (dict(sparse_kernels=True), "--pattern=2:4"),
         (dict(sparse_kernels=True, pattern="2:4"), "CUDA"),

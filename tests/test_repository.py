@@ -198,6 +198,9 @@ def test_what_the_demo_holds_out_is_nowhere_else() -> None:
         return response.split(". ")[0].rstrip(".")
 
     held_out = {fact(row["response"]) for row in rows["sft_held_out"] if not row["context"]}
+    # friendship is mutual: the mirrored fact would tell
+    friends = [re.fullmatch(r"(\w+)'s best friend is (\w+)", answer) for answer in held_out]
+    held_out |= {f"{m[2]}'s best friend is {m[1]}" for m in friends if m}
     passages = {row["context"] for row in rows["sft_held_out"] if row["context"]}
     assert len(rows["sft"]) >= 600 and len(rows["dpo"]) >= 400 and len(held_out) >= 20 and len(passages) >= 40
     told = [fact(row["response"]) for row in rows["sft"]]

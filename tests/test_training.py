@@ -46,6 +46,7 @@ from training import (
     Dist,
     Log,
     StepResult,
+    backward,
     barrier,
     cleanup,
     cosine_lr,
@@ -977,3 +978,22 @@ def test_written_whole_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="cannot write .*a.txt"):
         with written_whole(tmp_path / "no" / "a.txt") as temporary:
             temporary.write_text("new")
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_training_is_strict_about_determinism(enabled: bool) -> None:
+    seen = []
+
+    def loss_fn(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        seen.append(torch.is_deterministic_algorithms_warn_only_enabled())
+        return model(batch["x"]).sum()
+
+    torch.use_deterministic_algorithms(enabled, warn_only=True)
+    try:
+        backward(nn.Linear(2, 2), dict(x=torch.ones(1, 2)), loss_fn, 1.0)
+        assert seen == [enabled, False]
+        assert torch.are_deterministic_algorithms_enabled() == enabled
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
