@@ -229,13 +229,14 @@ def cosine_lr(step: int, *, max_steps: int, warmup_steps: int, max_lr: float, mi
 @contextmanager
 def exact_kernels() -> Iterator[None]:
     """Within, deterministic means deterministic: attention's backward pass is not while it only warns."""
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(enabled)
+    if not torch.is_deterministic_algorithms_warn_only_enabled():  # not asked for, or strict already
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def backward(

@@ -292,7 +292,7 @@ def test_pairs_that_do_not_fit() -> None:
     assert chosen == ["12345\u0100", "123456", "x23456"]
     assert bytes(tokens[0].rejected.ids[:-1].tolist()) == b"abc\nResponse:\n12"
     assert "2 pairs dropped: nothing to compare within T=19" in said[0]
-    assert "1 pairs with both responses cut" in said[1]
+    assert "2 pairs with a response cut" in said[1]
     with pytest.raises(SystemExit, match="no pair of pairs is left"):
         dpo.prepare(pairs[-1:], 19, BYTES, "pairs", said.append)
 

@@ -989,11 +989,11 @@ def test_training_is_strict_about_determinism(enabled: bool) -> None:
         seen.append(torch.is_deterministic_algorithms_warn_only_enabled())
         return model(batch["x"]).sum()
 
-    torch.use_deterministic_algorithms(enabled, warn_only=True)
+    torch.use_deterministic_algorithms(enabled, warn_only=enabled)
     try:
         backward(nn.Linear(2, 2), dict(x=torch.ones(1, 2)), loss_fn, 1.0)
         assert seen == [enabled, False]
         assert torch.are_deterministic_algorithms_enabled() == enabled
-        assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == enabled
     finally:
         torch.use_deterministic_algorithms(False)
