@@ -229,7 +229,9 @@ class NdMLP(nn.Module):
         # large product, for 1/f of that one's cost. The large bias would have been mixed too: Σ v times.
         (large_in, spread), (large_out, mix) = self.c_fc.modes, self.c_proj.modes
         u = large_in(x)  # (B, T, I); under autocast in bf16, as the rest should be
-        w, beta, v = (p.to(u.dtype).view(-1, 1, 1, 1) for p in (spread.weight, spread.bias, mix.weight))
+        w, beta, v = (
+            p.to(u.dtype).view(-1, *[1] * u.dim()) for p in (spread.weight, spread.bias, mix.weight)
+        )
         hidden = F.gelu(torch.addcmul(beta, w, u), approximate="tanh")  # (f, B, T, I)
         mixed = (v * hidden).sum(0)  # (B, T, I)
         return large_out(mixed) + (mix.weight.sum() - 1) * large_out.bias + mix.bias
