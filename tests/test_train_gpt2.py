@@ -661,7 +661,7 @@ def test_validation_is_the_mean_over_the_first_windows(
     expected = summed / (n_windows * T)
 
     amp = training.autocast("fp32", torch.device("cpu"))
-    monkeypatch.setattr(train_gpt2, "total", lambda x, dist: x)  # each rank's share, summed below
+    monkeypatch.setattr(training, "total", lambda x, dist: x)  # each rank's share, summed below
     for world_size in (1, 2, 3, 50):
         for rows in (1, 64) if world_size == 50 else (1, 3, 64):
             n_tokens = n_windows * T + T - 1  # not a whole number of windows
