@@ -629,7 +629,7 @@ NURSERY = """
 import json, os, sys
 import torch._dynamo
 import dpo
-from training import parse
+from training import barrier, parse
 
 for line in sys.stdin:
     order = json.loads(line)
@@ -641,6 +641,8 @@ for line in sys.stdin:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.argv = order["argv"]
         os.environ.update(order["env"])
+        # straight out behind the last barrier: a store's server thread may never join in a forked process
+        dpo.cleanup = lambda dist: (barrier(dist), os._exit(0))
         dpo.main(parse(dpo.CONFIGS, dpo.__doc__))
         os._exit(0)
     print(pid, flush=True)

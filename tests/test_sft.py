@@ -298,7 +298,7 @@ import json, os, sys
 import torch._dynamo
 import torch.distributed
 import sft
-from training import parse
+from training import barrier, parse
 
 for line in sys.stdin:
     sys.argv, ranks = json.loads(line)
@@ -309,6 +309,8 @@ for line in sys.stdin:
             os.environ.update(environment)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             try:
+                # behind the last barrier straight out: a store's thread may never end in a forked process
+                sft.cleanup = lambda dist: (barrier(dist), os._exit(0))
                 sft.main(parse(sft.CONFIGS, sft.__doc__))
             except BaseException:
                 sys.excepthook(*sys.exc_info())
