@@ -112,6 +112,13 @@ def find_resume(folder: Path, resume: str, dist: Dist, say: Callable[[str], None
     return state
 
 
+def refuse_own_folder(out_dir: str, checkpoint: str) -> None:
+    """SystemExit if a run would write where the checkpoint it starts from lies."""
+    start = Path(checkpoint).resolve()
+    if Path(out_dir).resolve() in (start, start.parent):
+        raise SystemExit(f"out_dir={out_dir} holds the checkpoint to start from: choose another --out_dir")
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What changed between two configurations: "max_lr 0.0006 -> 0.001, B None -> 8"; "" if nothing did."""
     keys = [key for key in new if old.get(key) != new[key]]

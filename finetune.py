@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import differences, find_resume, load_model, save_checkpoint, write_checkpoint
+from checkpoints import (
+    differences,
+    find_resume,
+    load_model,
+    refuse_own_folder,
+    save_checkpoint,
+    write_checkpoint,
+)
 from data import permute, prompt_text, step_windows
 from files import one_line, require_space
 from lora import add_lora, load_lora, lora_weights, merged_weights, save_adapter
@@ -107,7 +114,7 @@ def read_rows(source: str, dist: Dist, say: Say) -> list[Row]:
     fields = load_rows(source, dist)
     known = {name for row in fields for name in row}
     if {"instruction", "response"} <= known:
-        names = ("instruction", "context", "response") if "context" in known else ("instruction", "response")
+        names = ("instruction", "context", "response")
     elif {"prompt", "response"} <= known:
         names = ("prompt", "response")
     else:
@@ -318,13 +325,8 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
     cfg: a Config of sft.py or dpo.py. stages: those the starting checkpoint may be of.
     """
     out_dir = Path(cfg.out_dir)
-    if not cfg.hf and out_dir.resolve() in (
-        Path(cfg.checkpoint).resolve(),
-        Path(cfg.checkpoint).resolve().parent,
-    ):
-        raise SystemExit(
-            f"out_dir={cfg.out_dir} holds the checkpoint to start from: choose another --out_dir"
-        )
+    if not cfg.hf:
+        refuse_own_folder(cfg.out_dir, cfg.checkpoint)
     if not 0 < cfg.val_frac < 1:
         raise SystemExit(f"val_frac={cfg.val_frac} must be above 0 and below 1")
     for name in ("answer_rows", "answer_tokens", "lora_rank"):

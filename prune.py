@@ -29,7 +29,7 @@ import tiktoken
 import torch
 from torch import Tensor, nn
 
-from checkpoints import list_checkpoints, load_model, open_checkpoint, write_checkpoint
+from checkpoints import list_checkpoints, load_model, open_checkpoint, refuse_own_folder, write_checkpoint
 from data import Windows, check_shards, open_data, require_data, step_windows
 from files import written_whole
 from hellaswag import evaluate, find_rows, prepare, read_rows
@@ -276,11 +276,8 @@ def main(cfg: Config) -> None:
     if dist.world_size > 1:
         raise SystemExit("prune.py runs as one process")
     out_dir = Path(cfg.out_dir)
-    if not cfg.hf and out_dir.resolve() in (
-        Path(cfg.checkpoint).resolve(),
-        Path(cfg.checkpoint).resolve().parent,
-    ):
-        raise SystemExit(f"out_dir={cfg.out_dir} holds the checkpoint to prune: choose another --out_dir")
+    if not cfg.hf:
+        refuse_own_folder(cfg.out_dir, cfg.checkpoint)
     ours = not cfg.hf and not (Path(cfg.checkpoint) / "adapter_config.json").is_file()
     source = open_checkpoint(cfg.checkpoint) if ours else {}
     stage, step = source.get("stage", "pretraining"), source.get("step", 0)

@@ -243,7 +243,7 @@ def backward(
     model: nn.Module,
     batch: dict[str, Any],
     loss_fn: Callable[[nn.Module, dict[str, Any]], Tensor],
-    scale: Any,
+    scale: float | Tensor,
 ) -> Tensor:
     """One forward and backward pass of scale · loss; returns the loss, summed over the batch, detached."""
     with exact_kernels():
