@@ -55,13 +55,20 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         ) from error
 
 
+def utf8(text: str) -> bytes:
+    """A text in UTF-8; lone surrogates, which JSON can spell, are replaced as encode_ordinary does."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
 def encode_document(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
     """End-of-text, then the text's ids, as uint16. Specials spelled out in it stay ordinary text."""
     try:
         ids = tokenizer.encode_to_numpy(text, disallowed_special=())  # no list of Python integers on the way
-    except UnicodeEncodeError:  # lone surrogates, which JSON can spell: replaced, as encode_ordinary does
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids = tokenizer.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:
+        ids = tokenizer.encode_to_numpy(utf8(text).decode(), disallowed_special=())
     return np.concatenate(([tokenizer.eot_token], ids)).astype(np.uint16)
 
 

@@ -5,6 +5,7 @@
     python fineweb.py --max_tokens=1000000000                   # only the first billion tokens
     python fineweb.py --data='books-*.parquet' --out_dir=books  # local files: one, a folder, or a pattern
     python fineweb.py --data=hf://datasets/OWNER/NAME/FOLDER --out_dir=NAME  # another dataset of the hub
+    pip install gigatoken                                       # optional: several times faster, same shards
 
 Files are .parquet with a column `text`, or .jsonl with a field `text`. Documents that are empty (or only
 white space) or not text are counted and skipped. Each begins with end-of-text; one may span two shards.
@@ -24,14 +25,17 @@ read page by page, so a page of hundreds of MB takes more. Time: 4.6 million tok
 
 import functools
 import glob
+import importlib.util
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import zlib
+from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -39,9 +43,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -54,6 +58,7 @@ from data import (
     get_tokenizer,
     open_shard,
     read_manifest,
+    utf8,
     write_manifest,
     write_shard,
 )
@@ -70,6 +75,7 @@ class Config:
     shard_size: int = 10**8  # tokens per shard; the first shard is validation
     max_tokens: int = 0  # stop after so many tokens; 0 = everything
     workers: int = 0  # processes that tokenise; 0 = one per core
+    encoder: Literal["auto", "tiktoken", "gigatoken"] = "auto"  # auto: gigatoken if installed and it agrees
 
 
 CONFIGS = {
@@ -80,6 +86,7 @@ CONFIGS = {
 
 SUFFIXES = (".parquet", ".jsonl")
 CHUNK_BYTES = 2**20  # of documents in one task: much against the cost of a task, little against memory
+CHECKED_BYTES = 2**18  # of documents that gigatoken and tiktoken must agree on, at the start of every run
 IN_FLIGHT_BYTES = 2**28  # of documents handed to the workers and not yet back, at most
 BYTES_PER_TOKEN = {"gpt2": 4.5, "bytes": 1}  # of English on the web; only for estimates
 TEXT_PER_HUB_BYTE = 1.6  # text in FineWeb-Edu's parquet files, against their size; only for estimates
@@ -319,25 +326,93 @@ def text_of(document: bytes | None, is_json: bool) -> str:
     return text if isinstance(text, str) and not text.isspace() else ""
 
 
-def tokenize(tokenizer: str, documents: list[bytes | None], is_json: bool) -> tuple[np.ndarray, np.ndarray]:
+def find_gigatoken() -> bool:
+    """Whether the package gigatoken is installed."""
+    return importlib.util.find_spec("gigatoken") is not None
+
+
+@functools.cache
+def gigatoken_encoder() -> Callable[[list[str]], tuple[np.ndarray, np.ndarray]]:
+    """gigatoken with the GPT-2 vocabulary: texts -> (ids end to end, (n,); ids of each, (n_texts,))."""
+    import awkward  # gigatoken's own dependency
+    import gigatoken
+
+    encoding = cached_tokenizer("gpt2")
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = Path(folder) / "gpt2.tiktoken"
+        with open(ranks, "wb") as file:
+            tokens = encoding.token_byte_values()
+            for number, token in sorted((encoding.encode_single_token(token), token) for token in tokens):
+                file.write(b64encode(token) + b" %d\n" % number)
+        # without special tokens: spelled out in a text they stay text
+        encoder = gigatoken.Tokenizer.from_tiktoken(ranks, pretokenizer="gpt2", special_tokens={})
+
+    def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        rows = encoder.encode_batch([utf8(text) for text in texts], parallel=False)  # one process a core does
+        return np.asarray(awkward.flatten(rows)), np.asarray(awkward.num(rows))
+
+    return encode
+
+
+def tokenize(
+    tokenizer: str, encoder: str, documents: list[bytes | None], is_json: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """Documents -> (their tokens end to end, (n,) uint16; tokens of each, (n_documents,), 0 = skipped)."""
     encoding = cached_tokenizer(tokenizer)
     texts = [text_of(document, is_json) for document in documents]
-    tokens = [encode_document(encoding, text) if text else np.empty(0, np.uint16) for text in texts]
-    return np.concatenate(tokens), np.array([len(ids) for ids in tokens])
+    if encoder == "tiktoken":
+        tokens = [encode_document(encoding, text) if text else np.empty(0, np.uint16) for text in texts]
+        return np.concatenate(tokens), np.array([len(ids) for ids in tokens])
+    lengths = np.zeros(len(texts), dtype=np.int64)
+    kept = np.array([bool(text) for text in texts])
+    if not kept.any():
+        return np.empty(0, np.uint16), lengths
+    ids, n_ids = gigatoken_encoder()([text for text in texts if text])
+    lengths[kept] = n_ids + 1  # and end-of-text before each
+    tokens = np.full(lengths.sum(), encoding.eot_token, dtype=np.uint16)
+    is_text = np.ones(len(tokens), dtype=bool)
+    is_text[(np.cumsum(lengths) - lengths)[kept]] = False
+    tokens[is_text] = ids
+    return tokens, lengths
+
+
+def choose_encoder(cfg: Config, chunks: Iterator[Chunk]) -> tuple[str, Iterator[Chunk]]:
+    """ "gigatoken" where it is wanted and gives tiktoken's ids for the first documents, else "tiktoken"; and
+    the chunks, all of them.
+    """
+    if cfg.tokenizer != "gpt2" or cfg.encoder == "tiktoken" or not find_gigatoken():
+        return "tiktoken", chunks
+    first = next(chunks, None)
+    if first is None:
+        return "tiktoken", chunks
+    ends = np.cumsum([len(document or b"") for document in first.documents])
+    documents = first.documents[: np.searchsorted(ends, CHECKED_BYTES) + 1]
+    expected = tokenize(cfg.tokenizer, "tiktoken", documents, first.is_json)
+    try:
+        found = tokenize(cfg.tokenizer, "gigatoken", documents, first.is_json)
+        problem = "" if all(map(np.array_equal, found, expected)) else "gives other ids than tiktoken"
+    except Exception as error:  # another version of it may fail in any way
+        problem = f"fails ({type(error).__name__}: {one_line(error)})"
+    if problem:
+        tqdm.write(f"gigatoken {problem}: going on with tiktoken")
+    else:
+        tqdm.write(
+            f"encoding with gigatoken: the same ids as tiktoken on the first {len(documents)} documents"
+        )
+    return "tiktoken" if problem else "gigatoken", chain([first], chunks)
 
 
 Result = tuple[Chunk, np.ndarray, np.ndarray]  # a chunk and what `tokenize` makes of it
 
 
 def tokenize_all(
-    chunks: Iterable[Chunk], pool: ProcessPoolExecutor, n_workers: int, tokenizer: str
+    chunks: Iterable[Chunk], pool: ProcessPoolExecutor, n_workers: int, tokenizer: str, encoder: str
 ) -> Iterator[Result]:
     """Tokenise chunks and yield them in order, reading only as far ahead as keeps the workers busy."""
     pending: deque[tuple[Chunk, Future]] = deque()
     in_flight = 0
     for chunk in chunks:
-        pending.append((chunk, pool.submit(tokenize, tokenizer, chunk.documents, chunk.is_json)))
+        pending.append((chunk, pool.submit(tokenize, tokenizer, encoder, chunk.documents, chunk.is_json)))
         in_flight += chunk.n_bytes
         while len(pending) > 4 * n_workers or in_flight > IN_FLIGHT_BYTES:
             first, future = pending.popleft()
@@ -464,6 +539,8 @@ def check(cfg: Config) -> None:
         raise SystemExit(f"--shard_size={cfg.shard_size}: expected 2 … 10**9 tokens (one is held in memory)")
     if cfg.max_tokens < 0 or cfg.max_tokens == 1:
         raise SystemExit(f"--max_tokens={cfg.max_tokens}: expected 0 (everything) or at least 2")
+    if cfg.encoder == "gigatoken" and not find_gigatoken():
+        raise SystemExit("--encoder=gigatoken, but the package is not here: `pip install gigatoken`")
     if cfg.workers < 0:
         raise SystemExit(f"--workers={cfg.workers}: expected 0 (one per core) or more")
 
@@ -509,7 +586,8 @@ def main(cfg: Config) -> None:
     try:
         files = paths[next_file:] or iter_downloads(source, next_file, folder / "download")
         chunks = read_chunks(files, next_file, manifest["next"]["document"])
-        write_shards(tokenize_all(chunks, pool, n_workers, cfg.tokenizer), folder, manifest, bar)
+        encoder, chunks = choose_encoder(cfg, chunks)
+        write_shards(tokenize_all(chunks, pool, n_workers, cfg.tokenizer, encoder), folder, manifest, bar)
     except KeyboardInterrupt:
         n_shards = len(manifest["shards"])
         raise SystemExit(f"stopped after {n_shards} shards: the same command continues there") from None

@@ -215,12 +215,12 @@ def test_reading_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
             yield fineweb.Chunk(0, n_read, [b"x"], False, 10, 0.5)
 
     pool = fineweb.start_workers(2, "bytes")
-    for _ in fineweb.tokenize_all(endless(), pool, 2, "bytes"):
+    for _ in fineweb.tokenize_all(endless(), pool, 2, "bytes", "tiktoken"):
         n_done += 1
     assert n_done == 199 and most <= 10
     monkeypatch.setattr(fineweb, "IN_FLIGHT_BYTES", 30)
     n_read = n_done = most = 0
-    for _ in fineweb.tokenize_all(endless(), pool, 2, "bytes"):
+    for _ in fineweb.tokenize_all(endless(), pool, 2, "bytes", "tiktoken"):
         n_done += 1
     pool.shutdown()
     assert n_done == 199 and most <= 5
@@ -546,6 +546,81 @@ def test_gpt2(source: SimpleNamespace, tmp_path: Path) -> None:
         [np.load(path) for path in sorted(tmp_path.glob("*.npy"), key=lambda p: p.name[-10:])]
     )
     assert found.tolist() == expected
+
+
+def all_bytes(folder: Path) -> dict[str, bytes]:
+    """A folder's shards and manifest, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def awkward_files(tmp_path: Path) -> Path:
+    """A folder of jsonl and parquet with what could trip an encoder: lone surrogates, specials, blanks."""
+    pytest.importorskip("gigatoken")
+    try:
+        data.get_tokenizer("gpt2")
+    except SystemExit as error:
+        pytest.skip(str(error))
+    folder = tmp_path / "in"
+    folder.mkdir()
+    documents = make_documents(300, seed=2)
+    odd = [
+        "\ud800 lone",
+        "a<|endoftext|>b",
+        "  \t\n",
+        " " * 5000 + "x",
+        "1" * 3000,
+        "don't I'LL we've",
+        "\u3000é\u0301",
+    ]
+    lines = [json.dumps({"text": document}) for document in [*odd, *documents]]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    (folder / "b.jsonl").write_text("\n".join(json.dumps({"text": ""}) for _ in range(20)))  # nothing kept
+    write_parquet(folder / "c.parquet", make_documents(500, seed=3))
+    return folder
+
+
+def test_gigatoken_gives_the_same_bytes(
+    awkward_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for encoder in ("tiktoken", "gigatoken"):
+        main(config(awkward_files, tmp_path / encoder, tokenizer="gpt2", shard_size=10_000, encoder=encoder))
+    assert "encoding with gigatoken" in "".join(capsys.readouterr())
+    assert all_bytes(tmp_path / "gigatoken") == all_bytes(tmp_path / "tiktoken")
+
+
+@pytest.mark.parametrize("how", ["other ids", "other lengths", "an error"])
+def test_gigatoken_that_differs_is_not_used(
+    awkward_files: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    how: str,
+) -> None:
+    encode = fineweb.gigatoken_encoder()
+
+    def wrong(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, lengths = encode(texts)
+        if how == "an error":
+            raise RuntimeError("of another version")
+        if how == "other ids":
+            return np.where(ids == ids[-1], ids - 1, ids), lengths
+        return ids, np.roll(lengths, 1)
+
+    monkeypatch.setattr(fineweb, "gigatoken_encoder", lambda: wrong)
+    main(config(awkward_files, tmp_path / "out", tokenizer="gpt2", shard_size=10_000))
+    assert "going on with tiktoken" in "".join(capsys.readouterr())
+    main(config(awkward_files, tmp_path / "ref", tokenizer="gpt2", shard_size=10_000, encoder="tiktoken"))
+    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "ref")
+
+
+def test_gigatoken_that_is_not_installed(
+    source: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fineweb, "find_gigatoken", lambda: False)
+    refused(config(source.folder, tmp_path / "out", encoder="gigatoken"), "pip install gigatoken")
+    main(config(source.folder, tmp_path / "out", shard_size=10_000))
+    check_folder(tmp_path / "out", source.documents, 10_000)
 
 
 def test_command_line(source: SimpleNamespace, tmp_path: Path) -> None:
