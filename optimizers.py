@@ -5,29 +5,65 @@ from torch import Tensor, nn
 
 from model import is_matrix
 
+# Newton-Schulz: X <- (a + b G + c G²) X with G = X Xᵀ, five times. The coefficients (Jordan et al. 2024) make
+# small singular values grow fastest, and all end near 1.
+A, B, C = 3.4445, -4.7750, 2.0315
 
-def orthogonalize(x: Tensor) -> Tensor:
-    """Matrices (n, rows, columns) -> about U Vᵀ of the singular value decomposition of each, same shape.
 
-    Five Newton-Schulz steps; the coefficients make small singular values grow fastest, and all end near 1.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = x.bfloat16() if x.is_cuda else x
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+def newton_schulz(X: Tensor) -> Tensor:
+    """Five steps on matrices (n, rows, columns), rows <= columns, of norms of at most 1."""
     for _ in range(5):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
+        G = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(G, G, G, beta=B, alpha=C), X, beta=A)
+    return X
+
+
+def newton_schulz_factor(G: Tensor) -> Tensor:
+    """The same for G = X Xᵀ alone, (n, rows, rows): returns what X is to be multiplied with from the left.
+
+    The steps' polynomials in G commute, so their product needs to meet X only once: less than half the work
+    where X is wide. Not for bf16, G having squared singular values.
+    """
+    product = None
+    for _ in range(5):
+        p = torch.baddbmm(G, G, G, beta=B, alpha=C)
+        p.diagonal(dim1=-2, dim2=-1).add_(A)
+        product = p if product is None else p @ product
+        G = p @ G @ p
+    return product
+
+
+def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
+    """Each matrix, of any shape -> about U Vᵀ of its singular value decomposition, same shape.
+
+    Alike ones go through the steps together: on CUDA those of one shape, in bf16; elsewhere those whose
+    smaller sides are equal.
+    """
+    matrices = [x / x.norm().clamp(min=1e-7) for x in matrices]
+    keys = [(x.size(0) > x.size(1), x.shape) if x.is_cuda else min(x.shape) for x in matrices]
+    done = matrices.copy()
+    for key in dict.fromkeys(keys):
+        alike = [i for i, other in enumerate(keys) if other == key]
+        x = matrices[alike[0]]
+        if x.is_cuda:
+            X = torch.stack([matrices[i].bfloat16() for i in alike])
+            X = newton_schulz(X.mT).mT if x.size(0) > x.size(1) else newton_schulz(X)
+            new = X.to(x.dtype)
+        else:
+            pairs = [(matrices[i], matrices[i].size(0) > matrices[i].size(1)) for i in alike]
+            factors = newton_schulz_factor(torch.stack([x.mT @ x if tall else x @ x.mT for x, tall in pairs]))
+            new = [x @ p if tall else p @ x for (x, tall), p in zip(pairs, factors)]  # p is symmetric
+        for i, x in zip(alike, new):
+            done[i] = x
+    return done
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made orthogonal: Muon (Jordan et al. 2024), for the blocks' matrices.
 
     Updates are scaled to the root mean square of AdamW's: one learning rate and weight decay serve both
-    (arXiv:2502.16982). The mathematics of torch.optim.Muon with adjust_lr_fn="match_rms_adamw"; here all
-    matrices of a shape are stacked into one product, in bf16 on CUDA and in fp32 elsewhere.
+    (arXiv:2502.16982). The mathematics of torch.optim.Muon with adjust_lr_fn="match_rms_adamw", for many
+    matrices at once.
     """
 
     def __init__(self, params: list[dict], momentum: float = 0.95) -> None:
@@ -35,23 +71,25 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every parameter from its gradient."""
+        """Update every parameter from its gradient; change nothing if `found_inf` was set, to a 1."""
+        found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            lr, beta = group["lr"], group["momentum"]
-            for shape in dict.fromkeys(p.shape for p in group["params"]):
-                params = [p for p in group["params"] if p.shape == shape]
-                grads = [p.grad for p in params]
-                for p in params:
-                    if not self.state[p]:
-                        self.state[p]["momentum"] = torch.zeros_like(p)
-                momenta = [self.state[p]["momentum"] for p in params]
-                torch._foreach_lerp_(momenta, grads, 1 - beta)
-                # Nesterov: the momentum one step ahead
-                updates = orthogonalize(torch.stack(torch._foreach_lerp(grads, momenta, beta)))
-                torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(
-                    params, list(updates.to(params[0].dtype)), alpha=-lr * 0.2 * max(shape) ** 0.5
-                )
+            params, rate, beta = group["params"], group["lr"], group["momentum"]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            momenta, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
+            if found_inf is not None:
+                # a gradient equal to the momentum leaves it as it is, a rate of 0 the weights
+                grads = [torch.where(found_inf > 0, m, g) for m, g in zip(momenta, grads)]
+                rate = rate * (1 - found_inf.to(params[0].dtype))
+            torch._foreach_lerp_(momenta, grads, 1 - beta)
+            # Nesterov: the momentum one step ahead
+            updates = orthogonalize(torch._foreach_lerp(grads, momenta, beta))
+            torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
+            torch._foreach_mul_(updates, [-0.2 * max(p.shape) ** 0.5 for p in params])
+            torch._foreach_mul_(updates, rate)
+            torch._foreach_add_(params, updates)
 
 
 def make_optimizers(
