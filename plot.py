@@ -27,7 +27,7 @@ HELLASWAG = {"GPT-3 124M": 0.337, "GPT-2 124M": 0.2955}
 class Config:
     runs: tuple[str, ...] = ("out/gpt2",)  # out_dirs of runs, or log files; each becomes a curve
     labels: tuple[str, ...] = ()  # their names in the legend; none: those of the folders
-    x: Literal["steps", "tokens"] = "steps"  # the horizontal axis; tokens for runs of different batches
+    x: Literal["steps", "tokens", "seconds"] = "steps"  # the horizontal axis; tokens for different batches
     smooth: int = 50  # steps over which the training loss is averaged; 1: none
     out_dir: str = "Images"  # where Loss.png and Hellaswag.png go
 
@@ -74,7 +74,8 @@ def draw(
 ) -> list[Path]:
     """Write Loss.png and, where a run has been scored, Hellaswag.png into `folder`; return their paths.
 
-    runs: (label, curves, constants) of each, the last two as `read_log` returns them. x: "steps" or "tokens".
+    runs: (label, curves, constants) of each, the last two as `read_log` returns them. x: "steps", "tokens" or
+    "seconds" of training, evaluations included.
     """
     import matplotlib
 
@@ -86,21 +87,29 @@ def draw(
     )
     plt.rcParams.update({"grid.alpha": 0.25, "legend.frameon": False, "lines.linewidth": 2})
     comparable = all(constants.get("tokenizer") == "gpt2" for _, _, constants in runs)
-    per_step = [int(constants.get("total_batch_size", 1)) if x == "tokens" else 1 for *_, constants in runs]
+
+    def place(steps: np.ndarray, curves: Curves, constants: dict[str, str]) -> np.ndarray:
+        if x == "seconds" and "seconds" not in curves:
+            raise SystemExit("a log that tells no seconds, of an older run: take --x=steps or --x=tokens")
+        if x == "seconds":
+            return np.interp(steps, *curves["seconds"])
+        return steps * int(constants.get("total_batch_size", 1)) if x == "tokens" else steps
+
     paths = []
     for title, name, file in (("Loss", "val", "Loss.png"), ("HellaSwag", "hella", "Hellaswag.png")):
-        drawn = [(run, unit) for run, unit in zip(runs, per_step) if name in run[1]]
+        drawn = [run for run in runs if name in run[1]]
         if not drawn:
             continue
         figure, axes = plt.subplots(figsize=(8, 5))
-        for number, ((label, curves, _), unit) in enumerate(drawn):
+        for number, (label, curves, constants) in enumerate(drawn):
             steps, values = curves[name]
             what = f"{label}, validation" if name == "val" else label
-            axes.plot(steps * unit, values, color=f"C{number}", marker="o", markersize=4, label=what)
+            style = dict(color=f"C{number}", marker="o", markersize=4)
+            axes.plot(place(steps, curves, constants), values, **style, label=what)
             if name == "val" and "train" in curves:
                 steps, values = smoothed(*curves["train"], smooth)
                 style = dict(color=f"C{number}", alpha=0.45, linewidth=1.2, zorder=1)
-                axes.plot(steps * unit, values, **style, label=f"{label}, training")
+                axes.plot(place(steps, curves, constants), values, **style, label=f"{label}, training")
         if name == "val":
             axes.set_ylabel("loss, nats per token" if comparable else "loss, nats per byte")
             if comparable:
@@ -108,8 +117,8 @@ def draw(
                     GPT2_LOSS, color="0.3", linestyle="--", linewidth=1.2, label=f"GPT-2 124M, {GPT2_LOSS}"
                 )
             # the untrained loss, near ln(vocabulary), would press the rest of the curve flat
-            curves = [run[1]["val"][1] for run, _ in drawn]
-            shown = np.concatenate([values[1:] if len(values) > 1 else values for values in curves])
+            losses = [curves["val"][1] for _, curves, _ in drawn]
+            shown = np.concatenate([values[1:] if len(values) > 1 else values for values in losses])
             shown = shown[np.isfinite(shown)]
             if len(shown):
                 axes.set_ylim(bottom=0.9 * shown.min(), top=1.15 * shown.max())
