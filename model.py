@@ -11,7 +11,7 @@ Letters: B batch, T time (tokens), S keys attended to, C width (n_embd), V vocab
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 # ndgpt2-*: GPT-2 whose MLPs are made of NdLinear layers (see NdMLP).
 SIZES: dict[str, dict[str, Any]] = {
     "demo": dict(n_layer=3, n_head=4, n_embd=128, block_size=256),  # two CPU cores train it in minutes
+    "shakespeare": dict(n_layer=2, n_head=2, n_embd=128, block_size=128, gelu="erf"),  # and this one in one
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),  # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),  # 774M
@@ -44,6 +45,9 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+CHOICES = {"attention": ("flash", "manual"), "gelu": ("tanh", "erf"), "mlp": ("dense", "ndlinear")}
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a model. A value out of range raises ValueError: no file can ask for anything."""
@@ -55,6 +59,7 @@ class GPTConfig:
     n_tokens: int = 50257  # ids the tokenizer has; only these are ever sampled
     vocab_size: int = 50304  # rows of the embedding: n_tokens padded to a multiple of 64, for speed
     attention: str = "flash"  # flash: PyTorch's fused kernels; manual: written out in `manual_attention`
+    gelu: str = "tanh"  # tanh: GPT-2's approximation; erf: the function itself, on a CPU three times as fast
     mlp: str = "dense"  # dense: GPT-2's; ndlinear: of NdLinear layers
     mlp_width: int = 0  # of ndlinear: size of the hidden tensor's first mode; 0: 4 n_embd
     mlp_modes: int = 1  # of ndlinear: size of its second mode
@@ -62,12 +67,14 @@ class GPTConfig:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             least, most = 0 if name == "mlp_width" else 1, 1000 if name == "n_layer" else 2**20 - 1
-            if name not in ("attention", "mlp") and not (type(value) is int and least <= value <= most):
-                expected = f"an integer from {least} to {most}"
-                raise ValueError(f"{name}={value!r} in the model's configuration: expected {expected}")
-        for name, known in (("attention", ("flash", "manual")), ("mlp", ("dense", "ndlinear"))):
-            if getattr(self, name) not in known:
-                value, expected = getattr(self, name), " or ".join(map(repr, known))
+            known = CHOICES.get(name)
+            if (
+                known
+                and value not in known
+                or not known
+                and not (type(value) is int and least <= value <= most)
+            ):
+                expected = " or ".join(map(repr, known)) if known else f"an integer from {least} to {most}"
                 raise ValueError(f"{name}={value!r} in the model's configuration: expected {expected}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be divisible by n_head={self.n_head}")
@@ -111,50 +118,62 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 
 
 class KVCache:
-    """Keys and values of every layer, for rows that are each filled to a length of their own."""
+    """Keys and values of every layer, for rows that are each filled to a length of their own.
 
-    def __init__(self, n_layer: int, n_slots: int) -> None:
+    A static one hands out all its slots behind a mask, so that every token is the same work on the same
+    memory and can be recorded or compiled; the other hands out only the slots that are filled.
+    """
+
+    def __init__(self, n_layer: int, n_slots: int, static: bool = False) -> None:
         self.n_slots = n_slots  # tokens a row can hold
-        self.keys: list[Tensor | None] = [
-            None
-        ] * n_layer  # each (B, nh, n_slots, hs), made at the first `extend`
+        self.static = static
+        self.keys: list[Tensor | None] = [None] * n_layer  # each (B, nh, n_slots, hs), made when first filled
         self.values: list[Tensor | None] = [None] * n_layer
         self.lengths: Tensor | None = None  # (B,) int64: slots filled in each row
+        self.filling = True  # takes prompts; afterwards one token at a time
         self.longest = 0  # max of lengths, kept on the host so that nothing waits for the device
         self.ragged = False  # whether lengths differ
 
     def set_lengths(self, lengths: list[int], device: torch.device) -> None:
         """Declare the first `lengths[b]` slots of row b valid; what lies behind them is padding."""
-        self.lengths = torch.tensor(lengths, device=device)
+        new = torch.tensor(lengths, device=device)
+        self.lengths = new if self.lengths is None else self.lengths.copy_(new)
+        self.filling = False
         self.longest = max(lengths)
         self.ragged = len(set(lengths)) > 1
 
     def advance(self) -> None:
         """Every row grew by the one token that `extend` wrote."""
-        self.lengths = self.lengths + 1
-        self.longest += 1
+        self.lengths += 1
+        if not self.static:  # a recorded step is not to depend on a number that changes
+            self.longest += 1
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store k, v (B, nh, T, hs) behind what `layer` holds; return keys, values and mask to attend with.
+    def mask(self) -> Tensor | None:
+        """Which slots the next token of each row may see, (B, 1, 1, S): its own, and those filled."""
+        if not (self.static or self.ragged):
+            return None
+        S = self.n_slots if self.static else self.longest + 1
+        return (torch.arange(S, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
 
-        An empty cache takes any T (the prompt); after that T is 1.
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, nh, T, hs) behind what `layer` holds; return the keys and values to attend to.
+
+        While it is being filled it takes any T (the prompt); after that T is 1.
         """
         B, nh, T, hs = k.shape
-        if self.lengths is None:
-            self.keys[layer] = k.new_zeros(B, nh, self.n_slots, hs)
-            self.values[layer] = v.new_zeros(B, nh, self.n_slots, hs)
+        if self.filling:
+            if self.keys[layer] is None:
+                self.keys[layer] = k.new_zeros(B, nh, self.n_slots, hs)
+                self.values[layer] = v.new_zeros(B, nh, self.n_slots, hs)
             self.keys[layer][:, :, :T] = k
             self.values[layer][:, :, :T] = v
-            return k, v, None
+            return k, v
         assert T == 1, f"a filled cache takes one token at a time, got {T}"
         rows = torch.arange(B, device=k.device)
         self.keys[layer][rows, :, self.lengths] = k[:, :, 0]
         self.values[layer][rows, :, self.lengths] = v[:, :, 0]
-        S = self.longest + 1
-        mask = None
-        if self.ragged:  # slot s of row b may be seen if it is not padding: s <= lengths[b]
-            mask = (torch.arange(S, device=k.device) <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, S)
-        return self.keys[layer][:, :, :S], self.values[layer][:, :, :S], mask
+        S = self.n_slots if self.static else self.longest + 1
+        return self.keys[layer][:, :, :S], self.values[layer][:, :, :S]
 
 
 class CausalSelfAttention(nn.Module):
@@ -174,21 +193,26 @@ class CausalSelfAttention(nn.Module):
         shape = B, T, self.n_head, C // self.n_head
         q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
         if cache is not None:
-            k, v, mask = cache.extend(self.layer, k, v)  # (B, nh, S, hs)
+            k, v = cache.extend(self.layer, k, v)  # (B, nh, S, hs)
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
+# config.gelu -> PyTorch's name of the approximation
+APPROXIMATE = {"tanh": "tanh", "erf": "none"}
+
+
 class MLP(nn.Module):
-    """Two linear layers, four times as wide between them, around GPT-2's GELU (the tanh approximation)."""
+    """Two linear layers, four times as wide between them, around a GELU."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.approximate = APPROXIMATE[config.gelu]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
 
 
 class NdLinear(nn.Module):
@@ -222,6 +246,7 @@ class NdMLP(nn.Module):
         C, I, f = config.n_embd, config.mlp_width or 4 * config.n_embd, config.mlp_modes  # noqa: E741
         self.c_fc = NdLinear((C, 1), (I, f))
         self.c_proj = NdLinear((I, f), (C, 1))
+        self.approximate = APPROXIMATE[config.gelu]
 
     def forward(self, x: Tensor) -> Tensor:
         # The literal order is self.c_proj(gelu(self.c_fc(x[..., None])))[..., 0]. Two changes make it cheap:
@@ -232,7 +257,7 @@ class NdMLP(nn.Module):
         w, beta, v = (
             p.to(u.dtype).view(-1, *[1] * u.dim()) for p in (spread.weight, spread.bias, mix.weight)
         )
-        hidden = F.gelu(torch.addcmul(beta, w, u), approximate="tanh")  # (f, B, T, I)
+        hidden = F.gelu(torch.addcmul(beta, w, u), approximate=self.approximate)  # (f, B, T, I)
         mixed = (v * hidden).sum(0)  # (B, T, I)
         return large_out(mixed) + (mix.weight.sum() - 1) * large_out.bias + mix.bias
 
@@ -318,8 +343,8 @@ class GPT(nn.Module):
         `mask` (B, 1, T, T), True where a query (third axis) may look; they go without a cache.
         """
         T, block_size = idx.size(1), self.config.block_size
-        if pos is None and cache is not None and cache.lengths is not None:
-            pos = cache.lengths[:, None]  # (B, 1): each row goes on from its own length
+        if pos is None and cache is not None and not cache.filling:
+            pos, mask = cache.lengths[:, None], cache.mask()  # (B, 1): each row goes on from its own length
         elif pos is None:
             assert T <= block_size, f"{T} tokens do not fit into block_size={block_size}"
             pos = torch.arange(T, device=idx.device)  # (T,)
@@ -370,9 +395,15 @@ class GPT(nn.Module):
     # -------------------------------------------------------------------------
     # Sampling
 
-    def fill_cache(self, windows: list[list[int]], n_slots: int) -> tuple[Tensor, KVCache]:
-        """Run rows of different lengths at once; return the logits behind each row's last token (B, V) and
-        the cache.
+    def cast_linears(self, dtype: torch.dtype) -> None:
+        """Keep the linear maps in `dtype`, as autocast would cast them for every token; not for training."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+
+    def fill_cache(self, windows: list[list[int]], cache: KVCache) -> Tensor:
+        """Run rows of different lengths at once, forgetting what the cache held; return the logits behind
+        each row's last token (B, V).
 
         Rows are padded on the right: a causal model never looks there, so no mask is needed and positions are
         true.
@@ -382,11 +413,17 @@ class GPT(nn.Module):
         idx = torch.tensor(
             [window + [0] * (max(lengths) - len(window)) for window in windows], device=device
         )  # (B, T)
-        cache = KVCache(self.config.n_layer, n_slots)
+        cache.filling = True
         x = self.hidden(idx, cache)  # (B, T, C)
         cache.set_lengths(lengths, device)
         last = x[torch.arange(len(windows), device=device), cache.lengths - 1]  # (B, C)
-        return self.lm_head(last), cache
+        return self.lm_head(last)
+
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """One token a row, (B,) -> the logits behind it (B, V); the cache grows by it."""
+        logits = self.lm_head(self.hidden(tokens[:, None], cache)[:, 0])
+        cache.advance()
+        return logits
 
     @torch.no_grad()
     def generate(
@@ -399,6 +436,7 @@ class GPT(nn.Module):
         top_p: float = 1.0,
         seeds: Sequence[int] | None = None,
         stop: int | None = None,
+        compile: bool = False,
     ) -> Iterator[list[int | None]]:
         """Continue every prompt; yield one list a step with each row's new token, None for rows that have
         ended.
@@ -406,8 +444,10 @@ class GPT(nn.Module):
         prompts: B lists of token ids, not empty, of any lengths. temperature: 0 is greedy. top_k: keep the k
         most likely ids; 0, or more than there are, keeps all. top_p: keep the most likely ids up to this
         total probability. seeds: one a row (default 0, 1, …); a row's tokens depend on its prompt and seed,
-        not on its neighbours. stop: a row ends after yielding this id. Raises ValueError for values out of
-        range.
+        not on its neighbours. stop: a row ends after yielding this id. compile: spend half a minute on
+        compiling the work of a token, for many tokens. Raises ValueError for values out of range.
+
+        On CUDA that work is recorded once as a graph, and the host waits once in CHUNK tokens.
 
         GPT-2's learned positions end at block_size and cannot slide: a row that outgrows them goes on from
         the newer half of its window. A prompt longer than block_size loses its beginning.
@@ -431,23 +471,38 @@ class GPT(nn.Module):
         # all randomness is drawn up front on the CPU: the same on every device, and no row disturbs another
         draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         draws = torch.stack(draws).to(self.lm_head.weight.device)  # (B, max_new_tokens)
-        ended = [False] * len(prompts)
-        tokens, cache = None, None
-        for step in range(max_new_tokens):
-            if cache is None or any(len(window) > block_size for window in windows):
+        on_cuda = draws.is_cuda
+        cache = KVCache(self.config.n_layer, n_slots, static=on_cuda or compile)
+
+        def pick(logits: Tensor, draw: Tensor) -> Tensor:
+            return pick_token(logits[:, :n_tokens], draw, temperature, top_k, top_p)  # (B,)
+
+        def step(tokens: Tensor, draw: Tensor) -> Tensor:
+            return pick(self.decode(tokens, cache), draw)
+
+        step = torch.compile(step, fullgraph=True, dynamic=False) if compile else step
+        ended, done = [False] * len(prompts), 0
+        while done < max_new_tokens and not all(ended):
+            drawn = []  # tokens (B,) on the device, read all at once
+            if done == 0 or max(map(len, windows)) > block_size:
                 windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
-                logits, cache = self.fill_cache(windows, n_slots)
-            else:
-                logits = self.lm_head(self.hidden(tokens[:, None], cache)[:, 0])  # (B, V)
-                cache.advance()
-            tokens = pick_token(logits[:, :n_tokens], draws[:, step], temperature, top_k, top_p)  # (B,)
-            ids = tokens.tolist()
-            for window, token in zip(windows, ids):
-                window.append(token)
-            yield [None if end else token for token, end in zip(ids, ended)]
-            ended = [end or token == stop for token, end in zip(ids, ended)]
-            if all(ended):
-                return
+                tokens = pick(self.fill_cache(windows, cache), draws[:, done])
+                drawn.append(tokens)
+                if on_cuda and done == 0:
+                    step = record(step, (tokens, draws[:, 0]), cache.lengths)
+            room = block_size - max(map(len, windows)) + 1
+            chunk = CHUNK.get(draws.device.type, 1)
+            for i in range(len(drawn), min(chunk, max_new_tokens - done, room)):
+                tokens = step(tokens, draws[:, done + i])
+                drawn.append(tokens)
+            for ids in torch.stack(drawn).tolist():
+                for window, token in zip(windows, ids):
+                    window.append(token)
+                done += 1
+                yield [None if end else token for token, end in zip(ids, ended)]
+                ended = [end or token == stop for token, end in zip(ids, ended)]
+                if all(ended):
+                    return
 
     # -------------------------------------------------------------------------
     # Weights in and out
@@ -478,7 +533,7 @@ class GPT(nn.Module):
         from safetensors.torch import load_file
 
         hf = json.loads(hf_file(name, "config.json").read_text())
-        known = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None)
+        known = dict(model_type="gpt2", layer_norm_epsilon=1e-5, n_inner=None)
         known |= dict(scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False)
         known |= dict(scale_attn_weights=True, tie_word_embeddings=True)
         for key, value in known.items():
@@ -487,7 +542,14 @@ class GPT(nn.Module):
                 raise ValueError(
                     f"{name} is not a GPT-2 as we build it: {key}={hf[key]!r} in config.json, not {value!r}"
                 )
+        activation = hf.get("activation_function", "gelu_new")
+        if activation not in HF_GELU.values():
+            expected = " or ".join(map(repr, HF_GELU.values()))
+            raise ValueError(
+                f"{name} is not a GPT-2 as we build it: activation_function={activation!r}, not {expected}"
+            )
         config = GPTConfig(
+            gelu=next(ours for ours, theirs in HF_GELU.items() if theirs == activation),
             n_layer=hf["n_layer"],
             n_head=hf["n_head"],
             n_embd=hf["n_embd"],
@@ -533,7 +595,7 @@ class GPT(nn.Module):
         hf = dict(
             architectures=["GPT2LMHeadModel"],
             model_type="gpt2",
-            activation_function="gelu_new",
+            activation_function=HF_GELU[config.gelu],
             layer_norm_epsilon=1e-5,
             n_layer=config.n_layer,
             n_head=config.n_head,
@@ -547,6 +609,8 @@ class GPT(nn.Module):
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
 
+
+HF_GELU = {"tanh": "gelu_new", "erf": "gelu"}  # config.gelu -> activation_function in config.json
 
 # Hugging Face keeps GPT-2's matrices as (in, out), the transpose of nn.Linear's (out, in).
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -567,6 +631,37 @@ def hf_file(name: str, file: str) -> Path:
         raise ConnectionError("no folder of that name, and the hub cannot be reached") from error
     except EntryNotFoundError as error:
         raise FileNotFoundError(f"no {file} in {name} on the Hugging Face hub") from error
+
+
+# By device: tokens drawn before they are read. So many may be drawn in vain behind the last row's end, which
+# is cheaper for a GPU than to wait for each; a CPU has nothing to wait for.
+CHUNK = {"cuda": 16}
+
+
+def record(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], state: Tensor) -> Callable[..., Tensor]:
+    """step(*inputs), recorded as a CUDA graph: one launch instead of hundreds. Running it for the record
+    leaves `state`, which it changes in place, as it was.
+    """
+    inputs, before = tuple(x.clone() for x in inputs), state.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, picks kernels, allocates workspaces: none of it may be recorded
+            step(*inputs)
+            state.copy_(before)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(*inputs)
+    state.copy_(before)
+
+    def replay(*new: Tensor) -> Tensor:
+        for x, value in zip(inputs, new):
+            x.copy_(value)
+        graph.replay()
+        return out.clone()
+
+    return replay
 
 
 def check_sampling(temperature: float, top_k: int, top_p: float) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 import tiktoken
+import torch
 
 from checkpoints import load_model
 from data import prompt_text
@@ -46,6 +47,7 @@ class Config:
     seed: int = 1337  # sample i is drawn with seed + i
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
+    compile: bool = False  # compile the work of a token: half a minute that long or many samples bring back
 
 
 CONFIGS = {
@@ -131,6 +133,7 @@ def chat(cfg: Config, raw: GPT, tokenizer: tiktoken.Encoding) -> None:
         history = fit_history(history[max(0, len(history) - cfg.turns) :], prompt, room)
         turn = list(prompt)
         settings = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, seeds=[seed])
+        settings |= dict(compile=cfg.compile)
         context = [token for old in history for token in old] + prompt
         tokens = raw.generate([context], cfg.max_new_tokens, stop=tokenizer.eot_token, **settings)
         for (piece,) in stream(remember(tokens, turn), tokenizer, 1):
@@ -160,8 +163,12 @@ def main(cfg: Config) -> None:
     raw, tokenizer = load_model(cfg.checkpoint, cfg.hf, say)
     device = setup(cfg.device, deterministic=False).device
     raw.to(device)
+    precision = pick_precision(cfg.precision, device)
+    if precision == "bf16":
+        raw.cast_linears(torch.bfloat16)
+    amp = autocast(precision, device)
     if cfg.chat:
-        with autocast(pick_precision(cfg.precision, device), device):
+        with amp:
             return chat(cfg, raw, tokenizer)
 
     prompt = tokenizer.encode_ordinary(text) or [tokenizer.eot_token]  # an empty prompt begins a document
@@ -169,7 +176,7 @@ def main(cfg: Config) -> None:
         say(f"the prompt has {len(prompt)} tokens; the model sees the last {raw.config.block_size}")
     t0 = time.perf_counter()
     n_steps = -1  # the last piece is only what the decoders held back
-    with autocast(pick_precision(cfg.precision, device), device):
+    with amp:
         tokens = raw.generate(
             [prompt] * cfg.n_samples,
             cfg.max_new_tokens,
@@ -178,6 +185,7 @@ def main(cfg: Config) -> None:
             top_p=cfg.top_p,
             seeds=[cfg.seed + i for i in range(cfg.n_samples)],
             stop=tokenizer.eot_token,
+            compile=cfg.compile,
         )
         print(text, end="", flush=True)
         waiting = [""] * cfg.n_samples  # the first sample streams, the others are drawn beside it

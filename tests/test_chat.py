@@ -126,7 +126,7 @@ def test_the_second_turn_sees_the_first(tmp_path: Path, lines: Callable, calls: 
     assert first[0] == prompt("hi")
     # b"hi\nResponse:\nA<|endoftext|>who are you?\nResponse:\n"
     assert second[0] == [*b"hi\nResponse:\nA", EOT, *b"who are you?\nResponse:\n"]
-    settings = dict(temperature=0.5, top_k=9, top_p=0.8, stop=EOT)
+    settings = dict(temperature=0.5, top_k=9, top_p=0.8, stop=EOT, compile=False)
     assert first[1:] == (7, settings | dict(seeds=[3]))
     assert second[1:] == (7, settings | dict(seeds=[4]))  # another draw than the first
 

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model import GPT, SIZES, GPTConfig, flash_attention, manual_attention, pad_vocab, pick_token
+import model
+from model import GPT, SIZES, GPTConfig, KVCache, flash_attention, manual_attention, pad_vocab, pick_token
 
 ATTENTIONS = ("flash", "manual")
 
@@ -569,6 +570,73 @@ def test_cached_equals_uncached_in_small_windows(block_size: int, lengths: tuple
     prompts = [random_ids(n, seed=n).tolist() for n in lengths]
     expected = [uncached(raw, p, 20, seed) for seed, p in enumerate(prompts)]
     assert tokens_of(raw, prompts, 20) == expected
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 16])
+@pytest.mark.parametrize("block_size", [3, 8, 16])
+def test_tokens_read_in_chunks_are_the_same(
+    chunk: int, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = rough_model(block_size=block_size)
+    prompts = [random_ids(n, seed=n).tolist() for n in (1, 3, 14)]
+    one_by_one = [tokens_of(raw, prompts, n) for n in (1, 2, 30)]
+    stop = one_by_one[2][0][7]
+    stopped = tokens_of(raw, prompts, 30, stop=stop)
+    monkeypatch.setitem(model.CHUNK, "cpu", chunk)
+    assert [tokens_of(raw, prompts, n) for n in (1, 2, 30)] == one_by_one
+    assert tokens_of(raw, prompts, 30, stop=stop) == stopped
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("lengths", [(5, 5), (1, 9, 4)])
+def test_a_static_cache_gives_the_same_logits(lengths: tuple[int, ...], attention: str) -> None:
+    raw = rough_model(attention=attention).double()
+    T = raw.config.block_size
+    caches = [KVCache(raw.config.n_layer, T, static=static) for static in (False, True)]
+    for filled in range(2):  # filled again, it has forgotten what it held
+        windows = [random_ids(n, seed=n + filled).tolist() for n in lengths]
+        with torch.no_grad():
+            logits = [raw.fill_cache(windows, cache) for cache in caches]
+            for step in range(T - max(lengths)):
+                torch.testing.assert_close(*logits, rtol=0, atol=1e-12)
+                tokens = random_ids(len(lengths), seed=99 + step)
+                windows = [[*window, int(token)] for window, token in zip(windows, tokens)]
+                logits = [raw.decode(tokens, cache) for cache in caches]
+        whole = torch.stack([raw(torch.tensor([window]))[0][0, -1] for window in windows])
+        torch.testing.assert_close(logits[1], whole, rtol=0, atol=1e-12)
+
+
+def test_a_static_token_is_the_same_graph_every_time() -> None:
+    """What is compiled or recorded must not depend on a number that grows: one trace serves all tokens."""
+    raw = rough_model()
+    traces = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        traces.append(graph)
+        return graph.forward
+
+    cache = KVCache(raw.config.n_layer, 16, static=True)
+    with torch.no_grad():
+        raw.fill_cache([[1, 2, 3], [4]], cache)
+        step = torch.compile(lambda tokens: raw.decode(tokens, cache), backend=count, fullgraph=True)
+        for token in range(8):
+            step(torch.tensor([token, token + 1]))
+    assert len(traces) == 1
+
+
+def test_linears_in_bf16_are_what_autocast_makes_of_them() -> None:
+    raw = rough_model()
+    idx = random_ids(2, 9)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = raw(idx)[0]
+        raw.cast_linears(torch.bfloat16)
+        found = raw(idx)[0]
+    assert raw.lm_head.weight is raw.transformer.wte.weight
+    assert {p.dtype for m in raw.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()} == {
+        torch.bfloat16
+    }
+    # the embedding, tied to the head, is rounded too: 2^-9 of values of order 1
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
 
 
 def test_a_row_depends_on_its_prompt_and_seed_alone() -> None:
