@@ -1,62 +1,85 @@
 """Measure what the code around the model costs: medians of alternating repeats, side by side in one run.
 
     python bench.py train                     # training steps against a plain PyTorch loop
-    python bench.py train --model=gpt2 --T=1024 --B=1 --total_batch_size=1024
-    python bench.py data --data=edu_fineweb10B --model=gpt2 --T=1024    # reading batches
+    python bench.py train --models gpt2 --tokenizer=gpt2 --T=1024 --B 1 --total_batch_size=1024 --steps=2
+    python bench.py train --profile           # and where the time goes, as a trace for chrome://tracing
+    python bench.py choices --models gpt2 …   # our step, and the same with one choice made otherwise
+    python bench.py data --data=edu_fineweb10B --models gpt2 --T=1024    # reading batches
+    python bench.py sample                    # prefill and decoding against the loop without a cache
     python bench.py hellaswag                 # HellaSwag's rows against scoring one at a time
     python bench.py tokenize --data='books-*.parquet'    # fineweb.py against tiktoken in a bare pool
 
-Figures from our machines are in bench/RESULTS.md. Nothing here is a test: machines are noisy.
+Each prints a table and writes <out_dir>/<what>.json: command, hardware, versions, and median, smallest and
+largest rate of the repeats; the first repeat warms up and is not counted. Figures from our machines are in
+bench/RESULTS.md. Nothing here is a test: machines are noisy.
 """
 
+import contextlib
+import functools
 import glob
+import importlib.metadata
+import io
+import json
 import os
+import platform
+import resource
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Config:
-    what: Literal["train", "data", "tokenize", "hellaswag"] = "train"  # the measurement
+    what: Literal["train", "choices", "data", "tokenize", "sample", "hellaswag"] = "train"  # the measurement
     data: str = str(Path(__file__).parent / "input.txt")  # text, shards, parquet files, or rows
     tokenizer: Literal["gpt2", "bytes"] = "bytes"  # of the data
-    model: str = "demo"  # a size of model.py's table
+    models: tuple[str, ...] = ("demo",)  # sizes of model.py's table
     T: int = 256  # sequence length, tokens
-    B: int = 8  # sequences per forward pass
+    B: tuple[int, ...] = (8,)  # sequences per forward pass; sample: streams
     total_batch_size: int = 8 * 256  # tokens per optimizer step
+    optimizer: Literal["adamw", "muon"] = "adamw"  # of our step; the plain loop has AdamW
     steps: int = 10  # steps of a repeat
     repeats: int = 7  # alternating repeats; the first one warms up and is not counted
+    new_tokens: int = 512  # sample: drawn behind a prompt of `prompt_tokens`
+    prompt_tokens: int = 16  # sample: of random ids
+    stride: int = 16  # sample: the uncached loop runs at every so many-th length, for the rest it is the same
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
-    compile: bool = False  # torch.compile both loops
+    compile: bool | None = None  # torch.compile; None: as in training, on CUDA (train: both loops)
+    profile: bool = False  # train: also write trace.json, of three of our steps
     workers: int = 0  # tokenize: processes; 0: one a core
     rows: int = 40  # hellaswag: rows of a repeat, from all over the file
+    out_dir: str = "out/bench"  # where <what>.json goes
 
 
 CONFIGS = {
     "train": Config(),
+    "choices": Config(what="choices", repeats=4),
     "data": Config(what="data"),
     "tokenize": Config(what="tokenize", tokenizer="gpt2", repeats=4),
+    "sample": Config(what="sample", models=("gpt2",), B=(1, 8), repeats=4),
     "hellaswag": Config(
         what="hellaswag",
         data=".cache/hellaswag/hellaswag_val.jsonl",
         tokenizer="gpt2",
-        model="gpt2",
+        models=("gpt2",),
         repeats=4,
     ),
 }
 
+Row = dict[str, Any]  # one line of the table and of the json
 
-def side_by_side(runs: dict[str, Callable[[], float]], repeats: int, unit: str) -> dict[str, float]:
+
+def side_by_side(runs: dict[str, Callable[[], float]], repeats: int, unit: str) -> list[Row]:
     """Run all `runs` in turn, `repeats` times; print and return the median of the rates each returns."""
-    rates = {name: [] for name in runs}
+    rates: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats):
         for name, run in runs.items():
             rate = run()
@@ -64,94 +87,306 @@ def side_by_side(runs: dict[str, Callable[[], float]], repeats: int, unit: str) 
                 rates[name].append(rate)
     medians = {name: statistics.median(values) for name, values in rates.items()}
     base = next(iter(medians.values()))
+    rows = []
     for name, values in rates.items():
-        spread = f"{min(values):,.1f} … {max(values):,.1f}"
-        median, ratio = medians[name], medians[name] / base
-        print(f"{name:>24}: {median:12,.1f} {unit}  ({spread})  x {ratio:.3f}", flush=True)
-    return medians
+        least, most, ratio = min(values), max(values), medians[name] / base
+        print(
+            f"{name:>30}: {medians[name]:12,.1f} {unit}  ({least:,.1f} … {most:,.1f})  x {ratio:.3f}",
+            flush=True,
+        )
+        rows.append(dict(name=name, unit=unit, median=medians[name], min=least, max=most, ratio=ratio))
+    return rows
 
 
-def bench_train(cfg: Config) -> None:
-    """Our step with loader and log, against forward, backward, clip and AdamW written down on one batch."""
+def write_json(cfg: Config, rows: list[Row]) -> None:
+    """Write <out_dir>/<what>.json: what was measured, on what, with which versions."""
+    from files import written_whole
+    from training import code_revision
+
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
+    hardware = dict(cpu=cpu, cores=os.cpu_count(), system=platform.platform())
+    versions = dict(python=platform.python_version())
+    for package in ("torch", "numpy", "tiktoken", "gigatoken", "pyarrow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.cuda.is_available():
+            hardware |= dict(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda)
+    path = Path(cfg.out_dir) / f"{cfg.what}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    facts = dict(command=" ".join(sys.argv), code=code_revision(), hardware=hardware, versions=versions)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(facts | dict(config=asdict(cfg), results=rows), indent=1) + "\n")
+    print(f"written: {path}")
+
+
+# -----------------------------------------------------------------------------
+# Training
+
+
+def synchronize(device: Any) -> None:
+    """Wait until the device has done what was queued."""
     import torch
 
-    from data import Windows, get_tokenizer, open_data, prefetch, step_windows
-    from model import GPT, SIZES, GPTConfig, pad_vocab
-    from optimizers import make_optimizers
-    from training import Log, StepResult, autocast, cosine_lr, pick_precision, setup, train_step
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
-    dist = setup(cfg.device, deterministic=False)
-    amp = autocast(pick_precision(cfg.precision, dist.device), dist.device)
-    tokenizer = get_tokenizer(cfg.tokenizer)
-    shape = SIZES[cfg.model] | dict(
-        block_size=cfg.T, n_tokens=tokenizer.n_vocab, vocab_size=pad_vocab(tokenizer.n_vocab)
-    )
-    train = Windows(open_data(cfg.data, tokenizer)[0], cfg.T)
-    N = cfg.total_batch_size // cfg.T
 
-    def fresh() -> tuple:
+@dataclass(frozen=True)
+class Choice:
+    """What our training step may be made of; the defaults are what train_gpt2.py takes."""
+
+    compile: bool | None = None  # None: on CUDA
+    mode: str | None = None  # of torch.compile
+    padded: bool = True  # the vocabulary, to a multiple of 64
+    attention: str = "flash"
+    deterministic: bool = True  # kernels
+    fused: bool = True  # AdamW
+    late: bool = True  # read a step's loss when the next one is queued
+
+
+class Trainer:
+    """A model with its optimizer, and runs of training steps over real batches, timed."""
+
+    def __init__(self, cfg: Config, model: str, B: int, choice: Choice) -> None:
+        import torch
+
+        from data import Windows, get_tokenizer, open_data
+        from model import GPT, SIZES, GPTConfig, pad_vocab
+        from optimizers import make_optimizers
+        from training import Log, autocast, pick_precision, setup
+
+        self.cfg, self.B, self.choice = cfg, B, choice
+        self.dist = setup(cfg.device, choice.deterministic)
+        self.amp = autocast(pick_precision(cfg.precision, self.dist.device), self.dist.device)
+        tokenizer = get_tokenizer(cfg.tokenizer)
+        n_tokens = tokenizer.n_vocab
+        vocab_size = pad_vocab(n_tokens) if choice.padded else n_tokens
+        shape = SIZES[model] | dict(block_size=cfg.T, n_tokens=n_tokens, vocab_size=vocab_size)
+        self.train = Windows(open_data(cfg.data, tokenizer)[0], cfg.T)
+        self.N = cfg.total_batch_size // cfg.T
         torch.manual_seed(0)
-        raw = GPT(GPTConfig(**shape)).to(dist.device)
-        optimizers = make_optimizers(raw, optimizer="adamw", weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-        return torch.compile(raw) if cfg.compile else raw, optimizers
+        self.raw = GPT(GPTConfig(**shape, attention=choice.attention)).to(self.dist.device)
+        settings = dict(weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+        self.optimizers = make_optimizers(self.raw, optimizer=cfg.optimizer, **settings)
+        if not choice.fused:
+            groups = self.optimizers[0].param_groups
+            self.optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=False)]
+        compiled = self.dist.device.type == "cuda" if choice.compile is None else choice.compile
+        options = dict(fullgraph=True, dynamic=False, mode=choice.mode)
+        self.model = torch.compile(self.raw, **options) if compiled else self.raw
+        self.log = Log(Path(tempfile.mkdtemp()), self.dist)
 
-    def read(step: int) -> torch.Tensor:
-        xy = torch.from_numpy(train.read(step_windows(step, N, len(train), 1)))
-        return xy.pin_memory() if dist.device.type == "cuda" else xy
+    def read(self, step: int) -> Any:
+        """A step's tokens, (N, T + 1), on the host."""
+        import torch
 
-    def synchronize() -> None:
-        if dist.device.type == "cuda":
-            torch.cuda.synchronize()
+        from data import step_windows
 
-    plain_model, [plain_optimizer] = fresh()
-    model, optimizers = fresh()
-    fixed = read(0).to(dist.device)
+        xy = torch.from_numpy(self.train.read(step_windows(step, self.N, len(self.train), 1)))
+        return xy.pin_memory() if self.dist.device.type == "cuda" else xy
 
-    def plain() -> float:
-        synchronize()
-        t0 = time.perf_counter()
-        for _ in range(cfg.steps):
-            for rows in fixed.split(cfg.B):
-                with amp:
-                    _, loss = plain_model(rows[:, :-1], rows[:, 1:])
-                (loss * len(rows) / N).backward()
-            torch.nn.utils.clip_grad_norm_(plain_model.parameters(), 1.0)
-            for group in plain_optimizer.param_groups:
-                group["lr"] = 1e-4
-            plain_optimizer.step()
-            plain_optimizer.zero_grad()
-        synchronize()
-        return cfg.steps * cfg.total_batch_size / (time.perf_counter() - t0)
-
-    def loss_fn(model: torch.nn.Module, batch: dict) -> torch.Tensor:
-        with amp:
+    def loss(self, model: Any, batch: dict) -> Any:
+        """The summed loss of a micro-batch."""
+        with self.amp:
             return model(batch["x"], batch["y"], reduction="sum")[1]
 
-    folder = Path(tempfile.mkdtemp())
-    log = Log(folder, dist)
+    def plain(self) -> float:
+        """Tokens/s of forward, backward, clip and AdamW written down, on one batch that stays."""
+        import torch
 
-    def ours() -> float:
-        batches = prefetch(read, 0, cfg.steps)
-        synchronize()
+        xy = self.read(0).to(self.dist.device)
+        [optimizer] = self.optimizers
+        synchronize(self.dist.device)
         t0 = time.perf_counter()
+        for _ in range(self.cfg.steps):
+            for rows in xy.split(self.B):
+                with self.amp:
+                    _, loss = self.model(rows[:, :-1], rows[:, 1:])
+                (loss * len(rows) / self.N).backward()
+            torch.nn.utils.clip_grad_norm_(self.raw.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-4
+            optimizer.step()
+            optimizer.zero_grad()
+        synchronize(self.dist.device)
+        return self.cfg.steps * self.cfg.total_batch_size / (time.perf_counter() - t0)
+
+    def ours(self, mark: Callable[[str], None] = lambda phase: None) -> float:
+        """Tokens/s of the step of train_gpt2.py with its loader and log; `mark` is told what was done."""
+        from data import prefetch
+        from training import cosine_lr, train_step
+
+        cfg, dist = self.cfg, self.dist
+
+        def loss(model: Any, batch: dict) -> Any:
+            mark("backward")  # of the micro-batch before
+            value = self.loss(model, batch)
+            mark("forward")
+            return value
+
+        batches = prefetch(self.read, 0, cfg.steps)
+        late = self.choice.late and dist.device.type == "cuda"
+        pending: list[tuple[int, Callable]] = []
+        synchronize(dist.device)
+        t0 = time.perf_counter()
+        mark("")
         for step in range(cfg.steps):
             lr = cosine_lr(step, max_steps=10**6, warmup_steps=1, max_lr=1e-4, min_lr_frac=0.1)
             xy = next(batches).to(dist.device, non_blocking=True)
-            micro_batches = [
-                dict(x=rows[:, :-1], y=rows[:, 1:], n=len(rows) * cfg.T) for rows in xy.split(cfg.B)
-            ]
-            out: StepResult = train_step(
-                model, optimizers, micro_batches, loss_fn, lr=lr, grad_clip=1.0, dist=dist
+            micro = [dict(x=r[:, :-1], y=r[:, 1:], n=len(r) * cfg.T) for r in xy.split(self.B)]
+            mark("data")
+            pending.append(
+                (step, train_step(self.model, self.optimizers, micro, loss, lr=lr, grad_clip=1.0, dist=dist))
             )
-            log.scalars(step, train=out.loss, lr=lr, norm=out.grad_norm)
-        synchronize()
+            mark("optimizer")
+            while len(pending) > (late and step < cfg.steps - 1):
+                done, read = pending.pop(0)
+                out = read()
+                self.log.scalars(done, train=out.loss, lr=lr, norm=out.grad_norm)
+            mark("log")
+        synchronize(dist.device)
         return cfg.steps * cfg.total_batch_size / (time.perf_counter() - t0)
 
-    side_by_side({"plain PyTorch loop": plain, "NeoGPT": ours}, cfg.repeats, "tok/s")
-    shutil.rmtree(folder)
+    def shares(self) -> dict[str, float]:
+        """The share of our step's time in each of its parts, waiting for the device after each."""
+        spent: dict[str, float] = {}
+        clock = time.perf_counter()
+
+        def mark(phase: str) -> None:
+            nonlocal clock
+            synchronize(self.dist.device)
+            now = time.perf_counter()
+            spent[phase] = spent.get(phase, 0.0) + now - clock
+            clock = now
+
+        hooks = [o.register_step_pre_hook(lambda *_: mark("backward")) for o in self.optimizers[:1]]
+        self.ours(mark)
+        for hook in hooks:
+            hook.remove()
+        spent.pop("")
+        return {phase: seconds / sum(spent.values()) for phase, seconds in spent.items()}
+
+    def peak_memory(self) -> int:
+        """Bytes: on CUDA of model, optimizer and one of our steps; elsewhere of this process so far."""
+        import torch
+
+        if self.dist.device.type != "cuda":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+                1 if sys.platform == "darwin" else 1024
+            )
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.ours()
+        return torch.cuda.max_memory_allocated() - before + 12 * self.raw.n_params()
+
+    def checkpoint_ms(self) -> float:
+        """How long saving model and optimizer keeps the next step waiting: the copy, not the writing."""
+        from checkpoints import save_in_background
+
+        moments = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+        state = dict(step=0, model=self.raw.state_dict(), optimizers=moments)
+        folder, times = Path(tempfile.mkdtemp()), []
+        with ThreadPoolExecutor(1) as pool:
+            for _ in range(3):  # the first allocates the host's memory
+                synchronize(self.dist.device)
+                t0 = time.perf_counter()
+                writing = save_in_background(pool, folder, state, keep=1)
+                synchronize(self.dist.device)
+                times.append(time.perf_counter() - t0)
+                writing.result()
+        shutil.rmtree(folder)
+        return 1e3 * statistics.median(times)
+
+    def trace(self, path: Path) -> None:
+        """Write a Chrome trace of three of our steps."""
+        import torch
+
+        whole, self.cfg = self.cfg, replace(self.cfg, steps=3)
+        with torch.profiler.profile() as profiler:
+            self.ours()
+        self.cfg = whole
+        profiler.export_chrome_trace(str(path))
+        print(f"written: {path}")
 
 
-def bench_data(cfg: Config) -> None:
+def bench_train(cfg: Config) -> list[Row]:
+    """Our step with loader and log, against forward, backward, clip and AdamW written down on one batch."""
+    from training import peak_flops
+
+    rows = []
+    for model in cfg.models:
+        for B in cfg.B:
+            choice = Choice(compile=cfg.compile)
+            ours = Trainer(cfg, model, B, choice)
+            plain = Trainer(replace(cfg, optimizer="adamw"), model, B, choice)
+            print(f"{model}, B={B}, T={cfg.T}, {cfg.total_batch_size:,} tokens a step")
+            runs = {"plain PyTorch loop": plain.plain, "NeoGPT": ours.ours}
+            found = side_by_side(runs, cfg.repeats, "tok/s")
+            peak, shares, memory = peak_flops(ours.dist.device), ours.shares(), ours.peak_memory()
+            for row in found:
+                row |= dict(model=model, B=B, T=cfg.T, ms=1e3 * cfg.total_batch_size / row["median"])
+                row["mfu"] = peak and ours.raw.flops_per_token(cfg.T) * row["median"] / peak
+            found[1] |= dict(shares=shares, peak_memory=memory, checkpoint_ms=ours.checkpoint_ms())
+            parts = ", ".join(f"{phase} {share:.1%}" for phase, share in shares.items())
+            mfu = f", MFU {found[1]['mfu']:.1%}" if peak else ""
+            print(f"  {found[1]['ms']:,.1f} ms a step{mfu}, {memory / 1e9:.2f} GB; {parts}")
+            print(
+                f"  a checkpoint keeps the next step waiting {found[1]['checkpoint_ms']:,.1f} ms", flush=True
+            )
+            if cfg.profile:
+                Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+                ours.trace(Path(cfg.out_dir) / "trace.json")
+            rows += found
+    return rows
+
+
+def bench_choices(cfg: Config) -> list[Row]:
+    """Our step as train_gpt2.py takes it, and with one choice at a time made otherwise."""
+    import torch
+
+    base = Choice(compile=cfg.compile)
+    on_cuda = torch.cuda.is_available() and cfg.device in ("auto", "cuda")
+    compiled = on_cuda if cfg.compile is None else cfg.compile
+    choices = {
+        "as it is": base,
+        "vocabulary not padded": replace(base, padded=False),
+        "attention written out": replace(base, attention="manual"),
+        "AdamW not fused": replace(base, fused=False),
+        "not compiled" if compiled else "compiled": replace(base, compile=not compiled),
+    }
+    if on_cuda:
+        choices |= {
+            "kernels not deterministic": replace(base, deterministic=False),
+            "loss read at once": replace(base, late=False),
+            "compiled with CUDA graphs": replace(base, mode="reduce-overhead"),
+            "compiled with autotuning": replace(base, mode="max-autotune-no-cudagraphs"),
+        }
+    if cfg.optimizer == "muon":
+        choices.pop("AdamW not fused")
+    rows = []
+    for model in cfg.models:
+        for B in cfg.B:
+            print(f"{model}, B={B}, T={cfg.T}, {cfg.total_batch_size:,} tokens a step")
+            trainers = {name: Trainer(cfg, model, B, choice) for name, choice in choices.items()}
+
+            def run(trainer: Trainer) -> float:
+                if on_cuda:  # a setting of the process
+                    exact = trainer.choice.deterministic
+                    torch.use_deterministic_algorithms(exact, warn_only=exact)
+                return trainer.ours()
+
+            runs = {name: functools.partial(run, trainer) for name, trainer in trainers.items()}
+            rows += [row | dict(model=model, B=B) for row in side_by_side(runs, cfg.repeats, "tok/s")]
+    return rows
+
+
+def bench_data(cfg: Config) -> list[Row]:
     """How long the loader takes for a step's batch, and how much memory it holds after many."""
     from data import Windows, check_shards, get_tokenizer, open_data, step_windows
 
@@ -166,17 +401,25 @@ def bench_data(cfg: Config) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
-    N, steps, times = cfg.total_batch_size // cfg.T, cfg.steps * cfg.repeats, []
-    before = resident()
-    for step in range(steps):
+    N, steps = cfg.total_batch_size // cfg.T, iter(range(10**9))
+
+    def read() -> float:
         t0 = time.perf_counter()
-        train.read(step_windows(step, N, len(train), 1))
-        times.append(time.perf_counter() - t0)
-    median = statistics.median(times)
+        for _ in range(cfg.steps):
+            train.read(step_windows(next(steps), N, len(train), 1))
+        return cfg.steps * N * cfg.T / (time.perf_counter() - t0)
+
+    before = resident()
+    [row] = side_by_side({f"{N} windows on one thread": read}, cfg.repeats, "tok/s")
+    row |= dict(ms=1e3 * cfg.total_batch_size / row["median"], mb_before=before, mb_after=resident())
     print(
-        f"{N} windows: {median * 1e3:.3f} ms a step, {cfg.total_batch_size / median:,.0f} tok/s on one thread"
+        f"  {row['ms']:.3f} ms a step; resident memory {before:.0f} MB before, {row['mb_after']:.0f} MB after"
     )
-    print(f"resident memory {before:.0f} MB before, {resident():.0f} MB after {steps} steps")
+    return [row]
+
+
+# -----------------------------------------------------------------------------
+# Tokenising
 
 
 def encode_all(texts: list[str]) -> int:
@@ -187,11 +430,8 @@ def encode_all(texts: list[str]) -> int:
     return sum(len(tokenizer.encode_ordinary(text)) for text in texts)
 
 
-def bench_tokenize(cfg: Config) -> None:
+def bench_tokenize(cfg: Config) -> list[Row]:
     """fineweb.py from files to shards, against a bare pool of tiktoken on texts already in memory."""
-    import contextlib
-    import io
-
     import pyarrow.parquet
 
     import fineweb
@@ -211,34 +451,125 @@ def bench_tokenize(cfg: Config) -> None:
             n_tokens = sum(pool.map(encode_all, chunks))
         return n_tokens / (time.perf_counter() - t0)
 
-    def ours() -> float:
+    def ours(encoder: str) -> float:
         folder = tempfile.mkdtemp()
         t0 = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            fineweb.main(fineweb.Config(data=cfg.data, out_dir=f"{folder}/shards", workers=workers))
+            settings = dict(data=cfg.data, out_dir=f"{folder}/shards", workers=workers, encoder=encoder)
+            fineweb.main(fineweb.Config(**settings))
         rate = n_tokens / (time.perf_counter() - t0)
         shutil.rmtree(folder)
         return rate
 
-    side_by_side({"tiktoken in a bare pool": plain, "fineweb.py": ours}, cfg.repeats, "tok/s")
+    runs = {"tiktoken in a bare pool": plain, "fineweb.py, tiktoken": lambda: ours("tiktoken")}
+    if fineweb.find_gigatoken():
+        runs["fineweb.py, gigatoken"] = lambda: ours("gigatoken")
+    return side_by_side(runs, cfg.repeats, "tok/s")
 
 
-def bench_hellaswag(cfg: Config) -> None:
-    """hellaswag.py against scoring plainly one ending, and one row of four padded endings, at a time."""
+# -----------------------------------------------------------------------------
+# Sampling and evaluation
+
+
+def build_model(cfg: Config, model: str) -> tuple:
+    """A model of random weights, its tokenizer, and the context of its forward passes."""
     import torch
-    import torch.nn.functional as F
 
     from data import get_tokenizer
-    from hellaswag import encode, evaluate, prepare, read_rows, texts
     from model import GPT, SIZES, GPTConfig, pad_vocab
     from training import autocast, pick_precision, setup
 
     dist = setup(cfg.device, deterministic=False)
-    amp = autocast(pick_precision(cfg.precision, dist.device), dist.device)
+    precision = pick_precision(cfg.precision, dist.device)
     tokenizer = get_tokenizer(cfg.tokenizer)
-    shape = dict(n_tokens=tokenizer.n_vocab, vocab_size=pad_vocab(tokenizer.n_vocab))
     torch.manual_seed(0)
-    raw = GPT(GPTConfig(**SIZES[cfg.model], **shape)).to(dist.device)
+    shape = dict(n_tokens=tokenizer.n_vocab, vocab_size=pad_vocab(tokenizer.n_vocab))
+    raw = GPT(GPTConfig(**SIZES[model], **shape)).to(dist.device)
+    return raw, tokenizer, autocast(precision, dist.device), precision, dist
+
+
+def read_bandwidth(device: Any) -> float:
+    """Bytes/s at which the device reads memory: the best of ten sums over a gigabyte."""
+    import torch
+
+    x, rates = torch.ones(2**28, device=device), []
+    for _ in range(10):
+        synchronize(device)
+        t0 = time.perf_counter()
+        x.sum()
+        synchronize(device)
+        rates.append(x.numel() * 4 / (time.perf_counter() - t0))
+    return max(rates)
+
+
+def sample_rows(cfg: Config, model: str) -> list[Row]:
+    """One model's prefill and decoding with the cache, and the loop that runs all tokens for each new one."""
+    import torch
+
+    from model import CHUNK, KVCache
+
+    raw, _, amp, precision, dist = build_model(cfg, model)
+    if precision == "bf16":
+        raw.cast_linears(torch.bfloat16)
+    weights = sum(p.nbytes for p in raw.parameters()) - raw.transformer.wpe.weight.nbytes
+    limit = read_bandwidth(dist.device) / weights
+    print(f"{model}, {precision}; memory allows {limit:,.1f} passes over the weights a second")
+    ids = torch.randint(raw.config.n_tokens, (max(cfg.B), raw.config.block_size)).tolist()
+    n_prompt, n_prefill = cfg.prompt_tokens, min(512, raw.config.block_size)
+    first = CHUNK.get(dist.device.type, 1)  # so many come at once, behind recording and compiling
+
+    def decode(B: int) -> float:
+        prompts, t0 = [row[:n_prompt] for row in ids[:B]], 0.0
+        with amp:
+            steps = raw.generate(prompts, cfg.new_tokens, temperature=0, compile=bool(cfg.compile))
+            for number, _ in enumerate(steps, 1):
+                if number == first:
+                    t0 = time.perf_counter()
+        return B * (cfg.new_tokens - first) / (time.perf_counter() - t0)
+
+    @torch.no_grad()
+    def prefill(B: int) -> float:
+        synchronize(dist.device)
+        t0 = time.perf_counter()
+        with amp:
+            raw.fill_cache([row[:n_prefill] for row in ids[:B]], KVCache(raw.config.n_layer, n_prefill))
+        synchronize(dist.device)
+        return B * n_prefill / (time.perf_counter() - t0)
+
+    @torch.no_grad()
+    def uncached(B: int) -> float:
+        window = torch.tensor(ids[:B], device=dist.device)
+        lengths = range(n_prompt, n_prompt + cfg.new_tokens, cfg.stride)
+        t0 = time.perf_counter()
+        for length in lengths:
+            with amp:
+                logits = raw.lm_head(raw.hidden(window[:, :length])[:, -1])
+            logits.argmax(-1).tolist()
+        return B * len(lengths) / (time.perf_counter() - t0)
+
+    runs = {f"B={cfg.B[0]}, no cache": functools.partial(uncached, cfg.B[0])}
+    runs |= {f"B={B}, cache": functools.partial(decode, B) for B in cfg.B}
+    rows = side_by_side(runs, cfg.repeats, "tok/s")
+    for B, row in zip(cfg.B, rows[1:]):
+        row["memory_share"] = row["median"] / B / limit
+        print(f"{row['name']:>30}: {row['memory_share']:.0%} of what memory allows")
+    runs = {f"B={B}, prompts of {n_prefill}": functools.partial(prefill, B) for B in cfg.B}
+    return [row | dict(model=model) for row in rows + side_by_side(runs, cfg.repeats, "tok/s")]
+
+
+def bench_sample(cfg: Config) -> list[Row]:
+    """Prefill and decoding with the cache, against the loop without it, for every model and batch."""
+    return [row for model in cfg.models for row in sample_rows(cfg, model)]
+
+
+def bench_hellaswag(cfg: Config) -> list[Row]:
+    """hellaswag.py against scoring plainly one ending, and one row of four padded endings, at a time."""
+    import torch
+    import torch.nn.functional as F
+
+    from hellaswag import encode, evaluate, prepare, read_rows, texts
+
+    raw, tokenizer, amp, _, dist = build_model(cfg, cfg.models[0])
     rows = read_rows(cfg.data, 0, print)
     rows = rows[:: max(1, len(rows) // cfg.rows)][: cfg.rows]  # from all over the file: its halves differ
     questions = prepare(rows, tokenizer, "completion", raw.config.block_size, print)
@@ -273,18 +604,20 @@ def bench_hellaswag(cfg: Config) -> None:
         return len(rows) / (time.perf_counter() - t0)
 
     runs = {"one ending at a time": lambda: plain(False), "one row at a time": lambda: plain(True)}
-    side_by_side(runs | {"NeoGPT": ours}, cfg.repeats, "rows/s")
+    return side_by_side(runs | {"NeoGPT": ours}, cfg.repeats, "rows/s")
 
 
 def main(cfg: Config) -> None:
     """Run the measurement that the configuration names."""
     runs = {
         "train": bench_train,
+        "choices": bench_choices,
         "data": bench_data,
         "tokenize": bench_tokenize,
+        "sample": bench_sample,
         "hellaswag": bench_hellaswag,
     }
-    runs[cfg.what](cfg)
+    write_json(cfg, runs[cfg.what](cfg))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import re
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,39 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
     write_checkpoint(Path(folder) / f"ckpt_{state['step']:06d}.pt", state)
     for old in list_checkpoints(folder)[max(1, keep) :]:
         old.unlink()
+
+
+def save_in_background(pool: ThreadPoolExecutor, folder: Path, state: dict[str, Any], keep: int) -> Future:
+    """`save_checkpoint` on the pool's thread: returns when the state is copied, or its copying is queued.
+
+    What happens to the tensors afterwards does not reach the checkpoint. Takes its size in host memory.
+    """
+    copies: dict[int, torch.Tensor] = {}  # by address: tied weights stay one
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: copy(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(copy(item) for item in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.data_ptr() not in copies:
+            on_cuda = value.is_cuda  # pinned, so that the copy only has to be queued
+            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=on_cuda)
+            copies[value.data_ptr()] = host.copy_(value, non_blocking=on_cuda)
+        return copies[value.data_ptr()]
+
+    state = copy(state)
+    copied = torch.cuda.Event() if torch.cuda.is_available() else None
+    if copied:
+        copied.record()
+
+    def write() -> None:
+        if copied:
+            copied.synchronize()
+        save_checkpoint(folder, state, keep)
+
+    return pool.submit(write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

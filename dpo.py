@@ -454,7 +454,7 @@ def main(cfg: Config) -> None:
         micro, stop = next(batches), stop_requested()
         metrics.clear()
         limits = dict(grad_clip=cfg.grad_clip, dist=dist, stop=stop)
-        out = train_step(run.model, run.optimizers, micro, loss_fn, lr=lr, **limits)
+        out = train_step(run.model, run.optimizers, micro, loss_fn, lr=lr, **limits)()
         sums = total(torch.stack(metrics).sum(dim=0), dist) / cfg.pairs_per_step
         means = dict(zip(METRICS, sums.tolist()))
         if step == 0 and not out.skipped:

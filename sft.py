@@ -270,7 +270,7 @@ def main(cfg: Config) -> None:
         lr = cosine_lr(step, **schedule)
         micro_batches, stop = next(batches), stop_requested()
         limits = dict(grad_clip=cfg.grad_clip, dist=dist, stop=stop)
-        out = train_step(run.model, run.optimizers, micro_batches, loss_fn, lr=lr, **limits)
+        out = train_step(run.model, run.optimizers, micro_batches, loss_fn, lr=lr, **limits)()
         dt = time.perf_counter() - t0
         log.scalars(step, train=out.loss, lr=lr, norm=out.grad_norm)
         log.line(

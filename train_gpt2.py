@@ -11,8 +11,11 @@ same losses to the last bit; on another number of devices it sees the same batch
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import differences, find_resume, load_model, save_checkpoint
+from checkpoints import differences, find_resume, load_model, save_in_background
 from data import Windows, check_shards, get_tokenizer, open_data, prefetch, require_data, step_windows
 from files import require_space
 from hellaswag import Questions, evaluate, find_rows, prepare, read_rows
@@ -31,6 +34,7 @@ from plot import draw, read_log
 from training import (
     Dist,
     Log,
+    attention_kernel,
     autocast,
     backward,
     barrier,
@@ -46,7 +50,11 @@ from training import (
     stop_on_signals,
     train_step,
     validate,
+    wsd_lr,
 )
+
+# By device: steps that are queued behind one before its numbers are read, so that a GPU never waits for us
+LAG = {"cuda": 1}
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ class Config:
     max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1)
     min_lr_frac: float = 0.1  # the cosine ends at this share of max_lr (GPT-3 paper, appendix B)
     warmup_steps: int = 715  # linear warmup; 375e6 tokens / 2**19 (GPT-3 paper, appendix B)
+    schedule: Literal["cosine", "wsd"] = "cosine"  # after the warmup; wsd: level, then linear to the end
+    decay_frac: float = 0.2  # wsd: this last share of max_steps goes down
     weight_decay: float = 0.1  # on matrices and embeddings only (GPT-3 paper, appendix B)
     beta1: float = 0.9  # AdamW (GPT-3 paper, appendix B)
     beta2: float = 0.95  # AdamW (GPT-3 paper, appendix B)
@@ -157,6 +167,26 @@ CONFIGS = {
         warmup_steps=178,
     ),
     "demo": DEMO,
+    # Tiny Shakespeare (Karpathy 2015, 1.1 MB) byte by byte, its last tenth held out: 68 seconds on two cores
+    "shakespeare": Config(
+        data="tinyshakespeare.txt",
+        tokenizer="bytes",
+        out_dir="out/shakespeare",
+        model="shakespeare",
+        T=128,
+        total_batch_size=8 * 128,
+        max_steps=1500,
+        min_lr_frac=0.0,
+        optimizer="muon",
+        max_lr=1e-2,
+        warmup_steps=30,
+        schedule="wsd",
+        decay_frac=0.6,
+        eval_every=500,
+        n_samples=0,
+        hella_every=0,
+        save_every=1000,
+    ),
     "nd-demo": replace(DEMO, model="nd-demo", out_dir="out/nd-demo"),  # the same with NdLinear
     "ndgpt2-96m": Config(model="ndgpt2-96m", out_dir="out/ndgpt2-96m"),
     "ndgpt2-82m": Config(model="ndgpt2-82m", out_dir="out/ndgpt2-82m"),
@@ -270,8 +300,10 @@ def build(
     return raw, optimizers
 
 
-def save(cfg: Config, raw: GPT, optimizers: list[torch.optim.Optimizer], **facts: object) -> None:
-    """Write a checkpoint: all that `main` needs to go on, and what later stages want to know."""
+def save(
+    pool: ThreadPoolExecutor, cfg: Config, raw: GPT, optimizers: list[torch.optim.Optimizer], **facts: object
+) -> Future:
+    """Begin to write a checkpoint: all that `main` needs to go on, and what later stages want to know."""
     state = dict(
         stage="pretraining",
         model=raw.state_dict(),
@@ -281,7 +313,7 @@ def save(cfg: Config, raw: GPT, optimizers: list[torch.optim.Optimizer], **facts
         tokenizer=cfg.tokenizer,
         **facts,
     )
-    save_checkpoint(Path(cfg.out_dir), state, cfg.keep)
+    return save_in_background(pool, Path(cfg.out_dir), state, cfg.keep)
 
 
 def load_questions(
@@ -298,6 +330,15 @@ def load_questions(
         say(f"HellaSwag is left out: {error}")
         return None
     return prepare(rows, tokenizer, "completion", cfg.T, say)
+
+
+def learning_rate(cfg: Config) -> Callable[[int], float]:
+    """The schedule: a step's learning rate."""
+    names = ("max_steps", "warmup_steps", "max_lr", "min_lr_frac")
+    settings = {name: getattr(cfg, name) for name in names}
+    if cfg.schedule == "wsd":
+        return partial(wsd_lr, **settings, decay_frac=cfg.decay_frac)
+    return partial(cosine_lr, **settings)
 
 
 def table(cfg: Config, raw: GPT, step: int, scores: dict[str, float], seconds: float) -> str:
@@ -350,7 +391,8 @@ def main(cfg: Config) -> None:
     amp = autocast(precision, dist.device)
     B = cfg.B or pick_rows(cfg, raw, per_rank, state, amp, dist)
     compiled = dist.device.type == "cuda" if cfg.compile is None else cfg.compile
-    model: nn.Module = torch.compile(raw) if compiled else raw
+    # one graph for one shape: what would break it or change is an error, not a slow run
+    model: nn.Module = torch.compile(raw, fullgraph=True, dynamic=False) if compiled else raw
     if dist.world_size > 1:
         model = DistributedDataParallel(model)
 
@@ -377,9 +419,10 @@ def main(cfg: Config) -> None:
     if state:
         changed = differences(state["config"], asdict(cfg)) or "nothing"
         log.note(f"continuing {out_dir} from step {state['step']}; changed: {changed}")
+    kernel = attention_kernel(raw.config, B, cfg.T, amp, dist.device)
     log.note(
         f"{cfg.model}: {raw.n_params():,} parameters, {len(train):,} training windows of {cfg.T} tokens\n"
-        f"{dist.world_size} x {dist.device.type}, {precision}, {cfg.attention} attention, "
+        f"{dist.world_size} x {dist.device.type}, {precision}, attention by {kernel}, "
         f"{'compiled' if compiled else 'not compiled'}; a step is {cfg.total_batch_size:,} tokens, "
         f"{per_rank // B} x B={B} sequences a device"
     )
@@ -389,41 +432,55 @@ def main(cfg: Config) -> None:
     scores = state["scores"] if state else {}  # the latest
     began = time.perf_counter() - (state["seconds"] if state else 0)
     peak = peak_flops(dist.device)
-    names = ("max_steps", "warmup_steps", "max_lr", "min_lr_frac")
-    schedule, limits = {name: getattr(cfg, name) for name in names}, dict(grad_clip=cfg.grad_clip, dist=dist)
+    lr_at = learning_rate(cfg)
     batches = prefetch(read, start, cfg.max_steps)
-    bad_steps, stopped = 0, False
+    pending: deque[tuple[int, float, Callable]] = deque()  # step, learning rate, and how to read its numbers
+    lag = LAG.get(dist.device.type, 0)
+    writer, writing = ThreadPoolExecutor(1), None  # the checkpoint on its way to the disk
+    bad_steps, stopped, clock = 0, False, time.perf_counter()
     for step in range(start, cfg.max_steps + 1):
         last = step == cfg.max_steps
-        if (step % cfg.eval_every == 0 or last) and not stopped:
+        evaluating = step % cfg.eval_every == 0 or last
+        scoring = questions is not None and (step % (cfg.hella_every or cfg.eval_every) == 0 or last)
+        saving = step > start and (step % cfg.save_every == 0 or last)
+        while len(pending) > (0 if evaluating or scoring or saving or stopped else lag):
+            done, lr, read_numbers = pending.popleft()
+            out = read_numbers()
+            dt, clock = time.perf_counter() - clock, time.perf_counter()
+            log.scalars(done, train=out.loss, lr=lr, norm=out.grad_norm)
+            mfu = peak and raw.flops_per_token(cfg.T) * cfg.total_batch_size / dt / (peak * dist.world_size)
+            log.line(done, cfg.max_steps, out, lr, dt, cfg.total_batch_size, mfu)
+            bad_steps, stopped = count_bad(bad_steps, out), stopped or out.stop
+        if evaluating and not stopped:
             scores["val"] = validate(raw, val, cfg.val_tokens, B, amp, dist)
-            log.scalars(step, val=scores["val"])
+            log.scalars(step, val=scores["val"], seconds=time.perf_counter() - began)
             log.note(f"step {step}: validation loss {scores['val']:.4f}")
             for text in samples(raw, cfg, step, amp) if dist.rank == 0 and cfg.n_samples else []:
                 log.note(f"  > {text}")
-        if questions and (step % (cfg.hella_every or cfg.eval_every) == 0 or last) and not stopped:
+        if scoring and not stopped:
             scores["hella"] = evaluate(raw, questions, amp, dist).accuracy["per token"]
             log.scalars(step, hella=scores["hella"])
             log.note(
                 f"step {step}: HellaSwag {scores['hella']:.4f} (acc_norm, {len(questions.label):,} rows)"
             )
         seconds = time.perf_counter() - began
-        if dist.rank == 0 and step > start and (step % cfg.save_every == 0 or last or stopped):
+        if dist.rank == 0 and (saving or stopped and step > start):
+            if writing:
+                writing.result()  # one at a time; and a disk that is full ends the run here
             facts = dict(step=step, scores=scores, tokens_seen=step * cfg.total_batch_size, seconds=seconds)
-            save(cfg, raw, optimizers, **facts, B=B, world_size=dist.world_size)
+            facts |= dict(B=B, world_size=dist.world_size)
+            writing = save(writer, cfg, raw, optimizers, **facts)
         if last or stopped:
             break
+        if not pending:  # the time of what came between does not count as the step's
+            clock = time.perf_counter()
 
-        t0 = time.perf_counter()
-        lr = cosine_lr(step, **schedule)
-        micro_batches, stop = split(next(batches)), stop_requested()
-        out = train_step(model, optimizers, micro_batches, loss_fn, lr=lr, stop=stop, **limits)
-        dt = time.perf_counter() - t0
-        log.scalars(step, train=out.loss, lr=lr, norm=out.grad_norm)
-        mfu = peak and raw.flops_per_token(cfg.T) * cfg.total_batch_size / dt / (peak * dist.world_size)
-        log.line(step, cfg.max_steps, out, lr, dt, cfg.total_batch_size, mfu)
-        bad_steps, stopped = count_bad(bad_steps, out), out.stop
+        micro_batches, lr, stop = split(next(batches)), lr_at(step), stop_requested()
+        limits = dict(lr=lr, grad_clip=cfg.grad_clip, dist=dist, stop=stop)
+        pending.append((step, lr, train_step(model, optimizers, micro_batches, loss_fn, **limits)))
 
+    if writing:
+        writing.result()
     if stopped:
         log.note(f"stopped at step {step}; the same command continues")
     elif dist.rank == 0:

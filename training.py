@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 MAX_BAD_STEPS = 10  # so many steps in a row without a finite gradient end the run
 
@@ -184,6 +185,23 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in peaks.items() if key in name), None)
 
 
+def attention_kernel(config: Any, B: int, T: int, amp: torch.autocast, device: torch.device) -> str:
+    """The kernel that attention takes in training, for the log; a warning where it is a slow one.
+
+    config: model.GPTConfig. PyTorch chooses by device, dtype, head size and versions, and says nothing.
+    """
+    if config.attention == "manual":
+        return "written-out products"
+    with amp:
+        q = torch.empty(B, config.n_head, T, config.n_embd // config.n_head, device=device)
+        dtype = torch.bfloat16 if amp._enabled else q.dtype
+        q = q.to(dtype).requires_grad_()
+        choice = torch._fused_sdp_choice(q, q, q, None, 0.0, True)
+    name = SDPBackend(choice).name.lower().replace("_", " ")
+    slow = device.type == "cuda" and name not in ("flash attention", "cudnn attention")
+    return f"{name} (slow: bf16 and a head size up to 256 would allow flash attention)" if slow else name
+
+
 def fit_micro_batch(run: Callable[[int], None], sizes: list[int], n_params: int, device: torch.device) -> int:
     """The largest of `sizes` (rows) whose forward and backward pass, `run(rows)`, fits into a CUDA device's
     memory.
@@ -226,6 +244,18 @@ def cosine_lr(step: int, *, max_steps: int, warmup_steps: int, max_lr: float, mi
     return max_lr * (min_lr_frac + (1 - min_lr_frac) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def wsd_lr(
+    step: int, *, max_steps: int, warmup_steps: int, max_lr: float, min_lr_frac: float, decay_frac: float
+) -> float:
+    """Warmup, stable, decay: linear to max_lr, level, and over the last decay_frac of max_steps linear down
+    to min_lr_frac · max_lr (arXiv:2405.18392). A run may be made longer until the decay begins.
+    """
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    left = min(1.0, max(0, max_steps - step) / max(1, decay_frac * max_steps))
+    return max_lr * (min_lr_frac + (1 - min_lr_frac) * left)
+
+
 @contextmanager
 def exact_kernels() -> Iterator[None]:
     """Within, deterministic means deterministic: attention's backward pass is not while it only warns."""
@@ -261,6 +291,22 @@ class StepResult(NamedTuple):
     stop: bool  # some rank was asked to stop
 
 
+def read_later(x: Tensor) -> Callable[[], list]:
+    """Start to copy x to the host; the function returned waits for that, not for what was queued since."""
+    if x.device.type != "cuda":
+        return x.tolist
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    host.copy_(x, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
 def train_step(
     model: nn.Module,
     optimizers: list[torch.optim.Optimizer],
@@ -271,12 +317,14 @@ def train_step(
     grad_clip: float,
     dist: Dist,
     stop: bool = False,
-) -> StepResult:
+) -> Callable[[], StepResult]:
     """One optimizer step over all micro-batches of all ranks, equal to one big batch whatever the split.
 
     loss_fn(model, batch) returns the loss summed over the batch's units, and batch["n"] is their number:
     dividing by the units of the whole step is exact where a mean of means is not. grad_clip: the largest
-    gradient norm, 0 for any.
+    gradient norm, 0 for any. optimizers: those that heed `found_inf`, as PyTorch's fused ones and our Muon.
+
+    Nothing here waits for a GPU: the step is queued, and the function returned waits for its numbers.
     """
     n = sum(batch["n"] for batch in micro_batches)
     if dist.world_size > 1:
@@ -288,17 +336,23 @@ def train_step(
         with model.no_sync() if accumulate else nullcontext():
             loss_sum += backward(model, batch, loss_fn, dist.world_size / n)  # DDP averages; we want the sum
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    # one message and one wait: the same numbers, hence the same decision, on every rank
-    sums = total(torch.stack([loss_sum, torch.tensor(float(stop), device=dist.device)]), dist)
-    loss, stops, norm = torch.stack([sums[0] / n, sums[1], norm]).tolist()
-    finite = math.isfinite(loss) and math.isfinite(norm)
+    # one message: the same numbers, hence the same decision, on every rank
+    sums = total(torch.stack([loss_sum, torch.full_like(loss_sum, stop)]), dist)
+    numbers = torch.stack([sums[0] / n, norm, sums[1]])
+    bad = (~numbers.isfinite()).any().float()
     for optimizer in optimizers:
-        if finite:
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
+        optimizer.found_inf = bad  # decided on the device: where it is 1, a step changes nothing
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
         optimizer.zero_grad()
-    return StepResult(loss, norm, not finite, stops > 0)
+    read = read_later(numbers)
+
+    def result() -> StepResult:
+        loss, norm, stops = read()
+        return StepResult(loss, norm, not (math.isfinite(loss) and math.isfinite(norm)), stops > 0)
+
+    return result
 
 
 @torch.no_grad()
@@ -346,6 +400,14 @@ def stop_on_signals() -> Callable[[], bool]:
 # Log
 
 
+def code_revision() -> str:
+    """What git calls this version of the code; "" where there is no git."""
+    if not shutil.which("git"):
+        return ""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+
 class Log:
     """<folder>/log.txt, append-only: a `step name value` a line, notes behind `#`. Silent but on rank 0."""
 
@@ -360,18 +422,7 @@ class Log:
 
     def header(self, config: object, **facts: object) -> None:
         """Note the start of a run: configuration, revision of the code, versions, and what else is given."""
-        git = shutil.which("git") and subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        )
-        facts = dict(
-            code=git.stdout.strip() if git else "",
-            torch=torch.__version__,
-            python=platform.python_version(),
-            **facts,
-        )
+        facts = dict(code=code_revision(), torch=torch.__version__, python=platform.python_version(), **facts)
         self.note(" ".join(f"{key}={value}" for key, value in facts.items() if value), quiet=True)
         self.note(" ".join(f"{key}={value!r}" for key, value in asdict(config).items()), quiet=True)
 

@@ -344,12 +344,12 @@ def test_a_training_step_in_any_micro_batches_is_the_same(packing: bool) -> None
     results = []
     for B in (1, 2, 3, 8):
         raw = random_model()
-        sgd = torch.optim.SGD(raw.parameters())
+        sgd = torch.optim.SGD(raw.parameters(), fused=True)
         batches = [collate(part, CPU) for part in share(bins_of(examples_of(), T, packing), B, ALONE)]
         before = torch.cat([p.detach().clone().flatten() for p in raw.parameters()])
         out = train_step(
             raw, [sgd], batches, lambda m, b: forward(m, b, "sum")[1], lr=1.0, grad_clip=0, dist=ALONE
-        )
+        )()
         moved = before - torch.cat([p.detach().flatten() for p in raw.parameters()])
         results.append((out.loss, moved))
     for loss, moved in results[1:]:

@@ -54,12 +54,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read_log(folder: Path) -> Log:
-    """The last value of every (step, name), as it is written."""
+    """The last value of every (step, name), as it is written, but for the time it took."""
     values = {}
     for line in (folder / "log.txt").read_bytes().decode().split("\n"):
         if line and not line.startswith("#") and (m := re.fullmatch(r"(\d+) (\w+) (\S+)", line)):
             values[int(m[1]), m[2]] = m[3]
-    return values
+    return {key: value for key, value in values.items() if key[1] != "seconds"}
 
 
 def notes(folder: Path) -> str:
@@ -449,6 +449,69 @@ def test_muon_continues_exactly(cfg: Config) -> None:
     train(cfg, optimizer="muon", out_dir=str(folder))
     assert all(read_log(whole)[key] == value for key, value in read_log(folder).items())
     assert final_bits(folder) == final_bits(whole)
+
+
+def test_reading_the_numbers_late_changes_nothing(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the next step is queued before the numbers of the one before are read."""
+    at_once = train(cfg, keep=9)
+    monkeypatch.setitem(train_gpt2.LAG, "cpu", 1)
+    late = train(cfg, keep=9, out_dir=cfg.out_dir + "2")
+    assert read_log(late) == read_log(at_once)
+    assert final_bits(late) == final_bits(at_once)
+    folder = Path(cfg.out_dir + "3")
+    folder.mkdir()
+    shutil.copy(late / "ckpt_000004.pt", folder)
+    train(cfg, out_dir=str(folder))
+    assert all(read_log(late)[key] == value for key, value in read_log(folder).items())
+    assert final_bits(folder) == final_bits(late)
+
+
+def test_a_stop_that_is_read_late_saves_all_that_was_done(
+    cfg: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(train_gpt2.LAG, "cpu", 1)
+    steps = iter(range(10**6))
+    monkeypatch.setattr(train_gpt2, "stop_on_signals", lambda: lambda: next(steps) == 5)
+    folder = train(cfg, eval_every=100, save_every=100)
+    # asked for in step 5, read when step 6 is queued, which therefore counts too
+    assert sorted(losses(folder)) == list(range(7))
+    assert list_checkpoints(folder)[0].name == "ckpt_000007.pt"
+    monkeypatch.undo()
+    monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    train(cfg, eval_every=100, save_every=100)
+    whole = train(cfg, eval_every=100, save_every=100, out_dir=cfg.out_dir + "2")
+    assert losses(folder) == losses(whole)
+    assert final_bits(folder) == final_bits(whole)
+
+
+def test_nan_read_late_is_skipped_all_the_same(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(train_gpt2.LAG, "cpu", 1)
+    poison(monkeypatch, {3, 4, *range(9, 40)})
+    refused(cfg, "10 steps in a row", max_steps=40, eval_every=100, save_every=1, keep=50)
+    folder = Path(cfg.out_dir)
+    assert [step for step, loss in losses(folder).items() if loss == loss] == [0, 1, 2, 5, 6, 7, 8]
+    state = load_checkpoint(list_checkpoints(folder)[0])
+    assert all(torch.isfinite(p).all() for p in state["model"].values())
+
+
+def test_warmup_stable_decay(cfg: Config) -> None:
+    folder = train(cfg, schedule="wsd", decay_frac=0.25, min_lr_frac=0.1, max_steps=12)
+    level, down = [2e-3] * 7, [2e-3, 1.4e-3, 0.8e-3]  # 3 steps up, level, 3 of 12 steps down
+    expected = [2e-3 / 3, 4e-3 / 3, *level, *down]
+    assert list(losses(folder, "lr").values()) == pytest.approx(expected, rel=1e-6)
+    # level until the decay begins: a longer run has the same steps until then
+    longer = train(cfg, schedule="wsd", decay_frac=0.25, max_steps=40, out_dir=cfg.out_dir + "2")
+    for step in range(9):
+        assert losses(longer)[step] == losses(folder)[step]
+
+
+def test_a_full_disk_in_the_background_ends_the_run(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    refused(cfg, "ckpt_000004.pt: No space left", max_steps=12)
+    refused(cfg, "ckpt_000004.pt: No space left", max_steps=4, out_dir=cfg.out_dir + "2")  # the last one too
 
 
 def test_resume_never(cfg: Config) -> None:

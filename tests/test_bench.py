@@ -1,0 +1,122 @@
+"""bench.py runs, and what it writes hangs together. Its rates are not tested: machines are noisy."""
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import bench
+import data
+import model
+
+TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=256)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A size that takes no time, on one thread."""
+    monkeypatch.setitem(model.SIZES, "tiny", TINY)
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def run(what: str, tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    """The json that a small measurement leaves."""
+    settings = dict(models=("tiny",), T=16, B=(2,), total_batch_size=64, steps=2, repeats=3, device="cpu")
+    cfg = replace(bench.CONFIGS[what], **settings, out_dir=str(tmp_path / "bench"))
+    bench.main(replace(cfg, **changes))
+    found = json.loads((tmp_path / "bench" / f"{what}.json").read_text())
+    assert found["hardware"]["cpu"] and found["versions"]["torch"] and found["config"]["what"] == what
+    for row in found["results"]:
+        assert 0 < row["min"] <= row["median"] <= row["max"]
+    assert found["results"][0]["ratio"] == 1
+    return found
+
+
+def test_medians_leave_the_first_repeat_out() -> None:
+    rates = iter([1000.0, 1.0, 2.0, 9.0, 4.0, 3.0, 6.0, 5.0])  # of a and b in turn
+    rows = bench.side_by_side({"a": lambda: next(rates), "b": lambda: next(rates)}, 4, "1/s")
+    assert [(row["name"], row["min"], row["median"], row["max"]) for row in rows] == [
+        ("a", 2.0, 4.0, 6.0),
+        ("b", 3.0, 5.0, 9.0),
+    ]
+    assert [row["ratio"] for row in rows] == [1.0, 1.25]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_train(optimizer: str, tmp_path: Path) -> None:
+    found = run("train", tmp_path, B=(1, 2), optimizer=optimizer, profile=optimizer == "adamw")
+    assert [(row["name"], row["B"]) for row in found["results"]] == [
+        (name, B) for B in (1, 2) for name in ("plain PyTorch loop", "NeoGPT")
+    ]
+    for row in found["results"][1::2]:
+        assert row["shares"].keys() == {"data", "forward", "backward", "optimizer", "log"}
+        assert sum(row["shares"].values()) == pytest.approx(1)
+        assert min(row["shares"].values()) > 0
+        assert row["ms"] == pytest.approx(1e3 * 64 / row["median"])
+        assert row["peak_memory"] > 1e6 and row["mfu"] is None and row["checkpoint_ms"] > 0
+    trace = tmp_path / "bench" / "trace.json"
+    assert trace.exists() == (optimizer == "adamw")
+    if trace.exists():
+        names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
+        assert names.count("Optimizer.step#AdamW.step") == 3
+
+
+def test_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda raw, **options: compiled.append(options) or raw)
+    names = [row["name"] for row in run("choices", tmp_path)["results"]]
+    assert names[0] == "as it is" and {"vocabulary not padded", "AdamW not fused", "compiled"} <= set(names)
+    assert len(compiled) == 1
+
+
+def test_data(tmp_path: Path) -> None:
+    [row] = run("data", tmp_path)["results"]
+    assert row["ms"] > 0 and row["mb_after"] < row["mb_before"] + 50
+
+
+def test_sample(tmp_path: Path) -> None:
+    found = run("sample", tmp_path, B=(1, 3), tokenizer="bytes", new_tokens=20, prompt_tokens=4, stride=3)
+    names = ["B=1, no cache", "B=1, cache", "B=3, cache", "B=1, prompts of 256", "B=3, prompts of 256"]
+    assert [row["name"] for row in found["results"]] == names
+    assert all(0 < row["memory_share"] for row in found["results"][1:3])
+
+
+def test_tokenize(tmp_path: Path) -> None:
+    try:
+        data.get_tokenizer("gpt2")
+    except SystemExit as error:
+        pytest.skip(str(error))
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(["fox", "house", "über"], k=50)) for _ in range(40)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    found = run(
+        "tokenize", tmp_path, data=str(tmp_path / "*.parquet"), workers=1, tokenizer="gpt2", repeats=2
+    )
+    names = [row["name"] for row in found["results"]]
+    assert names[:2] == ["tiktoken in a bare pool", "fineweb.py, tiktoken"]
+    assert ("fineweb.py, gigatoken" in names) == bool(bench_has_gigatoken())
+
+
+def bench_has_gigatoken() -> bool:
+    """Whether the package is here, asked without fineweb.py."""
+    try:
+        import gigatoken  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def test_hellaswag(tmp_path: Path) -> None:
+    rows = Path(bench.__file__).parent / "demo" / "hellaswag.jsonl"
+    found = run("hellaswag", tmp_path, data=str(rows), tokenizer="bytes", rows=3, repeats=2)
+    assert [row["name"] for row in found["results"]][-1] == "NeoGPT"
