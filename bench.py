@@ -147,6 +147,8 @@ class Choice:
     attention: str = "flash"
     deterministic: bool = True  # kernels
     fused: bool = True  # AdamW
+    gelu: str | None = None  # None: as the size has it
+    precision: str = "auto"
     late: bool = True  # read a step's loss when the next one is queued
 
 
@@ -163,11 +165,13 @@ class Trainer:
 
         self.cfg, self.B, self.choice = cfg, B, choice
         self.dist = setup(cfg.device, choice.deterministic)
-        self.amp = autocast(pick_precision(cfg.precision, self.dist.device), self.dist.device)
+        wanted = cfg.precision if choice.precision == "auto" else choice.precision
+        self.amp = autocast(pick_precision(wanted, self.dist.device), self.dist.device)
         tokenizer = get_tokenizer(cfg.tokenizer)
         n_tokens = tokenizer.n_vocab
         vocab_size = pad_vocab(n_tokens) if choice.padded else n_tokens
         shape = SIZES[model] | dict(block_size=cfg.T, n_tokens=n_tokens, vocab_size=vocab_size)
+        shape |= dict(gelu=choice.gelu) if choice.gelu else {}
         self.train = Windows(open_data(cfg.data, tokenizer)[0], cfg.T)
         self.N = cfg.total_batch_size // cfg.T
         torch.manual_seed(0)
@@ -350,13 +354,20 @@ def bench_choices(cfg: Config) -> list[Row]:
     """Our step as train_gpt2.py takes it, and with one choice at a time made otherwise."""
     import torch
 
+    from training import pick_precision, setup
+
     base = Choice(compile=cfg.compile)
-    on_cuda = torch.cuda.is_available() and cfg.device in ("auto", "cuda")
+    device = setup(cfg.device, deterministic=False).device
+    on_cuda = device.type == "cuda"
     compiled = on_cuda if cfg.compile is None else cfg.compile
+    precision = "fp32" if pick_precision(cfg.precision, device) == "bf16" else "bf16"
     choices = {
         "as it is": base,
         "vocabulary not padded": replace(base, padded=False),
         "attention written out": replace(base, attention="manual"),
+        "GELU by tanh": replace(base, gelu="tanh"),
+        "GELU by erf": replace(base, gelu="erf"),
+        f"in {precision}": replace(base, precision=precision),
         "AdamW not fused": replace(base, fused=False),
         "not compiled" if compiled else "compiled": replace(base, compile=not compiled),
     }

@@ -26,6 +26,7 @@ from files import one_line, written_whole
 EOT = "<|endoftext|>"  # begins every document; in a text file, a line of its own between documents
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # .bin: 256 int32 (magic, version 1, token count, …), then uint16
 MANIFEST = "manifest.json"
+TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 # -----------------------------------------------------------------------------
 # Tokenizers
@@ -247,6 +248,8 @@ def read_text(path: str | Path, tokenizer: tiktoken.Encoding) -> tuple[list[Shar
 
 def require_data(path: str | Path) -> None:
     """SystemExit that says where data comes from, unless `path` is a file or a folder."""
+    if Path(path).name == "tinyshakespeare.txt" and not Path(path).exists():
+        raise SystemExit(f"no file {path}: fetch it with `curl -o {path} {TINY_SHAKESPEARE}`")
     if not Path(path).exists():
         raise SystemExit(
             f"no shards in {path}: run `python fineweb.py` to write them, "

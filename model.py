@@ -24,14 +24,21 @@ from torch import Tensor
 # Radford et al. 2019 for gpt2 … gpt2-xl; Brown et al. 2020 (arXiv:2005.14165), table 2.1, for gpt3-*.
 # ndgpt2-*: GPT-2 whose MLPs are made of NdLinear layers (see NdMLP).
 SIZES: dict[str, dict[str, Any]] = {
-    "demo": dict(n_layer=3, n_head=4, n_embd=128, block_size=256),  # two CPU cores train it in minutes
-    "shakespeare": dict(n_layer=2, n_head=2, n_embd=128, block_size=128, gelu="erf"),  # and this one in one
+    "demo": dict(n_layer=3, n_head=4, n_embd=128, block_size=256, gelu="erf"),  # minutes on two CPU cores
+    "shakespeare": dict(n_layer=2, n_head=4, n_embd=128, block_size=64, gelu="erf"),  # and one
     "gpt2": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024),  # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024),  # 1558M
     "nd-demo": dict(
-        n_layer=3, n_head=4, n_embd=128, block_size=256, mlp="ndlinear", mlp_width=256, mlp_modes=2
+        n_layer=3,
+        n_head=4,
+        n_embd=128,
+        block_size=256,
+        gelu="erf",
+        mlp="ndlinear",
+        mlp_width=256,
+        mlp_modes=2,
     ),
     "ndgpt2-96m": dict(
         n_layer=12, n_head=12, n_embd=768, block_size=1024, mlp="ndlinear", mlp_width=1536, mlp_modes=2

@@ -19,18 +19,19 @@ def newton_schulz(X: Tensor) -> Tensor:
 
 
 def newton_schulz_factor(G: Tensor) -> Tensor:
-    """The same for G = X Xᵀ alone, (n, rows, rows): returns what X is to be multiplied with from the left.
+    """The same for G = X Xᵀ alone, (n, rows, rows), of X of any norm: returns what to multiply X with.
 
     The steps' polynomials in G commute, so their product needs to meet X only once: less than half the work
     where X is wide. Not for bf16, G having squared singular values.
     """
-    product = None
-    for _ in range(5):
+    square = G.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-14)[:, None, None]  # the norm of X, squared
+    G, product = G / square, None
+    for step in range(5):
         p = torch.baddbmm(G, G, G, beta=B, alpha=C)
         p.diagonal(dim1=-2, dim2=-1).add_(A)
         product = p if product is None else p @ product
-        G = p @ G @ p
-    return product
+        G = p @ G @ p if step < 4 else None
+    return product * square.rsqrt()
 
 
 def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
@@ -39,20 +40,21 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
     Alike ones go through the steps together: on CUDA those of one shape, in bf16; elsewhere those whose
     smaller sides are equal.
     """
-    matrices = [x / x.norm().clamp(min=1e-7) for x in matrices]
-    keys = [(x.size(0) > x.size(1), x.shape) if x.is_cuda else min(x.shape) for x in matrices]
-    done = matrices.copy()
+    done = list(matrices)
+    keys = [x.shape if x.is_cuda else min(x.shape) for x in matrices]
     for key in dict.fromkeys(keys):
         alike = [i for i, other in enumerate(keys) if other == key]
-        x = matrices[alike[0]]
-        if x.is_cuda:
-            X = torch.stack([matrices[i].bfloat16() for i in alike])
-            X = newton_schulz(X.mT).mT if x.size(0) > x.size(1) else newton_schulz(X)
-            new = X.to(x.dtype)
+        tall = [matrices[i].size(0) > matrices[i].size(1) for i in alike]
+        same = [matrices[i] for i in alike]
+        if same[0].is_cuda:
+            X = torch.stack(same)
+            X = (X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).bfloat16()
+            X = newton_schulz(X.mT).mT if tall[0] else newton_schulz(X)
+            new = X.to(same[0].dtype)
         else:
-            pairs = [(matrices[i], matrices[i].size(0) > matrices[i].size(1)) for i in alike]
-            factors = newton_schulz_factor(torch.stack([x.mT @ x if tall else x @ x.mT for x, tall in pairs]))
-            new = [x @ p if tall else p @ x for (x, tall), p in zip(pairs, factors)]  # p is symmetric
+            G = torch.stack([x.mT @ x if is_tall else x @ x.mT for x, is_tall in zip(same, tall)])
+            factors = newton_schulz_factor(G)  # symmetric
+            new = [x @ f if is_tall else f @ x for x, f, is_tall in zip(same, factors, tall)]
         for i, x in zip(alike, new):
             done[i] = x
     return done
@@ -93,9 +95,16 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(
-    raw: nn.Module, *, optimizer: str, weight_decay: float, betas: tuple[float, float], eps: float
+    raw: nn.Module,
+    *,
+    optimizer: str,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    momentum: float = 0.95,
 ) -> list[torch.optim.Optimizer]:
-    """Fused AdamW, and with optimizer="muon" Muon for the blocks' matrices; no parameter twice.
+    """Fused AdamW, and with optimizer="muon" Muon of this momentum for the blocks' matrices; no parameter
+    twice.
 
     Weight decay is on matrices and embeddings, not on biases, gains and NdLinear's mixing vectors.
     """
@@ -109,7 +118,7 @@ def make_optimizers(
         "a parameter has no or two groups"
     )
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
-    return [adamw, Muon([dict(params=muon, weight_decay=weight_decay)])] if muon else [adamw]
+    return [adamw, Muon([dict(params=muon, weight_decay=weight_decay)], momentum)] if muon else [adamw]
 
 
 def zero_masks(raw: nn.Module) -> dict[str, Tensor]:

@@ -83,6 +83,7 @@ class Config:
     beta1: float = 0.9  # AdamW (GPT-3 paper, appendix B)
     beta2: float = 0.95  # AdamW (GPT-3 paper, appendix B)
     eps: float = 1e-8  # AdamW (GPT-3 paper, appendix B)
+    momentum: float = 0.95  # Muon
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping (GPT-3 paper, appendix B)
     seed: int = 1337  # of the initial weights, the order of the data, and the samples
 
@@ -173,16 +174,19 @@ CONFIGS = {
         tokenizer="bytes",
         out_dir="out/shakespeare",
         model="shakespeare",
-        T=128,
-        total_batch_size=8 * 128,
-        max_steps=1500,
-        min_lr_frac=0.0,
+        T=64,
+        total_batch_size=16 * 64,
+        max_steps=1600,
         optimizer="muon",
+        momentum=0.9,
         max_lr=1e-2,
+        min_lr_frac=0.0,
         warmup_steps=30,
         schedule="wsd",
-        decay_frac=0.6,
-        eval_every=500,
+        decay_frac=1.0,  # linear from the first step on
+        weight_decay=0.02,
+        grad_clip=0.0,
+        eval_every=800,
         n_samples=0,
         hella_every=0,
         save_every=1000,
@@ -286,7 +290,7 @@ def build(
         raw = GPT(config)
     raw.to(dist.device)
     betas = (cfg.beta1, cfg.beta2)
-    settings = dict(weight_decay=cfg.weight_decay, betas=betas, eps=cfg.eps)
+    settings = dict(weight_decay=cfg.weight_decay, betas=betas, eps=cfg.eps, momentum=cfg.momentum)
     optimizers = make_optimizers(raw, optimizer=cfg.optimizer, **settings)
     if state and state["config"]["optimizer"] != cfg.optimizer:
         raise SystemExit(
