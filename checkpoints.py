@@ -54,7 +54,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
 def save_in_background(pool: ThreadPoolExecutor, folder: Path, state: dict[str, Any], keep: int) -> Future:
     """`save_checkpoint` on the pool's thread: returns when the state is copied, or its copying is queued.
 
-    What happens to the tensors afterwards does not reach the checkpoint. Takes its size in host memory.
+    What happens to the tensors afterwards does not reach the checkpoint. Takes its size in host memory; from
+    CUDA that is pinned and rounded up to powers of two, up to twice as much.
     """
     copies: dict[int, torch.Tensor] = {}  # by address: tied weights stay one
 
@@ -72,7 +73,8 @@ def save_in_background(pool: ThreadPoolExecutor, folder: Path, state: dict[str, 
         return copies[value.data_ptr()]
 
     state = copy(state)
-    copied = torch.cuda.Event() if torch.cuda.is_available() else None
+    copied = torch.cuda.Event() if any(host.is_pinned() for host in copies.values()) else None
+    copies.clear()  # the recursive function refers to itself, and would keep them until garbage is collected
     if copied:
         copied.record()
 

@@ -403,7 +403,10 @@ class GPT(nn.Module):
     # Sampling
 
     def cast_linears(self, dtype: torch.dtype) -> None:
-        """Keep the linear maps in `dtype`, as autocast would cast them for every token; not for training."""
+        """Keep the linear maps in `dtype`, where autocast would cast them for every token; not for training.
+
+        The token embedding, tied to the head, goes with them.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)
@@ -474,7 +477,8 @@ class GPT(nn.Module):
         check_sampling(temperature, top_k, top_p)
 
         windows = [list(p[-block_size:]) for p in prompts]
-        n_slots = min(block_size, max(map(len, windows)) + max_new_tokens)
+        # compiled for one number of slots, whatever the prompt
+        n_slots = block_size if compile else min(block_size, max(map(len, windows)) + max_new_tokens)
         # all randomness is drawn up front on the CPU: the same on every device, and no row disturbs another
         draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         draws = torch.stack(draws).to(self.lm_head.weight.device)  # (B, max_new_tokens)
@@ -488,18 +492,18 @@ class GPT(nn.Module):
             return pick(self.decode(tokens, cache), draw)
 
         step = torch.compile(step, fullgraph=True, dynamic=False) if compile else step
-        ended, done = [False] * len(prompts), 0
+        ended, done, recorded = [False] * len(prompts), 0, not on_cuda
         while done < max_new_tokens and not all(ended):
             drawn = []  # tokens (B,) on the device, read all at once
             if done == 0 or max(map(len, windows)) > block_size:
                 windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
                 tokens = pick(self.fill_cache(windows, cache), draws[:, done])
                 drawn.append(tokens)
-                if on_cuda and done == 0:
-                    step = record(step, (tokens, draws[:, 0]), cache.lengths)
             room = block_size - max(map(len, windows)) + 1
             chunk = CHUNK.get(draws.device.type, 1)
             for i in range(len(drawn), min(chunk, max_new_tokens - done, room)):
+                if not recorded:  # now that the cache has a free slot
+                    step, recorded = record(step, (tokens, draws[:, done + i]), cache.lengths), True
                 tokens = step(tokens, draws[:, done + i])
                 drawn.append(tokens)
             for ids in torch.stack(drawn).tolist():
@@ -650,17 +654,19 @@ def record(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], state: Tenso
     leaves `state`, which it changes in place, as it was.
     """
     inputs, before = tuple(x.clone() for x in inputs), state.clone()
-    side = torch.cuda.Stream()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):  # compiles, picks kernels, allocates workspaces: none of it may be recorded
             step(*inputs)
             state.copy_(before)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+        torch.cuda.synchronize()
+        # by hand: `torch.cuda.graph` would empty the caches that training fills, and stop at what the threads
+        # of the loader and of the checkpoints do meanwhile
+        graph.capture_begin(capture_error_mode="thread_local")
         out = step(*inputs)
-    state.copy_(before)
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(side)
 
     def replay(*new: Tensor) -> Tensor:
         for x, value in zip(inputs, new):

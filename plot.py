@@ -119,9 +119,10 @@ def draw(
             # the untrained loss, near ln(vocabulary), would press the rest of the curve flat
             losses = [curves["val"][1] for _, curves, _ in drawn]
             shown = np.concatenate([values[1:] if len(values) > 1 else values for values in losses])
-            shown = shown[np.isfinite(shown)]
+            trained = [smoothed(*curves["train"], smooth)[1] for _, curves, _ in drawn if "train" in curves]
+            shown, lowest = (x[np.isfinite(x)] for x in (shown, np.concatenate([shown, *trained])))
             if len(shown):
-                axes.set_ylim(bottom=0.9 * shown.min(), top=1.15 * shown.max())
+                axes.set_ylim(bottom=0.9 * lowest.min(), top=1.15 * shown.max())
         else:
             axes.set_ylabel("HellaSwag accuracy, acc_norm")
             for (reference, accuracy), style in zip(HELLASWAG.items() if comparable else [], ("--", "-.")):

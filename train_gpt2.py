@@ -468,9 +468,9 @@ def main(cfg: Config) -> None:
                 f"step {step}: HellaSwag {scores['hella']:.4f} (acc_norm, {len(questions.label):,} rows)"
             )
         seconds = time.perf_counter() - began
+        if writing and (writing.done() or saving or stopped):
+            writing.result()  # one at a time; and a full disk ends the run
         if dist.rank == 0 and (saving or stopped and step > start):
-            if writing:
-                writing.result()  # one at a time; and a disk that is full ends the run here
             facts = dict(step=step, scores=scores, tokens_seen=step * cfg.total_batch_size, seconds=seconds)
             facts |= dict(B=B, world_size=dist.world_size)
             writing = save(writer, cfg, raw, optimizers, **facts)

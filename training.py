@@ -192,7 +192,9 @@ def attention_kernel(config: Any, B: int, T: int, amp: torch.autocast, device: t
     """
     if config.attention == "manual":
         return "written-out products"
-    with amp:
+    if device.type == "mps":
+        return "PyTorch's choice"  # it does not tell
+    with amp, exact_kernels():
         q = torch.empty(B, config.n_head, T, config.n_embd // config.n_head, device=device)
         dtype = torch.bfloat16 if amp._enabled else q.dtype
         q = q.to(dtype).requires_grad_()
@@ -328,7 +330,7 @@ def train_step(
     """
     n = sum(batch["n"] for batch in micro_batches)
     if dist.world_size > 1:
-        n = total(torch.tensor(n, dtype=torch.float64), dist)
+        n = total(torch.full((), n, dtype=torch.float64, device=dist.device), dist)
     loss_sum = torch.zeros((), device=dist.device)
     for i, batch in enumerate(micro_batches):
         # DDP reads this flag in the forward too; gradients travel once a step, with the last micro-batch
@@ -341,6 +343,9 @@ def train_step(
     numbers = torch.stack([sums[0] / n, norm, sums[1]])
     bad = (~numbers.isfinite()).any().float()
     for optimizer in optimizers:
+        if dist.device.type == "mps" and bad:  # whose AdamW does not know found_inf
+            optimizer.zero_grad()
+            continue
         optimizer.found_inf = bad  # decided on the device: where it is 1, a step changes nothing
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -365,7 +370,8 @@ def validate(raw: nn.Module, val: Any, n_tokens: int, rows: int, amp: torch.auto
     mine = torch.arange(n)[dist.rank :: dist.world_size]
     losses = [torch.zeros((), device=dist.device)]  # on the device: nothing waits until all are in
     for windows in mine.split(rows):
-        xy = torch.from_numpy(val.read(windows.numpy())).to(dist.device)  # (rows, T + 1)
+        xy = torch.from_numpy(val.read(windows.numpy()))  # (rows, T + 1)
+        xy = (xy.pin_memory() if dist.device.type == "cuda" else xy).to(dist.device, non_blocking=True)
         with amp:
             _, loss = raw(xy[:, :-1], xy[:, 1:], reduction="sum")
         losses.append(loss)
