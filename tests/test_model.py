@@ -15,7 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import model
-from model import GPT, SIZES, GPTConfig, KVCache, flash_attention, manual_attention, pad_vocab, pick_token
+from model import (
+    GPT,
+    SIZES,
+    GPTConfig,
+    KVCache,
+    Linear,
+    flash_attention,
+    manual_attention,
+    pad_vocab,
+    pick_token,
+)
 
 ATTENTIONS = ("flash", "manual")
 
@@ -622,6 +632,21 @@ def test_a_static_token_is_the_same_graph_every_time() -> None:
         for token in range(8):
             step(torch.tensor([token, token + 1]))
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(1,), (2,), (32,), (33,), (3, 5), (4, 1)], ids=str)
+def test_a_few_rows_go_through_a_linear_map_the_other_way_around(rows: tuple[int, ...], bias: bool) -> None:
+    linear = Linear(6, 10, bias=bias).double()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*rows, 6, generator=generator, dtype=torch.float64)
+    expected = x @ linear.weight.T + (linear.bias if bias else 0)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x), expected, rtol=0, atol=1e-14)
+        transposed = x.transpose(0, -1).contiguous().transpose(0, -1)  # as it comes from such a map
+        torch.testing.assert_close(linear(transposed), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(linear(x), expected, rtol=0, atol=1e-14)  # and where gradients are wanted
+    assert linear(x).requires_grad
 
 
 def test_linears_in_bf16_are_what_autocast_makes_of_them() -> None:
