@@ -83,7 +83,7 @@ class Config:
     beta1: float = 0.9  # AdamW (GPT-3 paper, appendix B)
     beta2: float = 0.95  # AdamW (GPT-3 paper, appendix B)
     eps: float = 1e-8  # AdamW (GPT-3 paper, appendix B)
-    momentum: float = 0.95  # Muon
+    momentum: float = 0.95  # of Muon (Jordan et al. 2024)
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping (GPT-3 paper, appendix B)
     seed: int = 1337  # of the initial weights, the order of the data, and the samples
 
