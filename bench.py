@@ -125,6 +125,15 @@ def write_json(cfg: Config, rows: list[Row]) -> None:
     print(f"written: {path}")
 
 
+def size(model: str) -> dict[str, Any]:
+    """The shape of a model by name; SystemExit if there is none."""
+    from model import SIZES
+
+    if model not in SIZES:
+        raise SystemExit(f"unknown model {model!r}: expected one of {', '.join(SIZES)}")
+    return SIZES[model]
+
+
 # -----------------------------------------------------------------------------
 # Training
 
@@ -158,7 +167,7 @@ class Trainer:
         import torch
 
         from data import Windows, get_tokenizer, open_data
-        from model import GPT, SIZES, GPTConfig, pad_vocab
+        from model import GPT, GPTConfig, pad_vocab
         from optimizers import make_optimizers
         from training import Log, autocast, pick_precision, setup
 
@@ -169,10 +178,14 @@ class Trainer:
         tokenizer = get_tokenizer(cfg.tokenizer)
         n_tokens = tokenizer.n_vocab
         vocab_size = pad_vocab(n_tokens) if choice.padded else n_tokens
-        shape = SIZES[model] | dict(block_size=cfg.T, n_tokens=n_tokens, vocab_size=vocab_size)
+        shape = size(model) | dict(block_size=cfg.T, n_tokens=n_tokens, vocab_size=vocab_size)
         shape |= dict(gelu=choice.gelu) if choice.gelu else {}
         self.train = Windows(open_data(cfg.data, tokenizer)[0], cfg.T)
         self.N = cfg.total_batch_size // cfg.T
+        if cfg.total_batch_size % (cfg.T * B):
+            raise SystemExit(
+                f"total_batch_size={cfg.total_batch_size} is not divisible by T x B = {cfg.T * B}"
+            )
         torch.manual_seed(0)
         self.raw = GPT(GPTConfig(**shape, attention=choice.attention)).to(self.dist.device)
         settings = dict(weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
@@ -487,7 +500,7 @@ def build_model(cfg: Config, model: str) -> tuple:
     import torch
 
     from data import get_tokenizer
-    from model import GPT, SIZES, GPTConfig, pad_vocab
+    from model import GPT, GPTConfig, pad_vocab
     from training import autocast, pick_precision, setup
 
     dist = setup(cfg.device, deterministic=False)
@@ -495,7 +508,7 @@ def build_model(cfg: Config, model: str) -> tuple:
     tokenizer = get_tokenizer(cfg.tokenizer)
     torch.manual_seed(0)
     shape = dict(n_tokens=tokenizer.n_vocab, vocab_size=pad_vocab(tokenizer.n_vocab))
-    raw = GPT(GPTConfig(**SIZES[model], **shape)).to(dist.device)
+    raw = GPT(GPTConfig(**size(model), **shape)).to(dist.device)
     return raw, tokenizer, autocast(precision, dist.device), precision, dist
 
 

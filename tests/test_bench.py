@@ -71,6 +71,14 @@ def test_train(optimizer: str, tmp_path: Path) -> None:
         assert names.count("Optimizer.step#AdamW.step") == 3
 
 
+@pytest.mark.parametrize(
+    "changes, message", [(dict(models=("nosuch",)), "unknown model 'nosuch'"), (dict(B=(3,)), "T x B = 48")]
+)
+def test_mistakes(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=message):
+        run("train", tmp_path, **changes)
+
+
 def test_choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda raw, **options: compiled.append(options) or raw)
