@@ -52,7 +52,9 @@ class Config:
     stride: int = 16  # sample: the uncached loop runs at every so many-th length, for the rest it is the same
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
-    compile: bool | None = None  # torch.compile; None: as in training, on CUDA (train: both loops)
+    compile: bool | None = (
+        None  # train, choices: both loops, None: on CUDA; sample: the work of a token, None: no
+    )
     profile: bool = False  # train: also write trace.json, of three of our steps
     workers: int = 0  # tokenize: processes; 0: one a core
     rows: int = 40  # hellaswag: rows of a repeat, from all over the file
@@ -193,7 +195,8 @@ class Trainer:
         compiled = self.dist.device.type == "cuda" if choice.compile is None else choice.compile
         options = dict(fullgraph=True, dynamic=False, mode=choice.mode)
         self.model = torch.compile(self.raw, **options) if compiled else self.raw
-        self.log = Log(Path(tempfile.mkdtemp()), self.dist)
+        self.folder = tempfile.TemporaryDirectory()  # removed with the trainer
+        self.log = Log(Path(self.folder.name), self.dist)
 
     def read(self, step: int) -> Any:
         """A step's tokens, (N, T + 1), on the host."""

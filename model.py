@@ -52,6 +52,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+# what the strings of a GPTConfig may be
 CHOICES = {"attention": ("flash", "manual"), "gelu": ("tanh", "erf"), "mlp": ("dense", "ndlinear")}
 
 
@@ -75,12 +76,8 @@ class GPTConfig:
         for name, value in asdict(self).items():
             least, most = 0 if name == "mlp_width" else 1, 1000 if name == "n_layer" else 2**20 - 1
             known = CHOICES.get(name)
-            if (
-                known
-                and value not in known
-                or not known
-                and not (type(value) is int and least <= value <= most)
-            ):
+            fits = value in known if known else type(value) is int and least <= value <= most
+            if not fits:
                 expected = " or ".join(map(repr, known)) if known else f"an integer from {least} to {most}"
                 raise ValueError(f"{name}={value!r} in the model's configuration: expected {expected}")
         if self.n_embd % self.n_head:
@@ -174,12 +171,16 @@ class KVCache:
         if not self.static:  # a recorded step is not to depend on a number that changes
             self.longest += 1
 
+    def n_seen(self) -> int:
+        """How many slots are handed out while the next token is stored and attended to."""
+        return self.n_slots if self.static else self.longest + 1
+
     def mask(self) -> Tensor | None:
         """Which slots the next token of each row may see, (B, 1, 1, S): its own, and those filled."""
         if not (self.static or self.ragged):
             return None
-        S = self.n_slots if self.static else self.longest + 1
-        return (torch.arange(S, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
+        slots = torch.arange(self.n_seen(), device=self.lengths.device)
+        return (slots <= self.lengths[:, None])[:, None, None]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, nh, T, hs) behind what `layer` holds; return the keys and values to attend to.
@@ -202,7 +203,7 @@ class KVCache:
         else:
             self.keys[layer][:, :, self.longest] = k[:, :, 0]
             self.values[layer][:, :, self.longest] = v[:, :, 0]
-        S = self.n_slots if self.static else self.longest + 1
+        S = self.n_seen()
         return self.keys[layer][:, :, :S], self.values[layer][:, :, :S]
 
 
