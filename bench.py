@@ -52,9 +52,7 @@ class Config:
     stride: int = 16  # sample: the uncached loop runs at every so many-th length, for the rest it is the same
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
-    compile: bool | None = (
-        None  # train, choices: both loops, None: on CUDA; sample: the work of a token, None: no
-    )
+    compile: bool | None = None  # None: train and choices on CUDA, as in training; sample not
     profile: bool = False  # train: also write trace.json, of three of our steps
     workers: int = 0  # tokenize: processes; 0: one a core
     rows: int = 40  # hellaswag: rows of a repeat, from all over the file
