@@ -101,22 +101,42 @@ def is_matrix(p: Tensor) -> bool:
 
 
 class Linear(nn.Linear):
-    """nn.Linear; for a few rows on a CPU, as in sampling, the other way around.
-
-    W xᵀ reads W at nearly the speed of memory, while x Wᵀ rearranges it first: 8 rows through all maps of
-    gpt2 take 41 ms instead of 74.
-    """
+    """nn.Linear; for a few rows on a CPU, as in sampling, by products that read W at the speed of memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         n_rows = x.numel() // x.size(-1)
         plain = (
             x.device.type == "cpu" and x.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu")
         )
-        if not plain or torch.is_grad_enabled() or not 1 < n_rows <= 32:
+        if not plain or torch.is_grad_enabled() or not n_rows <= 32:
             return super().forward(x)
-        xT = x.reshape(n_rows, -1).T.contiguous()
-        yT = self.weight @ xT if self.bias is None else torch.addmm(self.bias[:, None], self.weight, xT)
-        return yT.T.view(*x.shape[:-1], -1)
+        y = few_rows(x.reshape(n_rows, -1), self.weight, self.bias)
+        return y.view(*x.shape[:-1], -1)
+
+
+CPU = torch.backends.cpu.get_cpu_capability()
+
+
+def few_rows(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """x Wᵀ + b of a few rows, (n, in) -> (n, out), which the BLAS in PyTorch is slow at.
+
+    With AVX-512 it rearranges W for x Wᵀ but not for W xᵀ: 8 rows through all maps of gpt2 take 41 ms
+    instead of 74. With AVX2 it shares out badly what one product is, but not parts of it: 50 ms instead of 88,
+    and one row 24 instead of 38 (two cores each; bench/RESULTS.md).
+    """
+    if CPU == "AVX512" and len(x) > 1:
+        xT = x.T.contiguous()
+        return (W @ xT if b is None else torch.addmm(b[:, None], W, xT)).T
+    parts = 16 if CPU == "AVX2" else 1
+    n_out = len(W) // parts * parts
+    if parts == 1 or n_out == 0:
+        return F.linear(x, W, b)
+    xs, Ws = x.expand(parts, -1, -1), W[:n_out].view(parts, -1, W.size(1)).mT  # (parts, in, out / parts)
+    y = torch.bmm(xs, Ws) if b is None else torch.baddbmm(b[:n_out].view(parts, 1, -1), xs, Ws)
+    y = y.transpose(0, 1).reshape(len(x), n_out)
+    if n_out < len(W):
+        y = torch.cat([y, F.linear(x, W[n_out:], b if b is None else b[n_out:])], dim=1)
+    return y
 
 
 def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
