@@ -531,11 +531,12 @@ def sample_rows(cfg: Config, model: str) -> list[Row]:
     """One model's prefill and decoding with the cache, and the loop that runs all tokens for each new one."""
     import torch
 
-    from model import CHUNK, KVCache
+    from model import KVCache
+    from sampling import CHUNK, cast_linears, fill_cache, generate
 
     raw, _, amp, precision, dist = build_model(cfg, model)
     if precision == "bf16":
-        raw.cast_linears(torch.bfloat16)
+        cast_linears(raw, torch.bfloat16)
     weights = sum(p.nbytes for p in raw.parameters()) - raw.transformer.wpe.weight.nbytes
     limit = read_bandwidth(dist.device) / weights
     print(f"{model}, {precision}; memory allows {limit:,.1f} passes over the weights a second")
@@ -546,7 +547,7 @@ def sample_rows(cfg: Config, model: str) -> list[Row]:
     def decode(B: int) -> float:
         prompts, t0 = [row[:n_prompt] for row in ids[:B]], 0.0
         with amp:
-            steps = raw.generate(prompts, cfg.new_tokens, temperature=0, compile=bool(cfg.compile))
+            steps = generate(raw, prompts, cfg.new_tokens, temperature=0, compile=bool(cfg.compile))
             for number, _ in enumerate(steps, 1):
                 if number == first:
                     t0 = time.perf_counter()
@@ -557,7 +558,7 @@ def sample_rows(cfg: Config, model: str) -> list[Row]:
         synchronize(dist.device)
         t0 = time.perf_counter()
         with amp:
-            raw.fill_cache([row[:n_prefill] for row in ids[:B]], KVCache(raw.config.n_layer, n_prefill))
+            fill_cache(raw, [row[:n_prefill] for row in ids[:B]], KVCache(raw.config.n_layer, n_prefill))
         synchronize(dist.device)
         return B * n_prefill / (time.perf_counter() - t0)
 

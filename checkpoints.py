@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from data import get_tokenizer
 from files import one_line, written_whole
+from hf import from_hf
 from lora import apply_adapter, read_adapter_config
 from model import GPT, GPTConfig
 from training import Dist
@@ -164,7 +165,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 def load_hf(name: str) -> tuple[GPT, tiktoken.Encoding]:
     """The model and tokenizer of a GPT-2 on the Hugging Face hub, or in a folder in its format."""
     try:
-        raw = GPT.from_hf(name)
+        raw = from_hf(name)
     except Exception as error:  # the hub's many errors, a foreign config.json, damaged weights
         raise SystemExit(
             f"cannot load {name!r} from the Hugging Face hub or a folder: {one_line(error)}"

@@ -29,6 +29,7 @@ from files import one_line, require_space
 from lora import add_lora, load_lora, lora_weights, merged_weights, save_adapter
 from model import GPT
 from optimizers import keep_zeros, load_moments, make_optimizers, zero_masks
+from sampling import generate
 from training import Dist, Log, autocast, barrier, pick_precision, total
 
 Say = Callable[[str], None]
@@ -254,7 +255,7 @@ def greedy_answers(
     for at in range(0, len(prompts), 64):
         rows = prompts[at : at + 64]
         new: list[list[int]] = [[] for _ in rows]
-        for tokens in raw.generate(rows, max_new_tokens, temperature=0, stop=tokenizer.eot_token):
+        for tokens in generate(raw, rows, max_new_tokens, temperature=0, stop=tokenizer.eot_token):
             for row, token in zip(new, tokens):
                 if token is not None:
                     row.append(token)

@@ -1,19 +1,16 @@
-"""GPT-2: the model, its sizes, sampling with a key-value cache, and Hugging Face weights in and out.
+"""GPT-2: the model, its sizes, and the key-value cache that attention fills in sampling.
 
 The one definition that every script shares. Parameters have GPT-2's names and shapes, so that weights travel:
 
-    raw = GPT(GPTConfig(**SIZES["gpt2"]))     # random weights
-    raw = GPT.from_hf("gpt2")                 # OpenAI's weights, from the Hugging Face hub or a local folder
+    raw = GPT(GPTConfig(**SIZES["gpt2"]))     # random weights; OpenAI's: hf.from_hf("gpt2")
     logits, loss = raw(idx, targets)          # idx, targets: (B, T) of token ids; a target of -100 is ignored
 
 Letters: B batch, T time (tokens), S keys attended to, C width (n_embd), V vocabulary, nh heads, hs head size.
 """
 
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,7 +105,7 @@ class Linear(nn.Linear):
         plain = (
             x.device.type == "cpu" and x.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu")
         )
-        if not plain or torch.is_grad_enabled() or not n_rows <= 32:
+        if not plain or torch.is_grad_enabled() or n_rows > 32:
             return super().forward(x)
         y = few_rows(x.reshape(n_rows, -1), self.weight, self.bias)
         return y.view(*x.shape[:-1], -1)
@@ -118,11 +115,11 @@ CPU = torch.backends.cpu.get_cpu_capability()
 
 
 def few_rows(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """x Wᵀ + b of a few rows, (n, in) -> (n, out), which the BLAS in PyTorch is slow at.
+    """x Wᵀ + b of a few rows, (n, in) -> (n, out), at which PyTorch's BLAS is slow on CPUs.
 
-    With AVX-512 it rearranges W for x Wᵀ but not for W xᵀ: 8 rows through all maps of gpt2 take 41 ms
-    instead of 74. With AVX2 it shares out badly what one product is, but not parts of it: 50 ms instead of 88,
-    and one row 24 instead of 38 (two cores each; bench/RESULTS.md).
+    With AVX-512 it rearranges W for x Wᵀ and not for W xᵀ: on two cores, all maps of gpt2 take 41 ms instead
+    of 74 for 8 rows. With AVX2 it lets cores idle in one product and not in 16 smaller ones: 50 ms instead
+    of 88 for 8 rows, 24 instead of 38 for one.
     """
     if CPU == "AVX512" and len(x) > 1:
         xT = x.T.contiguous()
@@ -444,125 +441,6 @@ class GPT(nn.Module):
             + 12 * self.config.n_layer * self.config.n_embd * T
         )
 
-    # -------------------------------------------------------------------------
-    # Sampling
-
-    def cast_linears(self, dtype: torch.dtype) -> None:
-        """Keep the linear maps in `dtype`, where autocast would cast them for every token; not for training.
-
-        The token embedding, tied to the head, goes with them.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                module.to(dtype)
-
-    def fill_cache(self, windows: list[list[int]], cache: KVCache) -> Tensor:
-        """Run rows of different lengths at once, forgetting what the cache held; return the logits behind
-        each row's last token (B, V).
-
-        Rows are padded on the right: a causal model never looks there, so no mask is needed and positions are
-        true.
-        """
-        device = self.lm_head.weight.device
-        lengths = [len(window) for window in windows]
-        idx = torch.tensor(
-            [window + [0] * (max(lengths) - len(window)) for window in windows], device=device
-        )  # (B, T)
-        cache.filling = True
-        x = self.hidden(idx, cache)  # (B, T, C)
-        cache.set_lengths(lengths, device)
-        last = x[torch.arange(len(windows), device=device), cache.lengths - 1]  # (B, C)
-        return self.lm_head(last)
-
-    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """One token a row, (B,) -> the logits behind it (B, V); the cache grows by it."""
-        logits = self.lm_head(self.hidden(tokens[:, None], cache)[:, 0])
-        cache.advance()
-        return logits
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seeds: Sequence[int] | None = None,
-        stop: int | None = None,
-        compile: bool = False,
-    ) -> Iterator[list[int | None]]:
-        """Continue every prompt; yield one list a step with each row's new token, None for rows that have
-        ended.
-
-        prompts: B lists of token ids, not empty, of any lengths. temperature: 0 is greedy. top_k: keep the k
-        most likely ids; 0, or more than there are, keeps all. top_p: keep the most likely ids up to this
-        total probability. seeds: one a row (default 0, 1, …); a row's tokens depend on its prompt and seed,
-        not on its neighbours. stop: a row ends after yielding this id. compile: spend half a minute on
-        compiling the work of a token, for many tokens. Raises ValueError for values out of range.
-
-        On CUDA that work is recorded once as a graph, and the host waits once in CHUNK tokens.
-
-        GPT-2's learned positions end at block_size and cannot slide: a row that outgrows them goes on from
-        the newer half of its window. A prompt longer than block_size loses its beginning.
-        """
-        block_size, n_tokens = self.config.block_size, self.config.n_tokens
-        seeds = range(len(prompts)) if seeds is None else seeds
-        if not prompts or any(len(p) == 0 for p in prompts):
-            raise ValueError(
-                "generate needs prompts of at least one token each; to start from nothing use end-of-text"
-            )
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or above")
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-        if any(not 0 <= token < n_tokens for p in prompts for token in p):
-            raise ValueError(f"a prompt has a token id outside 0 … {n_tokens - 1}")
-        check_sampling(temperature, top_k, top_p)
-
-        windows = [list(p[-block_size:]) for p in prompts]
-        # compiled for one number of slots, whatever the prompt
-        n_slots = block_size if compile else min(block_size, max(map(len, windows)) + max_new_tokens)
-        # all randomness is drawn up front on the CPU: the same on every device, and no row disturbs another
-        draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        draws = torch.stack(draws).to(self.lm_head.weight.device)  # (B, max_new_tokens)
-        on_cuda = draws.is_cuda
-        cache = KVCache(self.config.n_layer, n_slots, static=on_cuda or compile)
-
-        def pick(logits: Tensor, draw: Tensor) -> Tensor:
-            return pick_token(logits[:, :n_tokens], draw, temperature, top_k, top_p)  # (B,)
-
-        def step(tokens: Tensor, draw: Tensor) -> Tensor:
-            return pick(self.decode(tokens, cache), draw)
-
-        step = torch.compile(step, fullgraph=True, dynamic=False) if compile else step
-        ended, done, recorded = [False] * len(prompts), 0, not on_cuda
-        while done < max_new_tokens and not all(ended):
-            drawn = []  # tokens (B,) on the device, read all at once
-            if done == 0 or max(map(len, windows)) > block_size:
-                windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
-                tokens = pick(self.fill_cache(windows, cache), draws[:, done])
-                drawn.append(tokens)
-            room = block_size - max(map(len, windows)) + 1
-            chunk = CHUNK.get(draws.device.type, 1)
-            for i in range(len(drawn), min(chunk, max_new_tokens - done, room)):
-                if not recorded:  # now that the cache has a free slot
-                    step, recorded = record(step, (tokens, draws[:, done + i]), cache.lengths), True
-                tokens = step(tokens, draws[:, done + i])
-                drawn.append(tokens)
-            for ids in torch.stack(drawn).tolist():
-                for window, token in zip(windows, ids):
-                    window.append(token)
-                done += 1
-                yield [None if end else token for token, end in zip(ids, ended)]
-                ended = [end or token == stop for token, end in zip(ids, ended)]
-                if all(ended):
-                    return
-
-    # -------------------------------------------------------------------------
-    # Weights in and out
-
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> "GPT":
         """A model that takes over `weights`; ValueError if a name or shape is not the configuration's."""
@@ -578,170 +456,3 @@ class GPT(nn.Module):
         raw.load_state_dict(weights, assign=True)
         raw.lm_head.weight = raw.transformer.wte.weight  # assigning loads the tied tensor twice
         return raw.requires_grad_(True)
-
-    @classmethod
-    def from_hf(cls, name: str) -> "GPT":
-        """GPT-2 from the Hugging Face hub ("gpt2", "gpt2-xl", "user/model") or a local folder in its format.
-
-        Needs config.json and model.safetensors (or the parts named in model.safetensors.index.json). fp32,
-        CPU.
-        """
-        from safetensors.torch import load_file
-
-        hf = json.loads(hf_file(name, "config.json").read_text())
-        known = dict(model_type="gpt2", layer_norm_epsilon=1e-5, n_inner=None)
-        known |= dict(scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False)
-        known |= dict(scale_attn_weights=True, tie_word_embeddings=True)
-        for key, value in known.items():
-            # n_inner may also spell out the default
-            if hf.get(key, value) != value and not (key == "n_inner" and hf[key] == 4 * hf["n_embd"]):
-                raise ValueError(
-                    f"{name} is not a GPT-2 as we build it: {key}={hf[key]!r} in config.json, not {value!r}"
-                )
-        activation = hf.get("activation_function", "gelu_new")
-        if activation not in HF_GELU.values():
-            expected = " or ".join(map(repr, HF_GELU.values()))
-            raise ValueError(
-                f"{name} is not a GPT-2 as we build it: activation_function={activation!r}, not {expected}"
-            )
-        config = GPTConfig(
-            gelu=next(ours for ours, theirs in HF_GELU.items() if theirs == activation),
-            n_layer=hf["n_layer"],
-            n_head=hf["n_head"],
-            n_embd=hf["n_embd"],
-            block_size=hf["n_positions"],
-            n_tokens=hf["vocab_size"],
-            vocab_size=hf["vocab_size"],
-        )
-        try:
-            parts = ["model.safetensors"]
-            files = [hf_file(name, part) for part in parts]
-        except FileNotFoundError:
-            index = json.loads(hf_file(name, "model.safetensors.index.json").read_text())
-            files = [hf_file(name, part) for part in sorted(set(index["weight_map"].values()))]
-        weights = {}
-        for file in files:
-            for key, tensor in load_file(file).items():
-                key = key.removeprefix("transformer.")
-                if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):
-                    continue  # the tied head again, and the causal mask as a buffer
-                if key.endswith(CONV1D):
-                    tensor = tensor.t().contiguous()
-                weights["transformer." + key] = tensor.float()
-        if "transformer.wte.weight" in weights:
-            weights["lm_head.weight"] = weights["transformer.wte.weight"]
-        return cls.from_weights(config, weights)
-
-    def to_hf(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors for Hugging Face's GPT2LMHeadModel, without padded ids."""
-        from safetensors.torch import save_file
-
-        folder = Path(folder)
-        config, weights = self.config, {}
-        if config.mlp != "dense":
-            raise ValueError(f"a GPT-2 of Hugging Face has no mlp={config.mlp!r}")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, tensor in self.state_dict().items():
-            if name == "transformer.wte.weight":
-                tensor = tensor[: config.n_tokens]
-            if name.endswith(CONV1D):
-                tensor = tensor.t()
-            if name != "lm_head.weight":  # tied: stored once
-                weights[name] = tensor.detach().cpu().contiguous()
-        hf = dict(
-            architectures=["GPT2LMHeadModel"],
-            model_type="gpt2",
-            activation_function=HF_GELU[config.gelu],
-            layer_norm_epsilon=1e-5,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_embd=config.n_embd,
-            n_positions=config.block_size,
-            vocab_size=config.n_tokens,
-            bos_token_id=config.n_tokens - 1,  # end-of-text is the last id of both our tokenizers
-            eos_token_id=config.n_tokens - 1,
-            tie_word_embeddings=True,
-        )
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-
-
-HF_GELU = {"tanh": "gelu_new", "erf": "gelu"}  # config.gelu -> activation_function in config.json
-
-# Hugging Face keeps GPT-2's matrices as (in, out), the transpose of nn.Linear's (out, in).
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-
-def hf_file(name: str, file: str) -> Path:
-    """The local path of `file` of a model folder or of a model on the hub (downloaded once, then cached)."""
-    if Path(name).is_dir():
-        if not (Path(name) / file).is_file():
-            raise FileNotFoundError(f"no {file} in {name}")
-        return Path(name) / file
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(name, file))
-    except LocalEntryNotFoundError as error:
-        raise ConnectionError("no folder of that name, and the hub cannot be reached") from error
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(f"no {file} in {name} on the Hugging Face hub") from error
-
-
-# By device: tokens drawn before they are read. So many may be drawn in vain behind the last row's end, which
-# is cheaper for a GPU than to wait for each; a CPU has nothing to wait for.
-CHUNK = {"cuda": 16}
-
-
-def record(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], state: Tensor) -> Callable[..., Tensor]:
-    """step(*inputs), recorded as a CUDA graph: one launch instead of hundreds. Running it for the record
-    leaves `state`, which it changes in place, as it was.
-    """
-    inputs, before = tuple(x.clone() for x in inputs), state.clone()
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # compiles, picks kernels, allocates workspaces: none of it may be recorded
-            step(*inputs)
-            state.copy_(before)
-        torch.cuda.synchronize()
-        # by hand: `torch.cuda.graph` would empty the caches that training fills, and stop at what the threads
-        # of the loader and of the checkpoints do meanwhile
-        graph.capture_begin(capture_error_mode="thread_local")
-        out = step(*inputs)
-        graph.capture_end()
-    torch.cuda.current_stream().wait_stream(side)
-
-    def replay(*new: Tensor) -> Tensor:
-        for x, value in zip(inputs, new):
-            x.copy_(value)
-        graph.replay()
-        return out.clone()
-
-    return replay
-
-
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise a ValueError that names the control that is out of range."""
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature} must be 0 (greedy) or above")
-    if top_k < 0:
-        raise ValueError(f"top_k={top_k} must be 0 (all ids) or above")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
-
-
-def pick_token(logits: Tensor, draw: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Choose one id a row from logits (B, V) and one draw from [0, 1) a row (B,); return ids (B,)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    k = min(top_k or logits.size(-1), logits.size(-1))
-    logits, ids = logits.float().topk(k)  # (B, k), most likely first
-    probs = F.softmax(logits / temperature, dim=-1)
-    # keep ids while the probability before them is below top_p: the one that crosses the boundary stays
-    probs = probs * (probs.cumsum(dim=-1) - probs < top_p)
-    cdf = probs.cumsum(dim=-1)
-    # the first id whose cdf exceeds draw * total; it exists and has probability above 0, because draw < 1
-    choice = (cdf <= draw[:, None] * cdf[:, -1:]).sum(dim=-1, keepdim=True)
-    return ids.gather(-1, choice).squeeze(-1)

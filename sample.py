@@ -27,7 +27,8 @@ import torch
 
 from checkpoints import load_model
 from data import prompt_text
-from model import GPT, check_sampling
+from model import GPT
+from sampling import cast_linears, check_sampling, generate
 from training import autocast, check_positive, parse, pick_precision, setup
 
 
@@ -135,7 +136,7 @@ def chat(cfg: Config, raw: GPT, tokenizer: tiktoken.Encoding) -> None:
         settings = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, seeds=[seed])
         settings |= dict(compile=cfg.compile)
         context = [token for old in history for token in old] + prompt
-        tokens = raw.generate([context], cfg.max_new_tokens, stop=tokenizer.eot_token, **settings)
+        tokens = generate(raw, [context], cfg.max_new_tokens, stop=tokenizer.eot_token, **settings)
         for (piece,) in stream(remember(tokens, turn), tokenizer, 1):
             print(piece, end="", flush=True)
         print()
@@ -165,7 +166,7 @@ def main(cfg: Config) -> None:
     raw.to(device)
     precision = pick_precision(cfg.precision, device)
     if precision == "bf16":
-        raw.cast_linears(torch.bfloat16)
+        cast_linears(raw, torch.bfloat16)
     amp = autocast(precision, device)
     if cfg.chat:
         with amp:
@@ -177,7 +178,8 @@ def main(cfg: Config) -> None:
     t0 = time.perf_counter()
     n_steps = -1  # the last piece is only what the decoders held back
     with amp:
-        tokens = raw.generate(
+        tokens = generate(
+            raw,
             [prompt] * cfg.n_samples,
             cfg.max_new_tokens,
             temperature=cfg.temperature,

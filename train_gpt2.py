@@ -31,6 +31,7 @@ from hellaswag import Questions, evaluate, find_rows, prepare, read_rows
 from model import GPT, SIZES, GPTConfig, pad_vocab
 from optimizers import keep_zeros, load_moments, make_optimizers, zero_masks
 from plot import draw, read_log
+from sampling import generate
 from training import (
     Dist,
     Log,
@@ -204,7 +205,7 @@ def samples(raw: GPT, cfg: Config, step: int, amp: torch.autocast) -> list[str]:
     rows = [list(prompt) for _ in range(cfg.n_samples)]
     seeds = [cfg.seed + step * cfg.n_samples + row for row in range(cfg.n_samples)]
     with amp:
-        for tokens in raw.generate(rows, cfg.sample_tokens, top_k=50, seeds=seeds, stop=tokenizer.eot_token):
+        for tokens in generate(raw, rows, cfg.sample_tokens, top_k=50, seeds=seeds, stop=tokenizer.eot_token):
             for row, token in zip(rows, tokens):
                 if token is not None and token != tokenizer.eot_token:
                     row.append(token)

@@ -11,9 +11,11 @@ import pytest
 import torch
 from test_sample import EOT, babbler, config, mistake, run, save, speaker
 
+import sample
 from data import get_tokenizer
 from model import GPT
 from sample import CONFIGS, fit_history, main
+from sampling import generate
 from training import parse
 
 BYTES = get_tokenizer("bytes")
@@ -65,13 +67,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     seen = Calls()
 
     def generate(
-        self: GPT, prompts: list[list[int]], max_new_tokens: int, **settings: Any
+        raw: GPT, prompts: list[list[int]], max_new_tokens: int, **settings: Any
     ) -> Iterator[list[int]]:
         (context,) = prompts
         seen.append((list(context), max_new_tokens, settings))
         yield from ([ord("A") + len(seen) - 1], [EOT])
 
-    monkeypatch.setattr(GPT, "generate", generate)
+    monkeypatch.setattr(sample, "generate", generate)
     return seen
 
 
@@ -106,12 +108,12 @@ def test_an_answer_is_printed_as_it_comes(
 ) -> None:
     seen = []
 
-    def generate(self: GPT, *args: Any, **settings: Any) -> Iterator[list[int]]:
+    def generate(raw: GPT, *args: Any, **settings: Any) -> Iterator[list[int]]:
         for token in (*"aé".encode(), EOT):
             yield [token]
             seen.append(capsys.readouterr().out)
 
-    monkeypatch.setattr(GPT, "generate", generate)
+    monkeypatch.setattr(sample, "generate", generate)
     save(tmp_path, babbler())
     lines("hi")
     main(config(tmp_path, chat=True))
@@ -136,11 +138,11 @@ def test_an_answer_that_did_not_end_is_ended_for_the_next_turn(
 ) -> None:
     seen = []
 
-    def generate(self: GPT, prompts: list[list[int]], *args: Any, **settings: Any) -> Iterator[list[int]]:
+    def generate(raw: GPT, prompts: list[list[int]], *args: Any, **settings: Any) -> Iterator[list[int]]:
         seen.append(list(prompts[0]))
         yield from ([ord("x")], [ord("y")])
 
-    monkeypatch.setattr(GPT, "generate", generate)
+    monkeypatch.setattr(sample, "generate", generate)
     save(tmp_path, babbler(block_size=128))
     lines("hi", "you")
     main(config(tmp_path, chat=True, max_new_tokens=2))
@@ -159,7 +161,7 @@ def test_an_answer_of_a_model_depends_on_what_was_said(
     answers, context = [], []
     for line in ("ab", "cd"):
         context += prompt(line)
-        tokens = [token for (token,) in raw.generate([context], 10, temperature=0, stop=EOT)]
+        tokens = [token for (token,) in generate(raw, [context], 10, temperature=0, stop=EOT)]
         answers.append(bytes(t for t in tokens if t != EOT).decode(errors="replace"))
         context += tokens if tokens[-1] == EOT else [*tokens, EOT]
     assert out == "".join(f"{answer}\n" for answer in answers) + "\n"

@@ -535,7 +535,7 @@ class Parrot:
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float, stop: int
     ) -> Iterator[list[int | None]]:
-        """As GPT.generate: a row that has come to its `stop` yields None."""
+        """As sampling.generate: a row that has come to its `stop` yields None."""
         assert temperature == 0 and stop == 256
         self.batches.append(len(prompts))
         texts = [[*self.answers[len(prompt)].encode(), 256] for prompt in prompts]
@@ -543,7 +543,8 @@ class Parrot:
             yield [text[at] if at < len(text) else None for text in texts]
 
 
-def test_answers_end_at_their_end_of_text() -> None:
+def test_answers_end_at_their_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "generate", Parrot.generate)
     parrot: Any = Parrot(["", "a", "lorem ipsum", "", "日本"])
     prompts = [[1], [1, 2], [1, 2, 3], [1, 2, 3, 4]]
     assert greedy_answers(parrot, prompts, 8, BYTES) == [
@@ -571,6 +572,7 @@ def test_greedy_answers_are_the_most_likely_tokens() -> None:
 
 
 def test_scores_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "generate", Parrot.generate)
     parrot: Any = Parrot(
         ["", "Rosa", "Rosa has it", "Rosalie", "Rosa has it and does not come to an end", ""]
     )

@@ -26,6 +26,7 @@ import hellaswag
 from checkpoints import save_checkpoint
 from data import EOT, get_tokenizer
 from hellaswag import CONFIGS, Config, Questions, Result, clean, encode, evaluate, main, prepare, read_rows
+from hf import to_hf
 from model import GPT, GPTConfig
 from training import Dist, autocast, parse
 
@@ -668,7 +669,7 @@ def test_a_model_of_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_hf_folder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     raw = model(block_size=512)
-    raw.to_hf(tmp_path / "hf")
+    to_hf(raw, tmp_path / "hf")
     data, run = write_jsonl(tmp_path / "rows.jsonl", make_rows(8)), save_model(tmp_path / "run", raw)
     for name, cfg in dict(a=dict(hf=str(tmp_path / "hf")), b=dict(checkpoint=str(run))).items():
         main(Config(**cfg, data=str(data), out=str(tmp_path / name), device="cpu"))

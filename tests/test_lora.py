@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints import load_model, save_checkpoint
+from hf import from_hf, to_hf
 from lora import add_lora, apply_adapter, load_lora, lora_weights, merged, save_adapter
 from model import GPT, SIZES, GPTConfig
 from optimizers import make_optimizers
@@ -201,7 +202,7 @@ def test_an_adapter_loads_with_its_base(tmp_path: Path, idx: Tensor, kind: str) 
         base += "/ckpt_000003.pt"
     elif kind == "hf":
         base = str(tmp_path / "hf")
-        tiny().to_hf(base)
+        to_hf(tiny(), base)
     raw = adapted()
     save_adapter(tmp_path / "adapter", raw, base)
     noted: list[str] = []
@@ -276,7 +277,7 @@ def test_peft_computes_the_same_from_our_files(tmp_path: Path, idx: Tensor) -> N
     from transformers import GPT2LMHeadModel
 
     raw = adapted()
-    tiny().to_hf(tmp_path / "base")
+    to_hf(tiny(), tmp_path / "base")
     save_adapter(tmp_path / "adapter", raw, str(tmp_path / "base"))
     base = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
     with torch.no_grad():
@@ -292,7 +293,7 @@ def test_we_compute_the_same_from_files_of_peft(tmp_path: Path, idx: Tensor) -> 
     peft = pytest.importorskip("peft", reason="pip install peft compares with PEFT")
     from transformers import GPT2LMHeadModel
 
-    tiny().to_hf(tmp_path / "base")
+    to_hf(tiny(), tmp_path / "base")
     base = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -307,7 +308,7 @@ def test_we_compute_the_same_from_files_of_peft(tmp_path: Path, idx: Tensor) -> 
             if "lora_" in name:
                 p.copy_(0.1 * torch.randn_like(p))
         model.save_pretrained(tmp_path / "adapter")
-        raw = apply_adapter(GPT.from_hf(str(tmp_path / "base")), tmp_path / "adapter")
+        raw = apply_adapter(from_hf(str(tmp_path / "base")), tmp_path / "adapter")
         torch.testing.assert_close(logits_of(raw, idx), model(idx).logits, rtol=0, atol=1e-4)
     loaded, _ = load_model(str(tmp_path / "adapter"), "", print)  # the base is found by its name
     assert torch.equal(logits_of(loaded, idx), logits_of(raw, idx))

@@ -15,17 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import model
-from model import (
-    GPT,
-    SIZES,
-    GPTConfig,
-    KVCache,
-    Linear,
-    flash_attention,
-    manual_attention,
-    pad_vocab,
-    pick_token,
-)
+import sampling
+from hf import from_hf, to_hf
+from model import GPT, SIZES, GPTConfig, KVCache, Linear, flash_attention, manual_attention, pad_vocab
+from sampling import cast_linears, decode, fill_cache, generate, pick_token
 
 ATTENTIONS = ("flash", "manual")
 
@@ -184,7 +177,7 @@ def test_logits_and_gradients_equal_hugging_face(
 ) -> None:
     hf = reference(sizes)
     hf.save_pretrained(tmp_path)
-    raw = with_attention(GPT.from_hf(str(tmp_path)), attention)
+    raw = with_attention(from_hf(str(tmp_path)), attention)
     V, B, T = sizes[4:]
     idx, targets = random_ids(B, T, below=V), random_ids(B, T, seed=1, below=V)
     logits, loss = raw(idx, targets)
@@ -218,7 +211,7 @@ def test_greedy_generation_equals_hugging_face() -> None:
         do_sample=False, max_new_tokens=27, eos_token_id=None, bos_token_id=None, pad_token_id=0
     )
     theirs = hf.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, 5), generation_config=settings)
-    ours = [step[0] for step in raw.generate([prompt], 27, temperature=0)]
+    ours = [step[0] for step in generate(raw, [prompt], 27, temperature=0)]
     assert prompt + ours == theirs[0].tolist()
 
 
@@ -246,7 +239,7 @@ def test_from_hf_reads_every_edition(edition: str, exported: Path, tmp_path: Pat
                 weights[f"h.{layer}.attn.bias"] = torch.ones(32, 32).tril()[None, None]
                 weights[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
         save_file(weights, folder / "model.safetensors")
-    raw = GPT.from_hf(str(folder))
+    raw = from_hf(str(folder))
     assert all(p.dtype == torch.float32 and p.requires_grad for p in raw.parameters())
     assert raw.lm_head.weight is raw.transformer.wte.weight
     torch.testing.assert_close(raw(idx)[0], expected, atol=1e-4, rtol=0)
@@ -256,16 +249,16 @@ def test_to_hf_is_read_by_transformers_without_the_padded_ids(tmp_path: Path) ->
     from transformers import GPT2LMHeadModel
 
     raw = rough_model()
-    raw.to_hf(tmp_path / "new" / "folder")
+    to_hf(raw, tmp_path / "new" / "folder")
     hf, info = GPT2LMHeadModel.from_pretrained(tmp_path / "new" / "folder", output_loading_info=True)
     assert not any(info.values()), info  # nothing missing, unexpected or of another shape
     idx = random_ids(3, 16)
     assert hf.config.vocab_size == 61 and hf.eval()(idx).logits.shape == (3, 16, 61)
     torch.testing.assert_close(hf(idx).logits, raw(idx)[0][..., :61], atol=1e-4, rtol=0)
 
-    again = GPT.from_hf(str(tmp_path / "new" / "folder"))
+    again = from_hf(str(tmp_path / "new" / "folder"))
     assert again.config == replace(raw.config, vocab_size=61)
-    assert torch.equal(again(idx)[0], GPT.from_hf(str(tmp_path / "new" / "folder"))(idx)[0])
+    assert torch.equal(again(idx)[0], from_hf(str(tmp_path / "new" / "folder"))(idx)[0])
     for name, p in again.state_dict().items():
         assert torch.equal(p, raw.state_dict()[name][: p.size(0)]), name
 
@@ -286,33 +279,33 @@ FOREIGN = [
 def test_from_hf_refuses_a_model_that_is_built_otherwise(change: dict, exported: Path) -> None:
     edit_config(exported, **change)
     with pytest.raises(ValueError, match=next(iter(change))):
-        GPT.from_hf(str(exported))
+        from_hf(str(exported))
 
 
 def test_from_hf_takes_n_inner_that_spells_out_the_default(exported: Path) -> None:
     edit_config(exported, n_inner=4 * 16)
-    assert GPT.from_hf(str(exported)).config.n_embd == 16
+    assert from_hf(str(exported)).config.n_embd == 16
 
 
 def test_from_hf_refuses_weights_that_config_json_does_not_describe(exported: Path) -> None:
     edit_config(exported, n_layer=3)
     with pytest.raises(ValueError, match=r"h\.2\."):
-        GPT.from_hf(str(exported))
+        from_hf(str(exported))
     edit_config(exported, n_layer=2)
     weights = load_file(exported / "model.safetensors")
     del weights["transformer.wte.weight"]
     save_file(weights, exported / "model.safetensors")
     with pytest.raises(ValueError, match="lm_head|wte"):
-        GPT.from_hf(str(exported))
+        from_hf(str(exported))
 
 
 def test_from_hf_names_the_missing_file(exported: Path) -> None:
     (exported / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
-        GPT.from_hf(str(exported))
+        from_hf(str(exported))
     (exported / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="config.json"):
-        GPT.from_hf(str(exported))
+        from_hf(str(exported))
 
 
 def test_from_hf_on_the_hub(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,13 +322,13 @@ def test_from_hf_on_the_hub(exported: Path, monkeypatch: pytest.MonkeyPatch) -> 
         return str(exported / file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert GPT.from_hf("user/model").config.n_layer == 2
+    assert from_hf("user/model").config.n_layer == 2
     assert asked == [("user/model", "config.json"), ("user/model", "model.safetensors")]
     with pytest.raises(ConnectionError, match="cannot be reached"):
-        GPT.from_hf("user/unreachable")
+        from_hf("user/unreachable")
     (exported / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model.safetensors.* user/model"):
-        GPT.from_hf("user/model")
+        from_hf("user/model")
 
 
 # -----------------------------------------------------------------------------
@@ -534,7 +527,7 @@ def test_from_weights_refuses_what_does_not_fit() -> None:
 
 def tokens_of(raw: GPT, prompts: Sequence[Sequence[int]], n: int, **controls: Any) -> list[list[int | None]]:
     """Each row's generated tokens."""
-    return [list(row) for row in zip(*raw.generate(prompts, n, **controls))]
+    return [list(row) for row in zip(*generate(raw, prompts, n, **controls))]
 
 
 @torch.no_grad()
@@ -592,7 +585,7 @@ def test_tokens_read_in_chunks_are_the_same(
     one_by_one = [tokens_of(raw, prompts, n) for n in (1, 2, 30)]
     stop = one_by_one[2][0][7]
     stopped = tokens_of(raw, prompts, 30, stop=stop)
-    monkeypatch.setitem(model.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(sampling.CHUNK, "cpu", chunk)
     assert [tokens_of(raw, prompts, n) for n in (1, 2, 30)] == one_by_one
     assert tokens_of(raw, prompts, 30, stop=stop) == stopped
 
@@ -606,12 +599,12 @@ def test_a_static_cache_gives_the_same_logits(lengths: tuple[int, ...], attentio
     for filled in range(2):  # filled again, it has forgotten what it held
         windows = [random_ids(n, seed=n + filled).tolist() for n in lengths]
         with torch.no_grad():
-            logits = [raw.fill_cache(windows, cache) for cache in caches]
+            logits = [fill_cache(raw, windows, cache) for cache in caches]
             for step in range(T - max(lengths)):
                 torch.testing.assert_close(*logits, rtol=0, atol=1e-12)
                 tokens = random_ids(len(lengths), seed=99 + step)
                 windows = [[*window, int(token)] for window, token in zip(windows, tokens)]
-                logits = [raw.decode(tokens, cache) for cache in caches]
+                logits = [decode(raw, tokens, cache) for cache in caches]
         whole = torch.stack([raw(torch.tensor([window]))[0][0, -1] for window in windows])
         torch.testing.assert_close(logits[1], whole, rtol=0, atol=1e-12)
 
@@ -627,17 +620,22 @@ def test_a_static_token_is_the_same_graph_every_time() -> None:
 
     cache = KVCache(raw.config.n_layer, 16, static=True)
     with torch.no_grad():
-        raw.fill_cache([[1, 2, 3], [4]], cache)
-        step = torch.compile(lambda tokens: raw.decode(tokens, cache), backend=count, fullgraph=True)
+        fill_cache(raw, [[1, 2, 3], [4]], cache)
+        step = torch.compile(lambda tokens: decode(raw, tokens, cache), backend=count, fullgraph=True)
         for token in range(8):
             step(torch.tensor([token, token + 1]))
     assert len(traces) == 1
 
 
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("n_out", [10, 16, 37])  # less than, as many as, and some more than the parts
+@pytest.mark.parametrize("cpu", ["AVX512", "AVX2", "DEFAULT"])
 @pytest.mark.parametrize("rows", [(1,), (2,), (32,), (33,), (3, 5), (4, 1)], ids=str)
-def test_a_few_rows_go_through_a_linear_map_the_other_way_around(rows: tuple[int, ...], bias: bool) -> None:
-    linear = Linear(6, 10, bias=bias).double()
+def test_a_few_rows_go_through_a_linear_map_in_another_way(
+    rows: tuple[int, ...], cpu: str, n_out: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "CPU", cpu)
+    linear = Linear(6, n_out, bias=bias).double()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(*rows, 6, generator=generator, dtype=torch.float64)
     expected = x @ linear.weight.T + (linear.bias if bias else 0)
@@ -654,7 +652,7 @@ def test_linears_in_bf16_are_what_autocast_makes_of_them() -> None:
     idx = random_ids(2, 9)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         expected = raw(idx)[0]
-        raw.cast_linears(torch.bfloat16)
+        cast_linears(raw, torch.bfloat16)
         found = raw(idx)[0]
     assert raw.lm_head.weight is raw.transformer.wte.weight
     assert {p.dtype for m in raw.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()} == {
@@ -731,7 +729,7 @@ def test_stop_ends_a_row_once_and_the_generator_with_the_last() -> None:
     # an id that all rows come to, each at a time of its own
     stop = next(token for token in common if len({row.index(token) for row in free}) == 3)
     ends = [row.index(stop) for row in free]
-    steps = list(raw.generate(prompts, 60, stop=stop))
+    steps = list(generate(raw, prompts, 60, stop=stop))
     assert len(steps) == max(ends) + 1 < 60
     for row, end, unstopped in zip(zip(*steps), ends, free):
         assert list(row) == unstopped[: end + 1] + [None] * (max(ends) - end)
@@ -746,20 +744,20 @@ def test_generate_yields_as_it_goes_and_no_more_than_asked() -> None:
         assert not x.requires_grad  # a graph over all steps would fill the memory
 
     raw.transformer.ln_f.register_forward_hook(note)
-    steps = raw.generate([[1, 2, 3], [4]], 5)
+    steps = generate(raw, [[1, 2, 3], [4]], 5)
     assert calls == []
     next(steps)
     assert calls == [(2, 3)]
     assert len(list(steps)) == 4
     assert calls == [(2, 3)] + [(2, 1)] * 4  # one token a step: the cache is used
-    assert list(raw.generate([[1]], 0)) == []
+    assert list(generate(raw, [[1]], 0)) == []
 
 
 def test_only_the_last_position_goes_through_the_head() -> None:
     raw = rough_model()
     sizes = []
     raw.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
-    list(raw.generate([[1, 2, 3, 4], [5, 6]], 3))
+    list(generate(raw, [[1, 2, 3, 4], [5, 6]], 3))
     assert sizes == [2 * 64] * 3
 
 
@@ -784,7 +782,7 @@ BAD_CALLS = [
 @pytest.mark.parametrize("bad", BAD_CALLS, ids=str)
 def test_generate_refuses_what_makes_no_sense(bad: dict) -> None:
     with pytest.raises(ValueError):
-        list(rough_model().generate(**(dict(prompts=[[1, 2]], max_new_tokens=3) | bad)))
+        list(generate(rough_model(), **(dict(prompts=[[1, 2]], max_new_tokens=3) | bad)))
 
 
 def test_an_abandoned_generator_leaves_the_model_trainable() -> None:
@@ -793,7 +791,7 @@ def test_an_abandoned_generator_leaves_the_model_trainable() -> None:
     raw(idx, targets)[1].backward()
     expected = [p.grad.clone() for p in raw.parameters()]
     raw.zero_grad()
-    steps = raw.generate([[1, 2, 3]], 30)
+    steps = generate(raw, [[1, 2, 3]], 30)
     next(steps)
     assert torch.is_grad_enabled()  # also between two tokens
     raw(idx, targets)[1].backward()

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hf import to_hf
 from model import GPT, MLP, SIZES, GPTConfig, NdLinear, NdMLP
 from optimizers import make_optimizers
+from sampling import generate
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, n_tokens=257, vocab_size=320)
 ND = TINY | dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)
@@ -142,7 +144,7 @@ def test_cached_generation_equals_uncached() -> None:
     raw = GPT(GPTConfig(**ND))
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8]]
     rows = [list(p) for p in prompts]
-    for tokens in raw.generate(prompts, 10, temperature=0):
+    for tokens in generate(raw, prompts, 10, temperature=0):
         for row, token in zip(rows, tokens):
             row.append(token)
     for row, prompt in zip(rows, prompts):
@@ -157,7 +159,7 @@ def test_weights_travel_and_hugging_face_is_refused(tmp_path: Path) -> None:
     idx = torch.randint(257, (2, 8))
     assert torch.equal(raw(idx)[0], again(idx)[0])
     with pytest.raises(ValueError, match="ndlinear"):
-        raw.to_hf(tmp_path / "hf")
+        to_hf(raw, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 

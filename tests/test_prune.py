@@ -15,6 +15,7 @@ from torch import Tensor
 
 import prune as pruning
 from checkpoints import load_model, open_checkpoint, write_checkpoint
+from hf import to_hf
 from lora import add_lora, save_adapter
 from model import GPT, GPTConfig
 from optimizers import keep_zeros, make_optimizers, zero_masks
@@ -267,7 +268,7 @@ def test_training_goes_on_with_an_unpadded_vocabulary(cfg: Config, tmp_path: Pat
     import train_gpt2
 
     raw = make_model(TINY | dict(vocab_size=257))  # as OpenAI's: 50257 and not 50304
-    raw.to_hf(tmp_path / "hf")
+    to_hf(raw, tmp_path / "hf")
     main(replace(cfg, hf=str(tmp_path / "hf")))
     train_gpt2.SIZES["tiny"] = {name: TINY[name] for name in ("n_layer", "n_head", "n_embd", "block_size")}
     try:

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))
 
 # An arrow only ever points to a lower number. A file that is not named here is a script, number 5.
-LAYERS = {"files": 0, "model": 1, "data": 1, "training": 1, "optimizers": 2, "lora": 2, "checkpoints": 3}
+LAYERS = {"files": 0, "model": 1, "data": 1, "training": 1}
+LAYERS |= {"optimizers": 2, "lora": 2, "hf": 2, "sampling": 2, "checkpoints": 3}
 LAYERS |= {"hellaswag": 4, "plot": 4, "finetune": 4, "bench": 6, "compare": 6}
 SCRIPTS = [name for name in FILES if LAYERS.get(name, 5) >= 4 and name != "finetune"]
 

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+import sample
 from checkpoints import save_checkpoint
 from data import get_tokenizer
+from hf import to_hf
 from model import GPT, GPTConfig
 from sample import CONFIGS, Config, main, stream
+from sampling import generate
 from training import parse
 
 ROOT = Path(__file__).parent.parent
@@ -221,7 +224,7 @@ def test_text_equals_the_models_tokens(tmp_path: Path, capsys: Capture) -> None:
     raw = babbler()
     save(tmp_path, raw)
     controls = dict(temperature=0.9, top_k=100, top_p=0.95)
-    steps = raw.generate([list(b"ab")], 150, seeds=[3], **controls)
+    steps = generate(raw, [list(b"ab")], 150, seeds=[3], **controls)
     tokens = [token for (token,) in steps]
     tokens = tokens[: tokens.index(EOT)] if EOT in tokens else tokens
     assert len(tokens) > 40
@@ -237,7 +240,6 @@ def test_the_first_sample_is_printed_as_it_comes(tmp_path: Path, monkeypatch: py
             self.shown = self.getvalue()
 
     screen, seen = Screen(), []
-    generate = GPT.generate
 
     def watched(*args: Any, **controls: Any) -> Iterator[list[int | None]]:
         for step in generate(*args, **controls):
@@ -245,14 +247,14 @@ def test_the_first_sample_is_printed_as_it_comes(tmp_path: Path, monkeypatch: py
             yield step
 
     save(tmp_path, speaker({1: "cé!".encode()}))
-    monkeypatch.setattr(GPT, "generate", watched)
+    monkeypatch.setattr(sample, "generate", watched)
     monkeypatch.setattr(sys, "stdout", screen)
     main(config(tmp_path))
     assert seen == ["ab", "abc", "abc", "abcé", "abcé!"]
 
 
 def test_a_model_in_hugging_face_form(tmp_path: Path, capsys: Capture) -> None:
-    speaker({1: b"cde"}).to_hf(tmp_path / "export")
+    to_hf(speaker({1: b"cde"}), tmp_path / "export")
     assert said(capsys, config(tmp_path, hf=str(tmp_path / "export"))) == "abcde\n"
 
 
@@ -266,7 +268,7 @@ def test_the_gpt2_vocabulary(tmp_path: Path, capsys: Capture) -> None:
     text = "Hello, I'm a language model,"
     prompt = tokenizer.encode_ordinary(text)
     assert len(prompt) == 8
-    tokens = [token for (token,) in raw.generate([prompt], 40, seeds=[0])]
+    tokens = [token for (token,) in generate(raw, [prompt], 40, seeds=[0])]
     assert tokenizer.eot_token not in tokens
     out = said(capsys, config(tmp_path, prompt=text, temperature=1.0, top_k=0, seed=0))
     assert out == text + tokenizer.decode(tokens) + "\n"
@@ -466,10 +468,10 @@ def test_hugging_face_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert str(folder) in mistake(config(tmp_path, hf=str(folder)))
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
     assert str(folder) in mistake(config(tmp_path, hf=str(folder)))
-    babbler(n_embd=8).to_hf(folder)
+    to_hf(babbler(n_embd=8), folder)
     (folder / "model.safetensors").write_bytes(b"damaged")
     assert str(folder) in mistake(config(tmp_path, hf=str(folder)))
-    GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, n_tokens=99, vocab_size=99)).to_hf(folder)
+    to_hf(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, n_tokens=99, vocab_size=99)), folder)
     assert "99" in mistake(config(tmp_path, hf=str(folder)))
 
     def not_found(name: str, file: str) -> str:

@@ -1,0 +1,193 @@
+"""Sampling: continuations of prompts, with a key-value cache.
+
+for step in generate(raw, prompts, 100, temperature=0.8, top_k=50): ...    # a token a row and step
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import GPT, KVCache
+
+# By device: tokens drawn before they are read. So many may be drawn in vain behind the last row's end, which
+# is cheaper for a GPU than to wait for each; a CPU has nothing to wait for.
+CHUNK = {"cuda": 16}
+
+
+def cast_linears(raw: GPT, dtype: torch.dtype) -> None:
+    """Keep the linear maps in `dtype`, where autocast would cast them for every token; not for training.
+
+    The token embedding, tied to the head, goes with them.
+    """
+    for module in raw.modules():
+        if isinstance(module, nn.Linear):
+            module.to(dtype)
+
+
+def fill_cache(raw: GPT, windows: list[list[int]], cache: KVCache) -> Tensor:
+    """Run rows of different lengths at once, forgetting what the cache held; return the logits behind
+    each row's last token (B, V).
+
+    Rows are padded on the right: a causal model never looks there, so no mask is needed and positions are
+    true.
+    """
+    device = raw.lm_head.weight.device
+    lengths = [len(window) for window in windows]
+    idx = torch.tensor(
+        [window + [0] * (max(lengths) - len(window)) for window in windows], device=device
+    )  # (B, T)
+    cache.filling = True
+    x = raw.hidden(idx, cache)  # (B, T, C)
+    cache.set_lengths(lengths, device)
+    last = x[torch.arange(len(windows), device=device), cache.lengths - 1]  # (B, C)
+    return raw.lm_head(last)
+
+
+def decode(raw: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
+    """One token a row, (B,) -> the logits behind it (B, V); the cache grows by it."""
+    logits = raw.lm_head(raw.hidden(tokens[:, None], cache)[:, 0])
+    cache.advance()
+    return logits
+
+
+@torch.no_grad()
+def generate(
+    raw: GPT,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seeds: Sequence[int] | None = None,
+    stop: int | None = None,
+    compile: bool = False,
+) -> Iterator[list[int | None]]:
+    """Continue every prompt; yield one list a step with each row's new token, None for rows that have
+    ended.
+
+    prompts: B lists of token ids, not empty, of any lengths. temperature: 0 is greedy. top_k: keep the k
+    most likely ids; 0, or more than there are, keeps all. top_p: keep the most likely ids up to this
+    total probability. seeds: one a row (default 0, 1, …); a row's tokens depend on its prompt and seed,
+    not on its neighbours. stop: a row ends after yielding this id. compile: spend half a minute on
+    compiling the work of a token, for many tokens. Raises ValueError for values out of range.
+
+    On CUDA that work is recorded once as a graph, and the host waits once in CHUNK tokens.
+
+    GPT-2's learned positions end at block_size and cannot slide: a row that outgrows them goes on from
+    the newer half of its window. A prompt longer than block_size loses its beginning.
+    """
+    block_size, n_tokens = raw.config.block_size, raw.config.n_tokens
+    seeds = range(len(prompts)) if seeds is None else seeds
+    check_prompts(prompts, seeds, max_new_tokens, n_tokens)
+    check_sampling(temperature, top_k, top_p)
+
+    windows = [list(p[-block_size:]) for p in prompts]
+    # compiled for one number of slots, whatever the prompt
+    n_slots = block_size if compile else min(block_size, max(map(len, windows)) + max_new_tokens)
+    # all randomness is drawn up front on the CPU: the same on every device, and no row disturbs another
+    draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    draws = torch.stack(draws).to(raw.lm_head.weight.device)  # (B, max_new_tokens)
+    on_cuda = draws.is_cuda
+    cache = KVCache(raw.config.n_layer, n_slots, static=on_cuda or compile)
+
+    def pick(logits: Tensor, draw: Tensor) -> Tensor:
+        return pick_token(logits[:, :n_tokens], draw, temperature, top_k, top_p)  # (B,)
+
+    def step(tokens: Tensor, draw: Tensor) -> Tensor:
+        return pick(decode(raw, tokens, cache), draw)
+
+    step = torch.compile(step, fullgraph=True, dynamic=False) if compile else step
+    ended, done, recorded = [False] * len(prompts), 0, not on_cuda
+    while done < max_new_tokens and not all(ended):
+        drawn = []  # tokens (B,) on the device, read all at once
+        if done == 0 or max(map(len, windows)) > block_size:
+            windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
+            tokens = pick(fill_cache(raw, windows, cache), draws[:, done])
+            drawn.append(tokens)
+        room = block_size - max(map(len, windows)) + 1
+        chunk = CHUNK.get(draws.device.type, 1)
+        for i in range(len(drawn), min(chunk, max_new_tokens - done, room)):
+            if not recorded:  # now that the cache has a free slot
+                step, recorded = record(step, (tokens, draws[:, done + i]), cache.lengths), True
+            tokens = step(tokens, draws[:, done + i])
+            drawn.append(tokens)
+        for ids in torch.stack(drawn).tolist():
+            for window, token in zip(windows, ids):
+                window.append(token)
+            done += 1
+            yield [None if end else token for token, end in zip(ids, ended)]
+            ended = [end or token == stop for token, end in zip(ids, ended)]
+            if all(ended):
+                return
+
+
+def record(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], state: Tensor) -> Callable[..., Tensor]:
+    """step(*inputs), recorded as a CUDA graph: one launch instead of hundreds. Running it for the record
+    leaves `state`, which it changes in place, as it was.
+    """
+    inputs, before = tuple(x.clone() for x in inputs), state.clone()
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, picks kernels, allocates workspaces: none of it may be recorded
+            step(*inputs)
+            state.copy_(before)
+        torch.cuda.synchronize()
+        # by hand: `torch.cuda.graph` would empty the caches that training fills, and stop at what the threads
+        # of the loader and of the checkpoints do meanwhile
+        graph.capture_begin(capture_error_mode="thread_local")
+        out = step(*inputs)
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(side)
+
+    def replay(*new: Tensor) -> Tensor:
+        for x, value in zip(inputs, new):
+            x.copy_(value)
+        graph.replay()
+        return out.clone()
+
+    return replay
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], seeds: Sequence[int], max_new_tokens: int, n_tokens: int
+) -> None:
+    """Raise a ValueError that says what `generate` cannot work with."""
+    if not prompts or any(len(p) == 0 for p in prompts):
+        raise ValueError(
+            "generate needs prompts of at least one token each; to start from nothing use end-of-text"
+        )
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be 0 or above")
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+    if any(not 0 <= token < n_tokens for p in prompts for token in p):
+        raise ValueError(f"a prompt has a token id outside 0 … {n_tokens - 1}")
+
+
+def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    """Raise a ValueError that names the control that is out of range."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} must be 0 (greedy) or above")
+    if top_k < 0:
+        raise ValueError(f"top_k={top_k} must be 0 (all ids) or above")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
+
+
+def pick_token(logits: Tensor, draw: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Choose one id a row from logits (B, V) and one draw from [0, 1) a row (B,); return ids (B,)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    k = min(top_k or logits.size(-1), logits.size(-1))
+    logits, ids = logits.float().topk(k)  # (B, k), most likely first
+    probs = F.softmax(logits / temperature, dim=-1)
+    # keep ids while the probability before them is below top_p: the one that crosses the boundary stays
+    probs = probs * (probs.cumsum(dim=-1) - probs < top_p)
+    cdf = probs.cumsum(dim=-1)
+    # the first id whose cdf exceeds draw * total; it exists and has probability above 0, because draw < 1
+    choice = (cdf <= draw[:, None] * cdf[:, -1:]).sum(dim=-1, keepdim=True)
+    return ids.gather(-1, choice).squeeze(-1)
