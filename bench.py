@@ -154,7 +154,8 @@ class Choice:
     mode: str | None = None  # of torch.compile
     padded: bool = True  # the vocabulary, to a multiple of 64
     attention: str = "flash"
-    deterministic: bool = True  # kernels
+    cudnn: bool = False  # flash attention switched off, so that PyTorch takes cuDNN's where it can
+    deterministic: bool = True  # kernels; cuDNN's attention is not
     gelu: str | None = None  # None: as the size has it
     precision: str = "auto"
     late: bool = True  # read a step's loss when the next one is queued
@@ -389,6 +390,7 @@ def bench_choices(cfg: Config) -> list[Row]:
     if on_cuda:
         choices |= {
             "kernels not deterministic": replace(base, deterministic=False),
+            "attention by cuDNN": replace(base, deterministic=False, cudnn=True),
             "loss read at once": replace(base, late=False),
             "compiled with autotuning": replace(base, mode="max-autotune-no-cudagraphs"),
         }
@@ -401,9 +403,11 @@ def bench_choices(cfg: Config) -> list[Row]:
             trainers = {name: Trainer(cfg, model, B, choice) for name, choice in choices.items()}
 
             def run(trainer: Trainer) -> float:
-                if on_cuda:  # a setting of the process
-                    exact = trainer.choice.deterministic
+                if on_cuda:  # settings of the process, which a trainer's first run compiles in
+                    exact, cudnn = trainer.choice.deterministic, trainer.choice.cudnn
                     torch.use_deterministic_algorithms(exact, warn_only=exact)
+                    torch.backends.cuda.enable_flash_sdp(not cudnn)
+                    torch.backends.cuda.enable_mem_efficient_sdp(not cudnn)
                 return trainer.ours()
 
             runs = {name: functools.partial(run, trainer) for name, trainer in trainers.items()}
