@@ -212,6 +212,16 @@ def samples(raw: GPT, cfg: Config, step: int, amp: torch.autocast) -> list[str]:
     return [tokenizer.decode(row) for row in rows]
 
 
+def open_windows(cfg: Config, tokenizer: tiktoken.Encoding, dist: Dist) -> tuple[Windows, Windows]:
+    """The training and the validation windows of T + 1 tokens; a folder's shards are checked first."""
+    splits = open_data(cfg.data, tokenizer)
+    if dist.rank == 0 and Path(cfg.data).is_dir():
+        check_shards(cfg.data, tokenizer.n_vocab)
+    barrier(dist)
+    train, val = (Windows(shards, cfg.T) for shards in splits)
+    return train, val
+
+
 def sequences_per_rank(cfg: Config, dist: Dist) -> int:
     """How many sequences of T tokens a device takes in one step; SystemExit if they do not divide."""
     if cfg.seed < 0:
@@ -371,14 +381,9 @@ def main(cfg: Config) -> None:
     per_rank = sequences_per_rank(cfg, dist)
     N = per_rank * dist.world_size  # sequences a step
 
-    # data: windows of T + 1 tokens
     require_data(cfg.data)  # before the vocabulary, which may have to be fetched
     tokenizer = get_tokenizer(cfg.tokenizer)
-    splits = open_data(cfg.data, tokenizer)
-    if dist.rank == 0 and Path(cfg.data).is_dir():
-        check_shards(cfg.data, tokenizer.n_vocab)
-    barrier(dist)
-    train, val = (Windows(shards, cfg.T) for shards in splits)
+    train, val = open_windows(cfg, tokenizer, dist)
 
     # model, optimizer and log, continued where a checkpoint is
     out_dir = Path(cfg.out_dir)
