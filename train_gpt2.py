@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -356,6 +357,17 @@ def learning_rate(cfg: Config) -> Callable[[int], float]:
     return partial(cosine_lr, **settings)
 
 
+def slow_on_cpu(cfg: Config, raw: GPT) -> str:
+    """A warning, where a step would keep a CPU of 0.1 TFLOP/s busy for more than two minutes; else ""."""
+    seconds = raw.flops_per_token(cfg.T) * cfg.total_batch_size / 1e11
+    if seconds < 120:
+        return ""
+    return (
+        f"a step may take a CPU {timedelta(seconds=round(seconds))}: lower --total_batch_size, take a "
+        "smaller --model, or begin with `python train_gpt2.py demo`"
+    )
+
+
 def table(cfg: Config, raw: GPT, step: int, scores: dict[str, float], seconds: float) -> str:
     """This run, beside GPT-2 124M and GPT-3 124M where they can be compared, as text."""
     n_tokens = step * cfg.total_batch_size
@@ -436,6 +448,8 @@ def main(cfg: Config) -> None:
         f"{'compiled' if compiled else 'not compiled'}; a step is {cfg.total_batch_size:,} tokens, "
         f"{per_rank // B} x B={B} sequences a device"
     )
+    if dist.device.type == "cpu" and (warning := slow_on_cpu(cfg, raw)):
+        log.note(warning)
     start = state["step"] if state else 0
     if start > cfg.max_steps:
         raise SystemExit(f"the run in {out_dir} is at step {start} already, and max_steps={cfg.max_steps}")

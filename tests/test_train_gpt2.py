@@ -745,6 +745,14 @@ def test_validation_takes_all_there_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert all_there_are != validate(raw, val, 5 * 16, 4, amp, ALONE)
 
 
+def test_a_step_that_would_take_a_cpu_an_hour_is_named() -> None:
+    with torch.device("meta"):
+        raw = GPT(GPTConfig())
+    # 854.7 MFLOP a token (PaLM's count) times 2^19 tokens at 1e11 a second
+    assert "1:14:41" in train_gpt2.slow_on_cpu(Config(), raw)
+    assert not train_gpt2.slow_on_cpu(Config(total_batch_size=2**13), raw)
+
+
 # -----------------------------------------------------------------------------
 # On a GPU
 
