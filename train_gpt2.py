@@ -117,6 +117,7 @@ DEMO = Config(
     max_steps=1200,
     min_lr_frac=0.0,
     optimizer="muon",
+    momentum=0.9,
     max_lr=1e-2,
     warmup_steps=50,
     val_tokens=2**16,
