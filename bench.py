@@ -155,7 +155,6 @@ class Choice:
     padded: bool = True  # the vocabulary, to a multiple of 64
     attention: str = "flash"
     deterministic: bool = True  # kernels
-    cudnn: bool = True  # its attention may be taken, where kernels need not be deterministic
     gelu: str | None = None  # None: as the size has it
     precision: str = "auto"
     late: bool = True  # read a step's loss when the next one is queued
@@ -215,7 +214,7 @@ class Trainer:
         """Tokens/s of forward, backward, clip and AdamW written down, on one batch that stays."""
         import torch
 
-        from training import training_kernels
+        from training import exact_kernels
 
         xy = self.read(0).to(self.dist.device)
         [optimizer] = self.optimizers
@@ -223,7 +222,7 @@ class Trainer:
         t0 = time.perf_counter()
         for _ in range(self.cfg.steps):
             for rows in xy.split(self.B):
-                with training_kernels():  # as ours has them
+                with exact_kernels():  # as ours has them
                     with self.amp:
                         _, loss = self.model(rows[:, :-1], rows[:, 1:])
                     (loss * len(rows) / self.N).backward()
@@ -390,7 +389,6 @@ def bench_choices(cfg: Config) -> list[Row]:
     if on_cuda:
         choices |= {
             "kernels not deterministic": replace(base, deterministic=False),
-            "the same without cuDNN's attention": replace(base, deterministic=False, cudnn=False),
             "loss read at once": replace(base, late=False),
             "compiled with autotuning": replace(base, mode="max-autotune-no-cudagraphs"),
         }
@@ -403,10 +401,9 @@ def bench_choices(cfg: Config) -> list[Row]:
             trainers = {name: Trainer(cfg, model, B, choice) for name, choice in choices.items()}
 
             def run(trainer: Trainer) -> float:
-                if on_cuda:  # settings of the process, which a trainer's first run compiles in
+                if on_cuda:  # a setting of the process
                     exact = trainer.choice.deterministic
                     torch.use_deterministic_algorithms(exact, warn_only=exact)
-                    torch.backends.cuda.enable_cudnn_sdp(trainer.choice.cudnn)
                 return trainer.ours()
 
             runs = {name: functools.partial(run, trainer) for name, trainer in trainers.items()}

@@ -105,7 +105,7 @@ class Linear(nn.Linear):
         plain = (
             x.device.type == "cpu" and x.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu")
         )
-        if not plain or torch.is_grad_enabled() or n_rows > 32:
+        if not plain or torch.is_grad_enabled() or not 0 < n_rows <= 32:
             return super().forward(x)
         y = few_rows(x.reshape(n_rows, -1), self.weight, self.bias)
         return y.view(*x.shape[:-1], -1)
@@ -242,7 +242,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, nh, S, hs)
-            q = q.contiguous()  # from Linear the other way around it is not, and fused kernels want it
+            q = q.contiguous()  # from `few_rows` it need not be, and fused kernels want it
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 MAX_BAD_STEPS = 10  # so many steps in a row without a finite gradient end the run
 
@@ -123,7 +123,7 @@ def setup(device: str, deterministic: bool) -> Dist:
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            # where no such kernel exists (sampling's cumsum) a warning; training is strict: training_kernels
+            # where no such kernel exists (sampling's cumsum) a warning; training is strict: exact_kernels
             torch.use_deterministic_algorithms(True, warn_only=True)
             warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
             # not a pass over every new tensor
@@ -194,7 +194,7 @@ def attention_kernel(config: Any, B: int, T: int, amp: torch.autocast, device: t
         return "written-out products"
     if device.type == "mps":
         return "PyTorch's choice"  # it does not tell
-    with amp, training_kernels():
+    with amp, exact_kernels():
         q = torch.empty(B, config.n_head, T, config.n_embd // config.n_head, device=device)
         dtype = torch.bfloat16 if amp._enabled else q.dtype
         q = q.to(dtype).requires_grad_()
@@ -258,32 +258,17 @@ def wsd_lr(
     return max_lr * (min_lr_frac + (1 - min_lr_frac) * left)
 
 
-# Attention kernels by preference, on Hopper where bits may differ: cuDNN's took half the time of flash
-# attention there or less, and longer than it on other GPUs (github.com/huggingface/transformers/pull/48163)
-HOPPER_KERNELS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
-
-
 @contextmanager
-def training_kernels() -> Iterator[None]:
-    """Within, deterministic means deterministic (attention's backward pass is not while it only warns); where
-    that was not asked for, attention takes the fastest kernel.
-    """
-    if torch.is_deterministic_algorithms_warn_only_enabled():
-        torch.use_deterministic_algorithms(True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        return
-    free = torch.backends.cuda.cudnn_sdp_enabled() and not torch.are_deterministic_algorithms_enabled()
-    hopper = free and torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-    with sdpa_kernel(HOPPER_KERNELS, set_priority=True) if hopper else nullcontext():
+def exact_kernels() -> Iterator[None]:
+    """Within, deterministic means deterministic: attention's backward pass is not while it only warns."""
+    if not torch.is_deterministic_algorithms_warn_only_enabled():  # not asked for, or strict already
         yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def backward(
@@ -293,7 +278,7 @@ def backward(
     scale: float | Tensor,
 ) -> Tensor:
     """One forward and backward pass of scale · loss; returns the loss, summed over the batch, detached."""
-    with training_kernels():
+    with exact_kernels():
         loss = loss_fn(model, batch)
         (loss * scale).backward()
     return loss.detach()

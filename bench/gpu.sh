@@ -4,7 +4,8 @@
 # Tables on standard output, json and a trace in out/bench-gpu. About fifteen minutes on one H200 (estimated).
 # A measurement that fails does not end the others; the last line names those that did.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
+trap 'exit 130' INT
 data=${1:-input.txt}
 out=out/bench-gpu
 step="--models gpt2 --tokenizer=gpt2 --data=$data --T=1024 --total_batch_size=524288 --steps=3 --out_dir=$out"
@@ -15,7 +16,7 @@ measure() {
   "$@" || failed+=("$*")
 }
 
-nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv
+nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv || exit 1
 measure python -m pytest -m gpu                                               # exact resume, kernels, fitting B
 measure python bench.py train $step --B 16 32 64 --repeats=4 --profile        # tokens/s, MFU, shares, memory
 measure python bench.py choices $step --B 32 --repeats=3                      # each choice made otherwise

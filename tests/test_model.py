@@ -630,7 +630,7 @@ def test_a_static_token_is_the_same_graph_every_time() -> None:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("n_out", [10, 16, 37])  # less than, as many as, and some more than the parts
 @pytest.mark.parametrize("cpu", ["AVX512", "AVX2", "DEFAULT"])
-@pytest.mark.parametrize("rows", [(1,), (2,), (32,), (33,), (3, 5), (4, 1)], ids=str)
+@pytest.mark.parametrize("rows", [(0,), (1,), (2,), (32,), (33,), (3, 5), (4, 1)], ids=str)
 def test_a_few_rows_go_through_a_linear_map_in_another_way(
     rows: tuple[int, ...], cpu: str, n_out: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,7 +28,6 @@ import torch
 import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoints
@@ -1078,22 +1077,3 @@ def test_training_is_strict_about_determinism(enabled: bool) -> None:
         assert torch.is_deterministic_algorithms_warn_only_enabled() == enabled
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
-@pytest.mark.parametrize("exact", [True, False])
-def test_cudnn_attention_comes_first_on_hopper_where_bits_may_differ(
-    exact: bool, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order = torch._C._get_sdp_priority_order
-    before = order()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    torch.use_deterministic_algorithms(exact, warn_only=exact)
-    try:
-        with training.training_kernels():
-            first = SDPBackend(order()[0])
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert (first == SDPBackend.CUDNN_ATTENTION) == (not exact and capability == (9, 0))
-    assert order() == before
