@@ -1,0 +1,406 @@
+"""Sampling against the loop without a cache and against the model's probabilities."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from test_model import ATTENTIONS, needs_cuda, one_thread, random_ids, rough_model, shape  # noqa: F401
+from torch import Tensor
+
+import sampling
+from model import GPT, KVCache
+from sampling import cast_linears, decode, fill_cache, generate, pick_token
+
+
+def tokens_of(raw: GPT, prompts: Sequence[Sequence[int]], n: int, **controls: Any) -> list[list[int | None]]:
+    """Each row's generated tokens."""
+    return [list(row) for row in zip(*generate(raw, prompts, n, **controls))]
+
+
+@torch.no_grad()
+def uncached(raw: GPT, prompt: Sequence[int], n: int, seed: int = 0, **controls: Any) -> list[int]:
+    """The loop that `generate` must equal: one row, a full forward over the whole window at every step."""
+    T, n_tokens = raw.config.block_size, raw.config.n_tokens
+    draws = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    window, out = list(prompt)[-T:], []
+    for step in range(n):
+        if len(window) > T:
+            window = window[-max(1, T // 2) :]
+        logits = raw(torch.tensor([window]))[0][:, -1, :n_tokens]
+        if controls.get("temperature") == 0:
+            token = int(logits.argmax())
+        else:
+            settings = dict(temperature=1.0, top_k=0, top_p=1.0) | controls
+            token = pick_token(logits, draws[step : step + 1], **settings).item()
+        window.append(token)
+        out.append(token)
+    return out
+
+
+CONTROLS = [dict(temperature=0), dict(), dict(temperature=0.7, top_k=9), dict(temperature=1.3, top_p=0.8)]
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("controls", CONTROLS, ids=str)
+def test_cached_equals_uncached_token_for_token(controls: dict, attention: str) -> None:
+    """A ragged batch, prompts shorter and longer than the window, far past its end."""
+    raw = rough_model(attention=attention)
+    lengths = (1, 5, 15, 16, 17, 40)
+    prompts = [random_ids(n, seed=n).tolist() for n in lengths]
+    seeds = [11, 7, 5, 3, 2, 10**9]
+    expected = [uncached(raw, p, 36, seed, **controls) for p, seed in zip(prompts, seeds)]
+    assert tokens_of(raw, prompts, 36, seeds=seeds, **controls) == expected
+    assert len({tuple(row) for row in expected}) >= 5  # rows do tell different stories
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("lengths", [(4,), (4, 4), (1, 3)])
+def test_cached_equals_uncached_in_small_windows(block_size: int, lengths: tuple[int, ...]) -> None:
+    raw = rough_model(seed=1, block_size=block_size)
+    prompts = [random_ids(n, seed=n).tolist() for n in lengths]
+    expected = [uncached(raw, p, 20, seed) for seed, p in enumerate(prompts)]
+    assert tokens_of(raw, prompts, 20) == expected
+
+
+@pytest.mark.parametrize("chunk", [2, 3, 16])
+@pytest.mark.parametrize("block_size", [3, 8, 16])
+def test_tokens_read_in_chunks_are_the_same(
+    chunk: int, block_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = rough_model(block_size=block_size)
+    prompts = [random_ids(n, seed=n).tolist() for n in (1, 3, 14)]
+    one_by_one = [tokens_of(raw, prompts, n) for n in (1, 2, 30)]
+    stop = one_by_one[2][0][7]
+    stopped = tokens_of(raw, prompts, 30, stop=stop)
+    monkeypatch.setitem(sampling.CHUNK, "cpu", chunk)
+    assert [tokens_of(raw, prompts, n) for n in (1, 2, 30)] == one_by_one
+    assert tokens_of(raw, prompts, 30, stop=stop) == stopped
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("lengths", [(5, 5), (1, 9, 4)])
+def test_a_static_cache_gives_the_same_logits(lengths: tuple[int, ...], attention: str) -> None:
+    raw = rough_model(attention=attention).double()
+    T = raw.config.block_size
+    caches = [KVCache(raw.config.n_layer, T, static=static) for static in (False, True)]
+    for filled in range(2):  # filled again, it has forgotten what it held
+        windows = [random_ids(n, seed=n + filled).tolist() for n in lengths]
+        with torch.no_grad():
+            logits = [fill_cache(raw, windows, cache) for cache in caches]
+            for step in range(T - max(lengths)):
+                torch.testing.assert_close(*logits, rtol=0, atol=1e-12)
+                tokens = random_ids(len(lengths), seed=99 + step)
+                windows = [[*window, int(token)] for window, token in zip(windows, tokens)]
+                logits = [decode(raw, tokens, cache) for cache in caches]
+        whole = torch.stack([raw(torch.tensor([window]))[0][0, -1] for window in windows])
+        torch.testing.assert_close(logits[1], whole, rtol=0, atol=1e-12)
+
+
+def test_a_static_token_is_the_same_graph_every_time() -> None:
+    """What is compiled or recorded must not depend on a number that grows: one trace serves all tokens."""
+    raw = rough_model()
+    traces = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        traces.append(graph)
+        return graph.forward
+
+    cache = KVCache(raw.config.n_layer, 16, static=True)
+    with torch.no_grad():
+        fill_cache(raw, [[1, 2, 3], [4]], cache)
+        step = torch.compile(lambda tokens: decode(raw, tokens, cache), backend=count, fullgraph=True)
+        for token in range(8):
+            step(torch.tensor([token, token + 1]))
+    assert len(traces) == 1
+
+
+def test_linears_in_bf16_are_what_autocast_makes_of_them() -> None:
+    raw = rough_model()
+    idx = random_ids(2, 9)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = raw(idx)[0]
+        cast_linears(raw, torch.bfloat16)
+        found = raw(idx)[0]
+    assert raw.lm_head.weight is raw.transformer.wte.weight
+    assert {p.dtype for m in raw.modules() if isinstance(m, torch.nn.Linear) for p in m.parameters()} == {
+        torch.bfloat16
+    }
+    # the embedding, tied to the head, is rounded too: 2^-9 of values of order 1
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
+
+
+def test_a_row_depends_on_its_prompt_and_seed_alone() -> None:
+    raw = rough_model()
+    prompts = [random_ids(n, seed=n).tolist() for n in (3, 14, 9)]
+    together = tokens_of(raw, prompts, 30, seeds=[5, 6, 7])
+    for i, prompt in enumerate(prompts):
+        assert tokens_of(raw, [prompt], 30, seeds=[5 + i]) == [together[i]]
+    assert tokens_of(raw, prompts[::-1], 30, seeds=[7, 6, 5]) == together[::-1]
+
+
+def test_seeds_are_reproducible_and_differ() -> None:
+    raw = rough_model()
+    prompts = [[1, 2, 3]] * 4
+    torch.manual_seed(0)
+    first = tokens_of(raw, prompts, 12, seeds=[5, 6, 5, 7])
+    torch.manual_seed(1)
+    assert tokens_of(raw, prompts, 12, seeds=[5, 6, 5, 7]) == first  # no global state
+    assert first[0] == first[2]
+    assert len({tuple(row) for row in first}) == 3
+    assert tokens_of(raw, prompts, 12) == tokens_of(raw, prompts, 12, seeds=range(4))
+    before = torch.get_rng_state()
+    tokens_of(raw, prompts, 3)
+    assert torch.equal(torch.get_rng_state(), before)  # nor does sampling disturb it
+
+
+def test_a_prompt_longer_than_block_size_works_like_its_end() -> None:
+    raw = rough_model()
+    prompt = random_ids(50).tolist()
+    assert tokens_of(raw, [prompt], 20) == tokens_of(raw, [prompt[-16:]], 20)
+    assert tokens_of(raw, [prompt], 20) != tokens_of(raw, [prompt[-15:]], 20)
+    assert tokens_of(raw, [tuple(prompt)], 20) == tokens_of(raw, [prompt], 20)
+    assert prompt == random_ids(50).tolist()  # and the caller's list is as it was
+
+
+def test_controls_that_leave_one_token_are_greedy() -> None:
+    raw = rough_model()
+    prompts = [random_ids(n, seed=n).tolist() for n in (3, 14)]
+    greedy = tokens_of(raw, prompts, 25, temperature=0)
+    assert tokens_of(raw, prompts, 25, top_k=1) == greedy
+    assert tokens_of(raw, prompts, 25, top_p=1e-9) == greedy
+    assert tokens_of(raw, prompts, 25, temperature=1e-5) == greedy
+    assert tokens_of(raw, prompts, 25, temperature=0, top_k=5, top_p=0.5, seeds=[8, 9]) == greedy
+    sampled = tokens_of(raw, prompts, 25)
+    assert sampled != greedy
+    for top_k in (0, 61, 62, 64, 10**6):  # all there are
+        assert tokens_of(raw, prompts, 25, top_k=top_k) == sampled
+
+
+@pytest.mark.parametrize("controls", [*CONTROLS, dict(top_k=10**6), dict(top_p=1e-9)], ids=str)
+def test_padded_ids_are_never_yielded(controls: dict) -> None:
+    raw = rough_model(n_tokens=50)
+    with torch.no_grad():  # a direction that every hidden state shares, and the padded rows point to
+        raw.transformer.ln_f.bias.fill_(1.0)
+        raw.transformer.wte.weight[50:] = 10.0
+    prompts = [random_ids(n, seed=n, below=50).tolist() for n in (3, 14)]
+    assert (raw(torch.tensor([prompts[1]]))[0].argmax(-1) >= 50).all()
+    rows = tokens_of(raw, prompts, 40, **controls)
+    assert all(token < 50 for row in rows for token in row)
+
+
+def test_stop_ends_a_row_once_and_the_generator_with_the_last() -> None:
+    raw = rough_model()
+    prompts = [random_ids(n, seed=n).tolist() for n in (3, 14, 9)]
+    free = tokens_of(raw, prompts, 60)
+    common = [token for token in free[0] if all(token in row for row in free)]
+    # an id that all rows come to, each at a time of its own
+    stop = next(token for token in common if len({row.index(token) for row in free}) == 3)
+    ends = [row.index(stop) for row in free]
+    steps = list(generate(raw, prompts, 60, stop=stop))
+    assert len(steps) == max(ends) + 1 < 60
+    for row, end, unstopped in zip(zip(*steps), ends, free):
+        assert list(row) == unstopped[: end + 1] + [None] * (max(ends) - end)
+
+
+def test_generate_yields_as_it_goes_and_no_more_than_asked() -> None:
+    raw = rough_model()
+    calls = []
+
+    def note(module: torch.nn.Module, args: tuple[Tensor], x: Tensor) -> None:
+        calls.append(x.shape[:2])
+        assert not x.requires_grad  # a graph over all steps would fill the memory
+
+    raw.transformer.ln_f.register_forward_hook(note)
+    steps = generate(raw, [[1, 2, 3], [4]], 5)
+    assert calls == []
+    next(steps)
+    assert calls == [(2, 3)]
+    assert len(list(steps)) == 4
+    assert calls == [(2, 3)] + [(2, 1)] * 4  # one token a step: the cache is used
+    assert list(generate(raw, [[1]], 0)) == []
+
+
+def test_only_the_last_position_goes_through_the_head() -> None:
+    raw = rough_model()
+    sizes = []
+    raw.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.numel()))
+    list(generate(raw, [[1, 2, 3, 4], [5, 6]], 3))
+    assert sizes == [2 * 64] * 3
+
+
+BAD_CALLS = [
+    dict(prompts=[]),
+    dict(prompts=[[1], []]),
+    dict(prompts=[[1, 61]]),  # a padded id
+    dict(prompts=[[-1]]),
+    dict(seeds=[1, 2]),
+    dict(temperature=-0.1),
+    dict(temperature=float("nan")),
+    dict(temperature=float("inf")),
+    dict(top_k=-1),
+    dict(top_p=0.0),
+    dict(top_p=-0.5),
+    dict(top_p=1.01),
+    dict(top_p=float("nan")),
+    dict(max_new_tokens=-1),
+]
+
+
+@pytest.mark.parametrize("bad", BAD_CALLS, ids=str)
+def test_generate_refuses_what_makes_no_sense(bad: dict) -> None:
+    with pytest.raises(ValueError):
+        list(generate(rough_model(), **(dict(prompts=[[1, 2]], max_new_tokens=3) | bad)))
+
+
+def test_an_abandoned_generator_leaves_the_model_trainable() -> None:
+    raw = rough_model()
+    idx, targets = random_ids(2, 9), random_ids(2, 9, seed=1)
+    raw(idx, targets)[1].backward()
+    expected = [p.grad.clone() for p in raw.parameters()]
+    raw.zero_grad()
+    steps = generate(raw, [[1, 2, 3]], 30)
+    next(steps)
+    assert torch.is_grad_enabled()  # also between two tokens
+    raw(idx, targets)[1].backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(raw.parameters(), expected))
+    next(steps)
+    steps.close()
+    raw.zero_grad()
+    raw(idx, targets)[1].backward()
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(raw.parameters(), expected))
+    assert raw.training
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_generate_under_bf16_autocast(attention: str) -> None:
+    raw = rough_model(attention=attention)
+    prompts = [random_ids(n, seed=n).tolist() for n in (3, 14, 30)]
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = tokens_of(raw, prompts, 40)
+        logits = raw(torch.tensor([prompts[1]]))[0][0, -1]
+        greedy = tokens_of(raw, prompts[1:2], 1, temperature=0)
+    assert logits.dtype == torch.bfloat16
+    assert greedy == [[int(logits[:61].argmax())]]
+    assert [len(row) for row in rows] == [40] * 3
+    assert all(0 <= token < 61 for row in rows for token in row)
+
+
+def test_generate_samples_from_the_models_probabilities() -> None:
+    """Frequencies of all pairs of two tokens over many seeds: the chain rule, end to end."""
+    raw = rough_model(n_tokens=4, vocab_size=8)
+    n, prompt = 6000, [0, 3, 1]
+    pairs = torch.tensor(tokens_of(raw, [prompt] * n, 2, temperature=1.5))  # (n, 2)
+    found = torch.bincount(pairs[:, 0] * 4 + pairs[:, 1], minlength=16) / n
+    with torch.no_grad():
+        probs = raw(torch.tensor([prompt + [a] for a in range(4)]))[0][..., :4].div(1.5).softmax(-1)
+    expected = (probs[0, -2][:, None] * probs[:, -1]).flatten()  # p(a) p(b | a)
+    assert expected.max() < 0.5 and probs[:, -1].std(0).max() > 0.05  # the second does hang on the first
+    error = (expected * (1 - expected) / n).sqrt()
+    assert ((found - expected).abs() < 5 * error + 1e-3).all(), (found, expected)
+
+
+# -----------------------------------------------------------------------------
+# Choosing a token from logits
+
+PROBS = torch.tensor([0.05, 0.5, 0.15, 0.3])  # not sorted: ids must be carried along
+
+
+def frequencies(logits: Tensor, n: int = 10_000, temperature: float = 1.0, **controls: Any) -> Tensor:
+    """How often each id is chosen when the draws cover [0, 1) evenly: its probability, to 1/n."""
+    draws = (torch.arange(n) + 0.5) / n
+    settings = dict(temperature=temperature, top_k=0, top_p=1.0) | controls
+    ids = pick_token(logits.expand(n, -1), draws, **settings)
+    return torch.bincount(ids, minlength=logits.numel()) / n
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_pick_token_follows_the_softmax(temperature: float) -> None:
+    logits = 2 * torch.randn(20, generator=torch.Generator().manual_seed(0))
+    expected = (logits.double() / temperature).softmax(-1).float()
+    # evenly spaced draws hit each interval to within one draw at either end
+    torch.testing.assert_close(frequencies(logits, temperature=temperature), expected, atol=2e-4, rtol=0)
+    n = 40_000
+    draws = torch.rand(n, generator=torch.Generator().manual_seed(1))
+    ids = pick_token(logits.expand(n, -1), draws, temperature, 0, 1.0)
+    found = torch.bincount(ids, minlength=20) / n
+    error = (expected * (1 - expected) / n).sqrt()
+    assert ((found - expected).abs() < 5 * error + 1e-4).all()
+
+
+CUTS = [
+    (dict(top_k=2), [0, 5 / 8, 0, 3 / 8]),
+    (dict(top_k=3), [0, 50 / 95, 15 / 95, 30 / 95]),
+    (dict(top_k=4), [0.05, 0.5, 0.15, 0.3]),
+    (dict(top_k=99), [0.05, 0.5, 0.15, 0.3]),
+    (dict(top_p=1e-9), [0, 1, 0, 0]),
+    (dict(top_p=0.45), [0, 1, 0, 0]),
+    (dict(top_p=0.55), [0, 5 / 8, 0, 3 / 8]),  # the id that crosses the boundary stays
+    (dict(top_p=0.75), [0, 5 / 8, 0, 3 / 8]),
+    (dict(top_p=0.9), [0, 50 / 95, 15 / 95, 30 / 95]),
+    (dict(top_p=0.96), [0.05, 0.5, 0.15, 0.3]),
+    (dict(top_p=1.0), [0.05, 0.5, 0.15, 0.3]),
+    (dict(top_k=2, top_p=0.6), [0, 1, 0, 0]),  # top_p is a share of what top_k left: 5/8 is enough
+]
+
+
+@pytest.mark.parametrize("controls, expected", CUTS, ids=str)
+def test_pick_token_cuts(controls: dict, expected: list[float]) -> None:
+    found = frequencies(PROBS.log(), **controls)
+    assert ((found > 0) == (torch.tensor(expected) > 0)).all()
+    torch.testing.assert_close(found, torch.tensor(expected).float(), atol=2e-4, rtol=0)  # two draws
+
+
+def test_pick_token_applies_the_temperature_before_top_p() -> None:
+    # at temperature 2 the probabilities go as their roots: .117 .371 .203 .287 -> two are below 0.6, not one
+    assert (frequencies(PROBS.log(), temperature=2.0, top_p=0.55) > 0).tolist() == [False, True, False, True]
+    assert (frequencies(PROBS.log(), temperature=2.0, top_p=0.7) > 0).tolist() == [False, True, True, True]
+
+
+def test_pick_token_takes_each_row_by_itself() -> None:
+    logits = torch.stack([PROBS.log(), PROBS.flip(0).log()])
+    assert pick_token(logits, torch.tensor([0.49, 0.49]), 1.0, 0, 1.0).tolist() == [1, 2]
+    assert pick_token(logits, torch.tensor([0.99, 0.01]), 1.0, 0, 1.0).tolist() == [0, 2]
+    assert pick_token(logits, torch.tensor([0.49, 0.99]), 0, 0, 1.0).tolist() == [1, 2]
+
+
+def test_pick_token_gives_each_id_a_half_open_share_of_the_draws() -> None:
+    ids = pick_token(torch.zeros(4, 4), torch.tensor([0.0, 0.25, 0.5, 0.75]), 1.0, 0, 1.0)
+    assert sorted(ids.tolist()) == [0, 1, 2, 3]
+
+
+def test_pick_token_at_the_ends_of_the_draw_and_of_float() -> None:
+    most = 1 - 2.0**-24  # the largest float32 below 1, and more than torch.rand gives
+    logits = 3 * torch.randn(300, 100, generator=torch.Generator().manual_seed(0))
+    logits[:, ::3] = float("-inf")
+    for draw in (0.0, most):
+        for controls in (dict(), dict(top_k=90), dict(top_p=0.99), dict(top_k=70, top_p=0.3)):
+            settings = dict(temperature=1.0, top_k=0, top_p=1.0) | controls
+            ids = pick_token(logits, torch.full((300,), draw), **settings)
+            assert torch.isfinite(logits.gather(1, ids[:, None])).all()
+    for temperature in (1e-3, 1e-20, 1e-45, 1e-300):  # the likeliest, whatever over- or underflows
+        ids = pick_token(logits, torch.full((300,), 0.5), temperature, 0, 1.0)
+        if temperature < 1e-3:
+            assert torch.equal(ids, logits.argmax(-1))
+    even = pick_token(torch.tensor([[1.0, 2.0]]).expand(2, 2), torch.tensor([0.4, 0.6]), 1e30, 0, 1.0)
+    assert even.tolist() == [1, 0]
+
+
+# -----------------------------------------------------------------------------
+# On a GPU
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_generation_on_cuda_equals_the_cpu(attention: str) -> None:
+    raw = rough_model(attention=attention)
+    prompts = [random_ids(n, seed=n).tolist() for n in (1, 5, 16, 40)]
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 would round to 10 bits
+    try:
+        for controls in (dict(temperature=0), dict(temperature=0.9, top_k=20)):
+            expected = tokens_of(raw.cpu(), prompts, 40, **controls)
+            assert tokens_of(raw.cuda(), prompts, 40, **controls) == expected
+    finally:
+        torch.set_float32_matmul_precision(precision)
