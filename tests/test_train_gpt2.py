@@ -247,9 +247,7 @@ def sampled(folder: Path, step: int) -> list[str]:
 
 def test_two_processes_equal_one(cfg: Config, text: Path, tmp_path: Path) -> None:
     settings = dict(max_steps=20, eval_every=10, save_every=10, keep=9, precision="fp32", n_samples=2)
-    settings |= dict(
-        max_lr=1e-3
-    )  # at the demo's 1e-2, rounding grows tenfold in so many steps of so few tokens
+    settings |= dict(max_lr=1e-3)  # at the demo's 1e-2 rounding grows tenfold in these steps of few tokens
     one, two, moved = (tmp_path / name for name in ("one", "two", "moved"))
     train(train_gpt2.CONFIGS["demo"], **SETTINGS | settings | dict(B=4, data=str(text), out_dir=str(one)))
     printed = torchrun(command(text, two, B=1, **settings))
