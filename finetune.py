@@ -30,7 +30,7 @@ from lora import add_lora, load_lora, lora_weights, merged_weights, save_adapter
 from model import GPT
 from optimizers import keep_zeros, load_moments, make_optimizers, zero_masks
 from sampling import generate
-from training import Dist, Log, autocast, barrier, pick_precision, total
+from training import Dist, Log, autocast, barrier, check_recipe, pick_precision, total
 
 Say = Callable[[str], None]
 
@@ -326,6 +326,7 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
     cfg: a Config of sft.py or dpo.py. stages: those the starting checkpoint may be of.
     """
     out_dir = Path(cfg.out_dir)
+    check_recipe(cfg)
     if not cfg.hf:
         refuse_own_folder(cfg.out_dir, cfg.checkpoint)
     if not 0 < cfg.val_frac < 1:

@@ -41,6 +41,7 @@ from training import (
     backward,
     barrier,
     check_positive,
+    check_recipe,
     cleanup,
     cosine_lr,
     count_bad,
@@ -389,6 +390,7 @@ def table(cfg: Config, raw: GPT, step: int, scores: dict[str, float], seconds: f
 def main(cfg: Config) -> None:
     """Train until max_steps; evaluate, sample and save on the way."""
     check_positive(cfg, "T", "total_batch_size", "max_steps", "eval_every", "save_every", "keep")
+    check_recipe(cfg)
     dist = setup(cfg.device, cfg.deterministic)
     stop_requested = stop_on_signals()
     per_rank = sequences_per_rank(cfg, dist)

@@ -87,6 +87,21 @@ def check_positive(config: object, *names: str) -> None:
             raise SystemExit(f"{name}={getattr(config, name)} must be at least 1")
 
 
+def check_recipe(config: object) -> None:
+    """SystemExit that names the first constant of the optimizer or the schedule that is out of range.
+
+    config: a Config of any training script; what it does not have is passed over.
+    """
+    for what, fits, names in (
+        ("at least 0", lambda x: x >= 0, ("max_lr", "warmup_steps", "weight_decay", "eps", "grad_clip")),
+        ("at least 0 and below 1", lambda x: 0 <= x < 1, ("beta1", "beta2", "momentum")),
+        ("from 0 to 1", lambda x: 0 <= x <= 1, ("min_lr_frac", "decay_frac", "warmup_frac")),
+    ):
+        for name in names:
+            if hasattr(config, name) and not fits(getattr(config, name)):  # NaN fits nowhere
+                raise SystemExit(f"{name}={getattr(config, name)} must be {what}")
+
+
 def pick_T(T: int | None, block_size: int) -> int:
     """T, or the model's block_size where it is None; SystemExit if the model cannot hold it."""
     if T is not None and not 1 <= T <= block_size:
