@@ -624,7 +624,7 @@ def test_a_constant_out_of_range_is_named_or_harmless(cfg: Config, changed: dict
         assert losses(folder).keys() == set(range(12))
 
 
-@pytest.mark.parametrize("changed", [dict(momentum=2.0), dict(grad_clip=-1.0), dict(min_lr_frac=1.5)], ids=str)
+@pytest.mark.parametrize("changed", [dict(momentum=2.0), dict(grad_clip=-1.0), dict(eps=-1.0)], ids=str)
 def test_a_recipe_out_of_range_is_named_before_anything_is_written(
     cfg: Config, changed: dict[str, float]
 ) -> None:
