@@ -170,6 +170,7 @@ class KVCache:
         self.keys: list[Tensor | None] = [None] * n_layer  # each (B, nh, n_slots, hs), made when first filled
         self.values: list[Tensor | None] = [None] * n_layer
         self.lengths: Tensor | None = None  # (B,) int64: slots filled in each row
+        self.rows: Tensor | None = None  # (B,) int64: 0 … B - 1
         self.filling = True  # takes prompts; afterwards one token at a time
         self.longest = 0  # max of lengths, kept on the host so that nothing waits for the device
         self.ragged = False  # whether lengths differ
@@ -177,7 +178,10 @@ class KVCache:
     def set_lengths(self, lengths: list[int], device: torch.device) -> None:
         """Declare the first `lengths[b]` slots of row b valid; what lies behind them is padding."""
         new = torch.tensor(lengths, device=device)
-        self.lengths = new if self.lengths is None else self.lengths.copy_(new)
+        if self.lengths is None:
+            self.lengths, self.rows = new, torch.arange(len(new), device=device)
+        else:
+            self.lengths.copy_(new)  # in place: where it lies is recorded
         self.filling = False
         self.longest = max(lengths)
         self.ragged = len(set(lengths)) > 1
@@ -214,9 +218,8 @@ class KVCache:
             return k, v
         assert T == 1, f"a filled cache takes one token at a time, got {T}"
         if self.static or self.ragged:
-            rows = torch.arange(B, device=k.device)
-            self.keys[layer][rows, :, self.lengths] = k[:, :, 0]
-            self.values[layer][rows, :, self.lengths] = v[:, :, 0]
+            self.keys[layer][self.rows, :, self.lengths] = k[:, :, 0]
+            self.values[layer][self.rows, :, self.lengths] = v[:, :, 0]
         else:
             self.keys[layer][:, :, self.longest] = k[:, :, 0]
             self.values[layer][:, :, self.longest] = v[:, :, 0]
