@@ -97,21 +97,20 @@ def is_matrix(p: Tensor) -> bool:
 # Attention, the key-value cache, blocks
 
 
+CPU = torch.backends.cpu.get_cpu_capability()
+LARGE = 2**18  # weights of a matrix; what `few_rows` does with smaller ones costs more than it saves
+
+
 class Linear(nn.Linear):
     """nn.Linear; for a few rows on a CPU, as in sampling, by products that read W at the speed of memory."""
 
     def forward(self, x: Tensor) -> Tensor:
-        n_rows = x.numel() // x.size(-1)
-        plain = (
-            x.device.type == "cpu" and x.dtype == self.weight.dtype and not torch.is_autocast_enabled("cpu")
-        )
-        if not plain or torch.is_grad_enabled() or not 0 < n_rows <= 32:
+        n_rows, W = x.numel() // x.size(-1), self.weight
+        plain = x.device.type == "cpu" and x.dtype == W.dtype and not torch.is_autocast_enabled("cpu")
+        if not plain or torch.is_grad_enabled() or not 0 < n_rows <= 32 or W.numel() < LARGE:
             return super().forward(x)
-        y = few_rows(x.reshape(n_rows, -1), self.weight, self.bias)
+        y = few_rows(x.reshape(n_rows, -1), W, self.bias)
         return y.view(*x.shape[:-1], -1)
-
-
-CPU = torch.backends.cpu.get_cpu_capability()
 
 
 def few_rows(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:

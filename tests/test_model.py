@@ -324,6 +324,7 @@ def test_a_few_rows_go_through_a_linear_map_in_another_way(
     rows: tuple[int, ...], cpu: str, n_out: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "CPU", cpu)
+    monkeypatch.setattr(model, "LARGE", 0)
     linear = Linear(6, n_out, bias=bias).double()
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(*rows, 6, generator=generator, dtype=torch.float64)
