@@ -1,7 +1,6 @@
-"""Weights of Hugging Face's GPT-2 in and out.
+"""Weights of Hugging Face's GPT-2 in and out: OpenAI's from the hub, or folders in that format.
 
-raw = from_hf("gpt2")          # OpenAI's weights from the hub, or a folder in its format
-to_hf(raw, "my-gpt2")          # a folder for transformers
+`to_hf(from_hf("gpt2"), "my-gpt2")` fetches OpenAI's and leaves a folder that transformers reads.
 """
 
 import json

@@ -97,7 +97,7 @@ def is_matrix(p: Tensor) -> bool:
 # Attention, the key-value cache, blocks
 
 
-CPU = torch.backends.cpu.get_cpu_capability()
+CPU = torch.backends.cpu.get_cpu_capability()  # the widest instructions that PyTorch uses: "AVX2", …
 LARGE = 2**18  # weights of a matrix; what `few_rows` does with smaller ones costs more than it saves
 
 
@@ -123,10 +123,10 @@ def few_rows(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     if CPU == "AVX512" and len(x) > 1:
         xT = x.T.contiguous()
         return (W @ xT if b is None else torch.addmm(b[:, None], W, xT)).T
-    parts = 16 if CPU == "AVX2" else 1
-    n_out = len(W) // parts * parts
-    if parts == 1 or n_out == 0:
+    parts = 16
+    if CPU != "AVX2" or len(W) < parts:
         return F.linear(x, W, b)
+    n_out = len(W) // parts * parts  # what is left over goes by itself
     xs, Ws = x.expand(parts, -1, -1), W[:n_out].view(parts, -1, W.size(1)).mT  # (parts, in, out / parts)
     y = torch.bmm(xs, Ws) if b is None else torch.baddbmm(b[:n_out].view(parts, 1, -1), xs, Ws)
     y = y.transpose(0, 1).reshape(len(x), n_out)

@@ -1,7 +1,4 @@
-"""Sampling: continuations of prompts, with a key-value cache.
-
-for step in generate(raw, prompts, 100, temperature=0.8, top_k=50): ...    # a token a row and step
-"""
+"""Sampling: continuations of prompts, a token a row and step, with a key-value cache."""
 
 from collections.abc import Callable, Iterator, Sequence
 
