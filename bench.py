@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +53,7 @@ class Config:
     stride: int = 16  # sample: the uncached loop runs at every so many-th length, for the rest it is the same
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
-    compile: bool | None = None  # None: train and choices on CUDA, as in training; sample not
+    compile: bool | None = None  # None: train and choices on CUDA, as in training; sample with and without
     profile: bool = False  # train: also write trace.json, of three of our steps
     workers: int = 0  # tokenize: processes; 0: one a core
     rows: int = 40  # hellaswag: rows of a repeat, from all over the file
@@ -544,10 +545,10 @@ def sample_rows(cfg: Config, model: str) -> list[Row]:
     n_prompt, n_prefill = cfg.prompt_tokens, min(512, raw.config.block_size)
     first = CHUNK.get(dist.device.type, 1)  # so many come at once, behind recording and compiling
 
-    def decode(B: int) -> float:
+    def decode(B: int, compile: bool) -> float:
         prompts, t0 = [row[:n_prompt] for row in ids[:B]], 0.0
         with amp:
-            steps = generate(raw, prompts, cfg.new_tokens, temperature=0, compile=bool(cfg.compile))
+            steps = generate(raw, prompts, cfg.new_tokens, temperature=0, compile=compile)
             for number, _ in enumerate(steps, 1):
                 if number == first:
                     t0 = time.perf_counter()
@@ -574,9 +575,11 @@ def sample_rows(cfg: Config, model: str) -> list[Row]:
         return B * len(lengths) / (time.perf_counter() - t0)
 
     runs = {f"B={cfg.B[0]}, no cache": functools.partial(uncached, cfg.B[0])}
-    runs |= {f"B={B}, cache": functools.partial(decode, B) for B in cfg.B}
+    kinds = list(product((False, True) if cfg.compile is None else (cfg.compile,), cfg.B))
+    for compile, B in kinds:
+        runs[f"B={B}, cache{', compiled' * compile}"] = functools.partial(decode, B, compile)
     rows = side_by_side(runs, cfg.repeats, "tok/s")
-    for B, row in zip(cfg.B, rows[1:]):
+    for (_, B), row in zip(kinds, rows[1:]):
         row["memory_share"] = row["median"] / B / limit
         print(f"{row['name']:>30}: {row['memory_share']:.0%} of what memory allows")
     runs = {f"B={B}, prompts of {n_prefill}": functools.partial(prefill, B) for B in cfg.B}

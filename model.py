@@ -106,8 +106,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         n_rows, W = x.numel() // x.size(-1), self.weight
-        plain = x.device.type == "cpu" and x.dtype == W.dtype and not torch.is_autocast_enabled("cpu")
-        if not plain or torch.is_grad_enabled() or not 0 < n_rows <= 32 or W.numel() < LARGE:
+        usual = x.device.type != "cpu" or x.dtype != W.dtype or W.numel() < LARGE or not 0 < n_rows <= 32
+        usual |= torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+        if usual:
             return super().forward(x)
         y = few_rows(x.reshape(n_rows, -1), W, self.bias)
         return y.view(*x.shape[:-1], -1)
@@ -123,7 +124,7 @@ def few_rows(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     if CPU == "AVX512" and len(x) > 1:
         xT = x.T.contiguous()
         return (W @ xT if b is None else torch.addmm(b[:, None], W, xT)).T
-    parts = 16
+    parts = 16 * max(1, len(W) // 2**13)
     if CPU != "AVX2" or len(W) < parts:
         return F.linear(x, W, b)
     n_out = len(W) // parts * parts  # what is left over goes by itself
@@ -159,48 +160,47 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
 class KVCache:
     """Keys and values of every layer, for rows that are each filled to a length of their own.
 
-    A static one hands out all its slots behind a mask, so that every token is the same work on the same
-    memory and can be recorded or compiled; the other hands out only the slots that are filled.
+    It hands out the slots that the longest row fills. A static one hands out all, so that every token is the
+    same work on the same memory and can be recorded; one for compiled work hands out their number as
+    something that varies. Both mask what a row may not see; another one only where the lengths differ.
     """
 
-    def __init__(self, n_layer: int, n_slots: int, static: bool = False) -> None:
+    def __init__(self, n_layer: int, n_slots: int, static: bool = False, compiled: bool = False) -> None:
         self.n_slots = n_slots  # tokens a row can hold
         self.static = static
+        self.compiled = compiled
         self.keys: list[Tensor | None] = [None] * n_layer  # each (B, nh, n_slots, hs), made when first filled
         self.values: list[Tensor | None] = [None] * n_layer
         self.lengths: Tensor | None = None  # (B,) int64: slots filled in each row
         self.rows: Tensor | None = None  # (B,) int64: 0 … B - 1
+        self.slots: Tensor | None = None  # (S,) int64: those handed out behind a mask, 0 … S - 1
         self.filling = True  # takes prompts; afterwards one token at a time
         self.longest = 0  # max of lengths, kept on the host so that nothing waits for the device
-        self.ragged = False  # whether lengths differ
+        self.masked = False
 
     def set_lengths(self, lengths: list[int], device: torch.device) -> None:
         """Declare the first `lengths[b]` slots of row b valid; what lies behind them is padding."""
         new = torch.tensor(lengths, device=device)
         if self.lengths is None:
             self.lengths, self.rows = new, torch.arange(len(new), device=device)
+            self.slots = torch.arange(self.n_slots, device=device)
         else:
             self.lengths.copy_(new)  # in place: where it lies is recorded
         self.filling = False
-        self.longest = max(lengths)
-        self.ragged = len(set(lengths)) > 1
+        self.masked = self.static or self.compiled or len(set(lengths)) > 1
+        self.see(max(lengths))
 
-    def advance(self) -> None:
-        """Every row grew by the one token that `extend` wrote."""
-        self.lengths += 1
-        if not self.static:  # a recorded step is not to depend on a number that changes
-            self.longest += 1
-
-    def n_seen(self) -> int:
-        """How many slots are handed out while the next token is stored and attended to."""
-        return self.n_slots if self.static else self.longest + 1
+    def see(self, longest: int) -> None:
+        """For the host, before every token: the longest row's length, to which the token will be added."""
+        self.longest = longest
+        if self.masked and not self.static:
+            self.slots = torch.arange(longest + 1, device=self.lengths.device)
+        if self.compiled:
+            torch._dynamo.mark_dynamic(self.slots, 0)
 
     def mask(self) -> Tensor | None:
         """Which slots the next token of each row may see, (B, 1, 1, S): its own, and those filled."""
-        if not (self.static or self.ragged):
-            return None
-        slots = torch.arange(self.n_seen(), device=self.lengths.device)
-        return (slots <= self.lengths[:, None])[:, None, None]
+        return (self.slots <= self.lengths[:, None])[:, None, None] if self.masked else None
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, nh, T, hs) behind what `layer` holds; return the keys and values to attend to.
@@ -216,13 +216,13 @@ class KVCache:
             self.values[layer][:, :, :T] = v
             return k, v
         assert T == 1, f"a filled cache takes one token at a time, got {T}"
-        if self.static or self.ragged:
+        if self.masked:
             self.keys[layer][self.rows, :, self.lengths] = k[:, :, 0]
             self.values[layer][self.rows, :, self.lengths] = v[:, :, 0]
         else:
             self.keys[layer][:, :, self.longest] = k[:, :, 0]
             self.values[layer][:, :, self.longest] = v[:, :, 0]
-        S = self.n_seen()
+        S = len(self.slots) if self.masked else self.longest + 1
         return self.keys[layer][:, :, :S], self.values[layer][:, :, :S]
 
 

@@ -48,7 +48,7 @@ class Config:
     seed: int = 1337  # sample i is drawn with seed + i
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
-    compile: bool = False  # compile the work of a token: half a minute that long or many samples bring back
+    compile: bool = False  # compile the work of a token: up to a minute that long or many samples bring back
 
 
 CONFIGS = {

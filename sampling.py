@@ -1,6 +1,7 @@
 """Sampling: continuations of prompts, a token a row and step, with a key-value cache."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +44,9 @@ def fill_cache(raw: GPT, windows: list[list[int]], cache: KVCache) -> Tensor:
 
 
 def decode(raw: GPT, tokens: Tensor, cache: KVCache) -> Tensor:
-    """One token a row, (B,) -> the logits behind it (B, V); the cache grows by it."""
+    """One token a row, (B,) -> the logits behind it (B, V). The host tells the cache that it has grown."""
     logits = raw.lm_head(raw.hidden(tokens[:, None], cache)[:, 0])
-    cache.advance()
+    cache.lengths += 1
     return logits
 
 
@@ -68,7 +69,7 @@ def generate(
     prompts: B lists of token ids, not empty, of any lengths. temperature: 0 is greedy. top_k: keep the k
     most likely ids; 0, or more than there are, keeps all. top_p: keep the most likely ids up to this
     total probability. seeds: one a row (default 0, 1, …); a row's tokens depend on its prompt and seed,
-    not on its neighbours. stop: a row ends after yielding this id. compile: spend half a minute on
+    not on its neighbours. stop: a row ends after yielding this id. compile: spend up to a minute on
     compiling the work of a token, for many tokens. Raises ValueError for values out of range.
 
     On CUDA that work is recorded once as a graph, and the host waits once in CHUNK tokens.
@@ -82,13 +83,15 @@ def generate(
     check_sampling(temperature, top_k, top_p)
 
     windows = [list(p[-block_size:]) for p in prompts]
-    # compiled for one number of slots, whatever the prompt
-    n_slots = block_size if compile else min(block_size, max(map(len, windows)) + max_new_tokens)
     # all randomness is drawn up front on the CPU: the same on every device, and no row disturbs another
     draws = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    draws = torch.stack(draws).to(raw.lm_head.weight.device)  # (B, max_new_tokens)
-    on_cuda = draws.is_cuda
-    cache = KVCache(raw.config.n_layer, n_slots, static=on_cuda or compile)
+    draws = torch.stack(draws, dim=1).to(raw.lm_head.weight.device)  # (max_new_tokens, B)
+    on_cpu, on_cuda = draws.is_cpu, draws.is_cuda
+    n_slots = min(block_size, max(map(len, windows)) + max_new_tokens)
+    if compile:  # for one number of slots, whatever the prompt
+        n_slots = block_size + on_cpu  # handing out the last of a growing cache would be a case of its own
+    static = on_cuda or compile and not on_cpu
+    cache = KVCache(raw.config.n_layer, n_slots, static, compiled=compile and on_cpu)
 
     def pick(logits: Tensor, draw: Tensor) -> Tensor:
         return pick_token(logits[:, :n_tokens], draw, temperature, top_k, top_p)  # (B,)
@@ -96,20 +99,21 @@ def generate(
     def step(tokens: Tensor, draw: Tensor) -> Tensor:
         return pick(decode(raw, tokens, cache), draw)
 
-    step = torch.compile(step, fullgraph=True, dynamic=False) if compile else step
+    step = compiled(step, raw) if compile else step
     ended, done, recorded = [False] * len(prompts), 0, not on_cuda
     while done < max_new_tokens and not all(ended):
         drawn = []  # tokens (B,) on the device, read all at once
         if done == 0 or max(map(len, windows)) > block_size:
             windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
-            tokens = pick(fill_cache(raw, windows, cache), draws[:, done])
+            tokens = pick(fill_cache(raw, windows, cache), draws[done])
             drawn.append(tokens)
         room = block_size - max(map(len, windows)) + 1
         chunk = CHUNK.get(draws.device.type, 1)
         for i in range(len(drawn), min(chunk, max_new_tokens - done, room)):
             if not recorded:  # now that the cache has a free slot
-                step, recorded = record(step, (tokens, draws[:, done + i]), cache.lengths), True
-            tokens = step(tokens, draws[:, done + i])
+                step, recorded = record(step, (tokens, draws[done + i]), cache.lengths), True
+            tokens = step(tokens, draws[done + i])
+            cache.see(cache.longest + 1)
             drawn.append(tokens)
         for ids in torch.stack(drawn).tolist():
             for window, token in zip(windows, ids):
@@ -119,6 +123,26 @@ def generate(
             ended = [end or token == stop for token, end in zip(ids, ended)]
             if all(ended):
                 return
+
+
+def compiled(step: Callable[..., Tensor], raw: GPT) -> Callable[..., Tensor]:
+    """step, compiled when it is first called. On a CPU the weights become constants, laid out for the
+    compiler's own products, which for a few rows take about half the time of the BLAS's.
+    """
+    compile = partial(torch.compile, fullgraph=True, dynamic=False)
+    if raw.lm_head.weight.device.type != "cpu":
+        return compile(step)
+    from torch._inductor import config  # a slow import
+
+    version = sum(p._version for p in raw.parameters())  # counts the changes
+
+    def constant_step(*inputs: Tensor) -> Tensor:
+        assert version >= 0  # what is compiled depends on it: after a change it is compiled anew
+        return step(*inputs)
+
+    return config.patch(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP")(
+        compile(constant_step)
+    )
 
 
 def record(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], state: Tensor) -> Callable[..., Tensor]:

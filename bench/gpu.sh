@@ -20,7 +20,7 @@ nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=cs
 measure python -m pytest -m gpu                                               # exact resume, kernels, fitting B
 measure python bench.py train $step --B 16 32 64 --repeats=4 --profile        # tokens/s, MFU, shares, memory
 measure python bench.py choices $step --B 32 --repeats=3                      # each choice made otherwise
-measure python bench.py sample --tokenizer=gpt2 --B 1 8 64 --stride=16 --out_dir=$out
+measure python bench.py sample --tokenizer=gpt2 --B 1 8 64 --stride=16 --compile=False --out_dir=$out
 measure python bench.py train $step --B 32 --repeats=3 --optimizer=muon --out_dir=$out/muon
 measure python bench.py data $step
 measure python bench.py sample --tokenizer=gpt2 --B 1 8 64 --stride=16 --compile --out_dir=$out/compiled

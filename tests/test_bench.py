@@ -92,11 +92,19 @@ def test_data(tmp_path: Path) -> None:
     assert row["ms"] > 0 and row["mb_after"] < row["mb_before"] + 50
 
 
-def test_sample(tmp_path: Path) -> None:
-    found = run("sample", tmp_path, B=(1, 3), tokenizer="bytes", new_tokens=20, prompt_tokens=4, stride=3)
-    names = ["B=1, no cache", "B=1, cache", "B=3, cache", "B=1, prompts of 256", "B=3, prompts of 256"]
+@pytest.mark.parametrize("compile", [None, False])
+def test_sample(compile: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda step, **options: compiled.append(step) or step)
+    settings = dict(tokenizer="bytes", new_tokens=20, prompt_tokens=4, stride=3, compile=compile)
+    found = run("sample", tmp_path, B=(1, 3), **settings)
+    drawn = ["B=1, cache", "B=3, cache"]
+    if compile is None:
+        drawn += ["B=1, cache, compiled", "B=3, cache, compiled"]
+    names = ["B=1, no cache", *drawn, "B=1, prompts of 256", "B=3, prompts of 256"]
     assert [row["name"] for row in found["results"]] == names
-    assert all(0 < row["memory_share"] for row in found["results"][1:3])
+    assert all(0 < row["memory_share"] for row in found["results"][1 : 1 + len(drawn)])
+    assert bool(compiled) == (compile is None)
 
 
 def test_tokenize(tmp_path: Path) -> None:

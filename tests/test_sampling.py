@@ -1,5 +1,6 @@
 """Sampling against the loop without a cache and against the model's probabilities."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from test_model import ATTENTIONS, needs_cuda, one_thread, random_ids, rough_model, shape  # noqa: F401
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import sampling
 from model import GPT, KVCache
@@ -78,26 +80,34 @@ def test_tokens_read_in_chunks_are_the_same(
     assert tokens_of(raw, prompts, 30, stop=stop) == stopped
 
 
+# the caches of work that is recorded, and of work that is compiled on a CPU
+COMPILED = {"static": dict(static=True), "compiled": dict(compiled=True)}
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("lengths", [(5, 5), (1, 9, 4)])
-def test_a_static_cache_gives_the_same_logits(lengths: tuple[int, ...], attention: str) -> None:
+def test_every_kind_of_cache_gives_the_same_logits(lengths: tuple[int, ...], attention: str) -> None:
     raw = rough_model(attention=attention).double()
     T = raw.config.block_size
-    caches = [KVCache(raw.config.n_layer, T, static=static) for static in (False, True)]
+    caches = [KVCache(raw.config.n_layer, T, **kind) for kind in ({}, *COMPILED.values())]
     for filled in range(2):  # filled again, it has forgotten what it held
         windows = [random_ids(n, seed=n + filled).tolist() for n in lengths]
         with torch.no_grad():
             logits = [fill_cache(raw, windows, cache) for cache in caches]
             for step in range(T - max(lengths)):
-                torch.testing.assert_close(*logits, rtol=0, atol=1e-12)
+                for other in logits[1:]:
+                    torch.testing.assert_close(logits[0], other, rtol=0, atol=1e-12)
                 tokens = random_ids(len(lengths), seed=99 + step)
                 windows = [[*window, int(token)] for window, token in zip(windows, tokens)]
                 logits = [decode(raw, tokens, cache) for cache in caches]
+                for cache in caches:
+                    cache.see(cache.longest + 1)
         whole = torch.stack([raw(torch.tensor([window]))[0][0, -1] for window in windows])
         torch.testing.assert_close(logits[1], whole, rtol=0, atol=1e-12)
 
 
-def test_a_static_token_is_the_same_graph_every_time() -> None:
+@pytest.mark.parametrize("kind", COMPILED)
+def test_every_token_is_the_same_graph(kind: str) -> None:
     """What is compiled or recorded must not depend on a number that grows: one trace serves all tokens."""
     raw = rough_model()
     traces = []
@@ -106,13 +116,34 @@ def test_a_static_token_is_the_same_graph_every_time() -> None:
         traces.append(graph)
         return graph.forward
 
-    cache = KVCache(raw.config.n_layer, 16, static=True)
+    cache = KVCache(raw.config.n_layer, 16, **COMPILED[kind])
     with torch.no_grad():
         fill_cache(raw, [[1, 2, 3], [4]], cache)
-        step = torch.compile(lambda tokens: decode(raw, tokens, cache), backend=count, fullgraph=True)
-        for token in range(8):
+        step = torch.compile(
+            lambda tokens: decode(raw, tokens, cache), backend=count, fullgraph=True, dynamic=False
+        )
+        for token in range(12):
             step(torch.tensor([token, token + 1]))
+            cache.see(cache.longest + 1)
     assert len(traces) == 1
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
+def test_compiled_equals_uncached_and_changed_weights_are_seen() -> None:
+    """Once compiled, it serves prompts of all lengths, past the window's end, until the weights change."""
+    raw = rough_model(n_layer=1, block_size=8)
+    prompts = [random_ids(n, seed=n).tolist() for n in (3, 5)]
+    n_compiled = counters["stats"]["unique_graphs"]
+    for _ in range(2):
+        for n_cut in (0, 1):
+            cut = [p[n_cut:] for p in prompts]
+            n = 20 - n_cut
+            expected = [uncached(raw, p, n, seed) for seed, p in enumerate(cut)]
+            assert tokens_of(raw, cut, n, compile=True) == expected
+        n_compiled += 1
+        assert counters["stats"]["unique_graphs"] == n_compiled
+        with torch.no_grad():
+            raw.transformer.wte.weight.mul_(-1.5)
 
 
 def test_linears_in_bf16_are_what_autocast_makes_of_them() -> None:
