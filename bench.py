@@ -119,7 +119,6 @@ def write_json(cfg: Config, rows: list[Row]) -> None:
         if torch.cuda.is_available():
             hardware |= dict(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda)
     path = Path(cfg.out_dir) / f"{cfg.what}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     facts = dict(command=" ".join(sys.argv), code=code_revision(), hardware=hardware, versions=versions)
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps(facts | dict(config=asdict(cfg), results=rows), indent=1) + "\n")
@@ -361,7 +360,6 @@ def bench_train(cfg: Config) -> list[Row]:
                 f"  a checkpoint keeps the next step waiting {found[1]['checkpoint_ms']:,.1f} ms", flush=True
             )
             if cfg.profile:
-                Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
                 ours.trace(Path(cfg.out_dir) / "trace.json")
             rows += found
     return rows
@@ -534,8 +532,12 @@ def sample_rows(cfg: Config, model: str) -> list[Row]:
 
     from model import KVCache
     from sampling import CHUNK, cast_linears, fill_cache, generate
+    from training import require_compiler
 
     raw, _, amp, precision, dist = build_model(cfg, model)
+    if cfg.compile is not False:
+        require_compiler(dist.device)
+        torch._dynamo.reset()  # what was compiled for the model before
     if precision == "bf16":
         cast_linears(raw, torch.bfloat16)
     weights = sum(p.nbytes for p in raw.parameters()) - raw.transformer.wpe.weight.nbytes
@@ -543,7 +545,8 @@ def sample_rows(cfg: Config, model: str) -> list[Row]:
     print(f"{model}, {precision}; memory allows {limit:,.1f} passes over the weights a second")
     ids = torch.randint(raw.config.n_tokens, (max(cfg.B), raw.config.block_size)).tolist()
     n_prompt, n_prefill = cfg.prompt_tokens, min(512, raw.config.block_size)
-    first = CHUNK.get(dist.device.type, 1)  # so many come at once, behind recording and compiling
+    # so many come at once, on a GPU behind recording and compiling; a CPU compiles in the repeat not counted
+    first = CHUNK.get(dist.device.type, 1)
 
     def decode(B: int, compile: bool) -> float:
         prompts, t0 = [row[:n_prompt] for row in ids[:B]], 0.0
@@ -638,6 +641,14 @@ def bench_hellaswag(cfg: Config) -> list[Row]:
 
 def main(cfg: Config) -> None:
     """Run the measurement that the configuration names."""
+    from files import make_folder
+    from training import check_least
+
+    check_least(cfg, 1, "T", "steps", "new_tokens", "prompt_tokens", "stride", "rows")
+    check_least(cfg, 2, "repeats")  # the first is not counted
+    if min(cfg.B) < 1 or cfg.total_batch_size < cfg.T:
+        raise SystemExit("B must be at least 1, and total_batch_size at least T")
+    make_folder(Path(cfg.out_dir))
     runs = {
         "train": bench_train,
         "choices": bench_choices,

@@ -202,7 +202,8 @@ def load_model(
         return load_hf(hf)
     if (Path(checkpoint) / "adapter_config.json").is_file():
         return load_with_adapter(Path(checkpoint), say)
-    state = open_checkpoint(checkpoint, say, MAKERS[stages[0]] if stages else "train_gpt2.py")
+    named = [stage for stage in ("sft", "dpo") if stage in Path(checkpoint).name]  # as their folders are
+    state = open_checkpoint(checkpoint, say, MAKERS[[*stages, *named, "pretraining"][0]])
     stage = state.get("stage", "pretraining")
     if not state["model"] and "adapters" in state:
         folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).parent

@@ -19,9 +19,9 @@ import torch
 
 import prune as pruning
 from checkpoints import load_model
-from files import written_whole
+from files import make_folder, written_whole
 from model import GPT
-from training import autocast, check_positive, parse, pick_precision, setup
+from training import autocast, check_least, parse, pick_precision, setup
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main(cfg: Config) -> None:
     """Measure every checkpoint, dense and pruned, and write the table."""
-    check_positive(cfg, "n_sequences", "B", "repeats")
+    check_least(cfg, 1, "n_sequences", "B", "repeats")
     dist = setup(cfg.device, deterministic=False)
     if dist.world_size > 1:
         raise SystemExit("compare.py runs as one process")
+    make_folder(Path(cfg.out_dir))
     device = dist.device
     amp = autocast(pick_precision(cfg.precision, device), device)
     loaded = [load_model(checkpoint, "") for checkpoint in cfg.checkpoints]
@@ -124,7 +125,6 @@ def main(cfg: Config) -> None:
             row["flops"] = raw.flops_per_token(T) - 6 * (raw.n_params() - found["parameters_left"])
             rows.append(row | measure(copy))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     with written_whole(Path(cfg.out_dir) / "compare.md") as temporary:
         temporary.write_text(table(rows) + "\n", encoding="utf-8")
     with written_whole(Path(cfg.out_dir) / "compare.json") as temporary:

@@ -11,6 +11,7 @@ batches.
 import contextlib
 import json
 import os
+import re
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -231,8 +232,11 @@ def read_text(path: str | Path, tokenizer: tiktoken.Encoding) -> tuple[list[Shar
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise SystemExit(f"{path} is not a text in UTF-8: {error}") from error
-    documents = text.split(f"\n{EOT}\n")
-    if len(documents) == 1:
+    documents = [
+        document for document in re.split(rf"\n?^{re.escape(EOT)}$\n?", text, flags=re.M) if document
+    ]
+    if len(documents) < 2:
+        text = "".join(documents)
         n = int(0.9 * len(text))
         splits = [text[:n]], [text[n:]]
     else:

@@ -56,7 +56,7 @@ from training import (
     Dist,
     Log,
     backward,
-    check_positive,
+    check_least,
     cleanup,
     cosine_lr,
     count_bad,
@@ -119,7 +119,7 @@ class Config:
 
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
-    compile: bool = False  # torch.compile the training step; shapes vary, so it seldom pays
+    compile: bool = False  # torch.compile the training step; seldom pays, and resuming may move last bits
     deterministic: bool = True  # CUDA kernels that give the same bits every time: a resumed run is exact
 
 
@@ -347,9 +347,9 @@ def reference_log_probs(
 
 def check(cfg: Config) -> None:
     """SystemExit that names the first constant out of range."""
-    check_positive(cfg, "B", "pairs_per_step", "eval_every", "save_every", "keep")
+    check_least(cfg, 1, "B", "pairs_per_step", "eval_every", "save_every", "keep")
     if cfg.max_steps is not None:
-        check_positive(cfg, "max_steps")
+        check_least(cfg, 1, "max_steps")
     for name in ("rpo_alpha", "patience"):
         if getattr(cfg, name) < 0:
             raise SystemExit(f"{name}={getattr(cfg, name)} must be at least 0")
@@ -371,7 +371,7 @@ def main(cfg: Config) -> None:
     raw, tokenizer, amp, state = run.raw, run.tokenizer, run.amp, run.state
     out_dir = Path(cfg.out_dir)
     log = Log(out_dir, dist)
-    log.header(cfg, device=dist.device, devices=dist.world_size)
+    log.header(cfg, device=dist.device, devices=dist.world_size, tokenizer=tokenizer.name)
     for text in notes:
         log.note(text)
 

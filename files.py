@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the room to write them: shared by everything that writes to disk."""
+"""Files written whole or not at all, their folders, and room for them: for everything that writes to disk."""
 
 import os
 import shutil
@@ -34,6 +34,16 @@ def written_whole(path: Path) -> Iterator[Path]:
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, if they are missing; SystemExit where it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"cannot make the folder {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise SystemExit(f"cannot write to the folder {folder}")
 
 
 def one_line(error: BaseException) -> str:

@@ -4,7 +4,6 @@ Rows come from a local .json, .jsonl or .parquet file, or from a dataset on the 
 tokens and the end-of-text behind it are the targets; the prompt's are not.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,12 +24,22 @@ from checkpoints import (
     write_checkpoint,
 )
 from data import permute, prompt_text, step_windows
-from files import one_line, require_space
-from lora import add_lora, load_lora, lora_weights, merged_weights, save_adapter
+from files import make_folder, one_line, require_space
+from lora import add_lora, fingerprint, load_lora, lora_weights, merged_weights, save_adapter
 from model import GPT
 from optimizers import keep_zeros, load_moments, make_optimizers, zero_masks
 from sampling import generate
-from training import Dist, Log, autocast, barrier, check_recipe, pick_precision, total
+from training import (
+    Dist,
+    Log,
+    autocast,
+    barrier,
+    check_least,
+    check_recipe,
+    pick_precision,
+    require_compiler,
+    total,
+)
 
 Say = Callable[[str], None]
 
@@ -311,15 +320,6 @@ class Run(NamedTuple):
     compiled: bool
 
 
-def fingerprint(weights: dict[str, Tensor]) -> str:
-    """A hash of names, shapes and bits."""
-    hashed = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return hashed.hexdigest()[:16]
-
-
 def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say) -> Run:
     """The model to start from, or to continue with, on the device; SystemExit if they do not fit together.
 
@@ -331,11 +331,7 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
         refuse_own_folder(cfg.out_dir, cfg.checkpoint)
     if not 0 < cfg.val_frac < 1:
         raise SystemExit(f"val_frac={cfg.val_frac} must be above 0 and below 1")
-    for name in ("answer_rows", "answer_tokens", "lora_rank"):
-        if getattr(cfg, name) < 0:
-            raise SystemExit(f"{name}={getattr(cfg, name)} must be at least 0")
-    if not 0 <= cfg.seed < 2**63:
-        raise SystemExit(f"seed={cfg.seed} must be from 0 to 2**63 - 1")
+    check_least(cfg, 0, "answer_rows", "answer_tokens", "lora_rank")
     raw, tokenizer = load_model(cfg.checkpoint, cfg.hf, say, stages)
     masks = zero_masks(raw) if cfg.keep_masks else {}
     if cfg.lora_rank and masks:
@@ -343,7 +339,7 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
             "merged adapters would fill the zeros of a pruned model: leave --lora_rank at 0, or give up the "
             "zeros with --keep_masks=False"
         )
-    out_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(out_dir)
     state = find_resume(out_dir, cfg.resume, dist, say)
     base = fingerprint(raw.state_dict())
     if state:
@@ -377,7 +373,9 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
         changed = differences(state["config"], cfg.__dict__) or "nothing"
         say(f"continuing {out_dir} from step {state['step']}; changed: {changed}")
     compiled = cfg.packing and dist.device.type == "cuda" if cfg.compile is None else cfg.compile
-    model: nn.Module = torch.compile(raw) if compiled else raw
+    if compiled:
+        require_compiler(dist.device)
+    model: nn.Module = torch.compile(raw, dynamic=not cfg.packing) if compiled else raw
     if dist.world_size > 1:
         model = DistributedDataParallel(model)
     if dist.rank == 0:
@@ -404,7 +402,7 @@ def save(cfg: Any, stage: str, run: Run, best: bool, **facts: Any) -> None:
         write_checkpoint(folder / "best.pt", state)
     if cfg.lora_rank:
         state |= dict(adapters=lora_weights(raw), model=weights if cfg.lora_merge else {})
-        save_adapter(folder / "adapter", raw, cfg.hf or cfg.checkpoint)
+        save_adapter(folder / "adapter", raw, cfg.hf or cfg.checkpoint, run.base)
     state["optimizers"] = [optimizer.state_dict()["state"] for optimizer in run.optimizers]
     save_checkpoint(folder, state, cfg.keep)
 

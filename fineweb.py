@@ -62,7 +62,7 @@ from data import (
     write_manifest,
     write_shard,
 )
-from files import one_line, require_space
+from files import make_folder, one_line, require_space
 
 HUB = "hf://datasets/"
 
@@ -571,10 +571,7 @@ def main(cfg: Config) -> None:
     )
     if n_before:
         print(f"continuing after {n_before:,} tokens in {len(manifest['shards'])} shards")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SystemExit(f"cannot make the folder --out_dir={folder}: {error.strerror}") from error
+    make_folder(folder)
     require_space(folder, n_bytes, f"--out_dir={folder}")
     for leftover in folder.glob("*.tmp"):  # of a run that was killed
         leftover.unlink()

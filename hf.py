@@ -6,6 +6,7 @@
 import json
 from pathlib import Path
 
+from files import make_folder, written_whole
 from model import GPT, GPTConfig
 
 HF_GELU = {"tanh": "gelu_new", "erf": "gelu"}  # config.gelu -> activation_function in config.json
@@ -95,7 +96,7 @@ def to_hf(raw: GPT, folder: str | Path) -> None:
     config, weights = raw.config, {}
     if config.mlp != "dense":
         raise ValueError(f"a GPT-2 of Hugging Face has no mlp={config.mlp!r}")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, tensor in raw.state_dict().items():
         if name == "transformer.wte.weight":
             tensor = tensor[: config.n_tokens]
@@ -117,5 +118,7 @@ def to_hf(raw: GPT, folder: str | Path) -> None:
         eos_token_id=config.n_tokens - 1,
         tie_word_embeddings=True,
     )
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    with written_whole(folder / "model.safetensors") as temporary:
+        save_file(weights, temporary, metadata={"format": "pt"})
+    with written_whole(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(hf, indent=2) + "\n")

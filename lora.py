@@ -1,5 +1,6 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685): two thin matrices beside every matrix of the blocks."""
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from files import written_whole
+from files import make_folder, written_whole
 from model import GPT, matrices
 
 PEFT_PREFIX = "base_model.model."
@@ -57,6 +58,15 @@ def load_lora(raw: GPT, weights: dict[str, Tensor]) -> None:
         p.copy_(weights[name])
 
 
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """A hash of names, shapes and bits."""
+    hashed = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        hashed.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hashed.hexdigest()[:16]
+
+
 @torch.no_grad()
 def merged_weights(raw: GPT) -> dict[str, Tensor]:
     """The state dict of the model without adapters that computes the same: W + (alpha / rank) · B A."""
@@ -72,10 +82,11 @@ def merged(raw: GPT) -> GPT:
     return GPT.from_weights(raw.config, merged_weights(raw))
 
 
-def save_adapter(folder: Path, raw: GPT, base: str) -> None:
+def save_adapter(folder: Path, raw: GPT, base: str, weights_of_base: str = "") -> None:
     """Write the adapters as PEFT does: adapter_config.json and adapter_model.safetensors. Needs safetensors.
 
     base: the model they belong to, a name on the Hugging Face hub, a folder, or a checkpoint of ours.
+    weights_of_base: its `fingerprint`, for a folder may hold other weights later; "" is not checked.
     """
     from safetensors.torch import save_file
 
@@ -96,9 +107,9 @@ def save_adapter(folder: Path, raw: GPT, base: str) -> None:
     weights = {}
     for name, tensor in lora_weights(raw).items():
         weights[f"{PEFT_PREFIX}{name}.weight"] = tensor.cpu().contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with written_whole(folder / "adapter_model.safetensors") as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
+        save_file(weights, temporary, metadata={"format": "pt", "base": weights_of_base})
     with written_whole(folder / "adapter_config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -120,11 +131,20 @@ def read_adapter_config(folder: Path) -> dict:
 
 
 def apply_adapter(raw: GPT, folder: Path) -> GPT:
-    """The model with the adapter of a folder in PEFT's format merged into its weights."""
-    from safetensors.torch import load_file
+    """The model with the adapter of a folder in PEFT's format merged into its weights; ValueError if they are
+    not the weights that an adapter of ours was trained on.
+    """
+    from safetensors import safe_open
 
     config = read_adapter_config(folder)
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        base = (file.metadata() or {}).get("base")
+    if base and base != fingerprint(raw.state_dict()):
+        raise ValueError(
+            f"{config['base_model_name_or_path']} has other weights now than those it was trained on; give "
+            "the checkpoint file that has them as base_model_name_or_path in adapter_config.json"
+        )
     add_lora(raw, config["r"], config["lora_alpha"])
-    weights = load_file(folder / "adapter_model.safetensors")
     load_lora(raw, {name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): w for name, w in weights.items()})
     return merged(raw)

@@ -118,8 +118,8 @@ def few_rows(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     """x Wᵀ + b of a few rows, (n, in) -> (n, out), at which PyTorch's BLAS is slow on CPUs.
 
     With AVX-512 it rearranges W for x Wᵀ and not for W xᵀ: on two cores, all maps of gpt2 take 41 ms instead
-    of 74 for 8 rows. With AVX2 it lets cores idle in one product and not in 16 smaller ones: 50 ms instead
-    of 88 for 8 rows, 24 instead of 38 for one.
+    of 74 for 8 rows. With AVX2 it lets cores idle in one product and not in 16 or more smaller ones: 47 ms
+    instead of 88 for 8 rows, 24 instead of 38 for one.
     """
     if CPU == "AVX512" and len(x) > 1:
         xT = x.T.contiguous()

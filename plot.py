@@ -15,8 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from files import written_whole
-from training import parse
+from files import make_folder, written_whole
+from training import check_least, parse
 
 # FineWeb-Edu's first shard; HellaSwag in completion style. GPT-3: the paper, appendix H.
 GPT2_LOSS = 3.2924
@@ -52,8 +52,8 @@ def read_log(path: str | Path) -> tuple[Curves, dict[str, str]]:
     points: dict[str, dict[int, float]] = {}
     constants: dict[str, str] = {}
     for line in lines:
-        if line.startswith("# data="):
-            constants = dict(re.findall(r"(\w+)='?([^\s']*)", line))
+        if re.match("# (code|torch|data|checkpoint)=", line):
+            constants |= dict(re.findall(r"(\w+)='?([^\s']*)", line))
         elif match := re.fullmatch(r"(\d+) (\w+) (\S+)", line):
             points.setdefault(match[2], {})[int(match[1])] = float(match[3])
     if not points:
@@ -86,14 +86,21 @@ def draw(
         {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     )
     plt.rcParams.update({"grid.alpha": 0.25, "legend.frameon": False, "lines.linewidth": 2})
-    comparable = all(constants.get("tokenizer") == "gpt2" for _, _, constants in runs)
+    logged = [constants for _, _, constants in runs]
+    comparable = all(c.get("tokenizer") == "gpt2" and "checkpoint" not in c for c in logged)  # pretraining
+    unit = ""
+    for tokenizer, name in (("gpt2", "token"), ("bytes", "byte")):
+        if all(c.get("tokenizer") == tokenizer and "beta" not in c for c in logged):  # dpo.py's is of pairs
+            unit = f", nats per {name}"
 
     def place(steps: np.ndarray, curves: Curves, constants: dict[str, str]) -> np.ndarray:
         if x == "seconds" and "seconds" not in curves:
             raise SystemExit("a log that tells no seconds, of an older run: take --x=steps or --x=tokens")
         if x == "seconds":
             return np.interp(steps, *curves["seconds"])
-        return steps * int(constants.get("total_batch_size", 1)) if x == "tokens" else steps
+        if x == "tokens" and "total_batch_size" not in constants:
+            raise SystemExit("a log that tells no tokens a step, of fine-tuning: take --x=steps")
+        return steps * int(constants["total_batch_size"]) if x == "tokens" else steps
 
     paths = []
     for title, name, file in (("Loss", "val", "Loss.png"), ("HellaSwag", "hella", "Hellaswag.png")):
@@ -111,7 +118,7 @@ def draw(
                 style = dict(color=f"C{number}", alpha=0.45, linewidth=1.2, zorder=1)
                 axes.plot(place(steps, curves, constants), values, **style, label=f"{label}, training")
         if name == "val":
-            axes.set_ylabel("loss, nats per token" if comparable else "loss, nats per byte")
+            axes.set_ylabel(f"loss{unit}")
             if comparable:
                 axes.axhline(
                     GPT2_LOSS, color="0.3", linestyle="--", linewidth=1.2, label=f"GPT-2 124M, {GPT2_LOSS}"
@@ -134,7 +141,7 @@ def draw(
         axes.set_title(title)
         axes.legend()
         paths.append(folder / file)
-        paths[-1].parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with written_whole(paths[-1]) as temporary:
             figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
         plt.close(figure)
@@ -143,6 +150,7 @@ def draw(
 
 def main(cfg: Config) -> None:
     """Read the logs, draw the figures."""
+    check_least(cfg, 1, "smooth")
     labels = cfg.labels or tuple(
         Path(run).parent.name if run.endswith(".txt") else Path(run).name for run in cfg.runs
     )

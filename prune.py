@@ -11,8 +11,8 @@ Wanda zeroes the weights that matter least to a layer's output: within every out
 |weight| times the norm of its input over some calibration text. Blocks are pruned in order, each on what the
 pruned ones before it hand on. Embeddings, head, norms and biases stay.
 
-Writes an ordinary checkpoint with the masks in it, which every script takes, and trains on with its zeros
-kept, and report.json; prints the sparsity of every matrix, and perplexity and HellaSwag before and after.
+Writes an ordinary checkpoint, which every script takes and trains on with its zeros kept, and report.json;
+prints the sparsity of every matrix, and perplexity and HellaSwag before and after.
 """
 
 import json
@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 from checkpoints import list_checkpoints, load_model, open_checkpoint, refuse_own_folder, write_checkpoint
 from data import Windows, check_shards, open_data, require_data, step_windows
-from files import written_whole
+from files import make_folder, written_whole
 from hellaswag import evaluate, find_rows, prepare, read_rows
 from model import GPT, matrices
 from optimizers import zero_masks
-from training import Dist, autocast, check_positive, parse, pick_precision, pick_T, setup, validate
+from training import Dist, autocast, check_least, check_recipe, parse, pick_precision, pick_T, setup, validate
 
 
 @dataclass(frozen=True)
@@ -243,9 +243,8 @@ def time_sparse_kernels(raw: GPT, idx: Tensor) -> dict[str, float]:
 
 def check(cfg: Config, raw: GPT) -> None:
     """SystemExit that names the constant which does not fit the model or is out of range."""
-    check_positive(cfg, "n_sequences", "B")
-    if not 0 <= cfg.seed < 2**63:
-        raise SystemExit(f"seed={cfg.seed} must be from 0 to 2**63 - 1")
+    check_least(cfg, 1, "n_sequences", "B")
+    check_recipe(cfg)
     if not 0 <= cfg.ratio < 1:
         raise SystemExit(f"ratio={cfg.ratio} must be at least 0 and below 1")
     if pattern := read_pattern(cfg.pattern):
@@ -278,9 +277,9 @@ def main(cfg: Config) -> None:
     out_dir = Path(cfg.out_dir)
     if not cfg.hf:
         refuse_own_folder(cfg.out_dir, cfg.checkpoint)
-    ours = not cfg.hf and not (Path(cfg.checkpoint) / "adapter_config.json").is_file()
-    source = open_checkpoint(cfg.checkpoint) if ours else {}
-    stage, step = source.get("stage", "pretraining"), source.get("step", 0)
+    adapter = not cfg.hf and (Path(cfg.checkpoint) / "adapter_config.json").is_file()
+    source = {} if cfg.hf or adapter else open_checkpoint(cfg.checkpoint)
+    stage, step = source.get("stage", "sft" if adapter else "pretraining"), source.get("step", 0)
     path = out_dir / f"ckpt_{step:06d}.pt"
     if others := [other.name for other in list_checkpoints(out_dir) if other != path]:
         raise SystemExit(f"{out_dir} holds other checkpoints ({', '.join(others)}): choose another --out_dir")
@@ -294,17 +293,17 @@ def main(cfg: Config) -> None:
     amp = autocast(pick_precision(cfg.precision, dist.device), dist.device)
     raw.to(dist.device)
 
+    make_folder(out_dir)
     measure = make_measure(cfg, tokenizer, val, T, amp, dist)
     before = sparsity(raw) | measure(raw)
     if zero_masks(raw):
         print(f"already pruned: {before['sparsity']:.1%} of the weights are zero; they stay so")
-    masks = prune(raw, idx, cfg, amp)
+    prune(raw, idx, cfg, amp)
     after = sparsity(raw) | measure(raw)
     print("\n".join(f"{name:>24} {share:6.1%} zeros" for name, share in after["by_matrix"].items()))
     print(table(before, after, cfg))
 
-    out_dir.mkdir(parents=True, exist_ok=True)
-    state = dict(stage=stage, step=step, tokenizer=tokenizer.name, masks=masks, model=raw.state_dict())
+    state = dict(stage=stage, step=step, tokenizer=tokenizer.name, model=raw.state_dict())
     write_checkpoint(path, state | dict(model_config=asdict(raw.config), pruned=asdict(cfg)))
     report = dict(config=asdict(cfg), before=before, after=after)
 

@@ -29,7 +29,7 @@ from checkpoints import load_model
 from data import prompt_text
 from model import GPT
 from sampling import cast_linears, check_sampling, generate
-from training import autocast, check_positive, parse, pick_precision, setup
+from training import autocast, check_least, check_recipe, parse, pick_precision, require_compiler, setup
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Config:
     seed: int = 1337  # sample i is drawn with seed + i
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
-    compile: bool = False  # compile the work of a token: up to a minute that long or many samples bring back
+    compile: bool = False  # compile the work of a token: up to a minute, and on a CPU twice the memory
 
 
 CONFIGS = {
@@ -152,10 +152,9 @@ def remember(tokens: Iterator[list[int | None]], turn: list[int]) -> Iterator[li
 
 def main(cfg: Config) -> None:
     """Print the prompt's continuations, or hold a conversation."""
-    check_positive(cfg, "n_samples")
-    for name in ("max_new_tokens", "turns"):
-        if getattr(cfg, name) < 0:
-            raise SystemExit(f"{name}={getattr(cfg, name)} must be at least 0")
+    check_least(cfg, 1, "n_samples")
+    check_least(cfg, 0, "max_new_tokens", "turns")
+    check_recipe(cfg)
     try:
         check_sampling(cfg.temperature, cfg.top_k, cfg.top_p)
     except ValueError as error:
@@ -163,6 +162,8 @@ def main(cfg: Config) -> None:
     text = "" if cfg.chat else read_prompt(cfg)
     raw, tokenizer = load_model(cfg.checkpoint, cfg.hf, say)
     device = setup(cfg.device, deterministic=False).device
+    if cfg.compile:
+        require_compiler(device)
     raw.to(device)
     precision = pick_precision(cfg.precision, device)
     if precision == "bf16":

@@ -50,7 +50,7 @@ from training import (
     Dist,
     Log,
     backward,
-    check_positive,
+    check_least,
     cleanup,
     cosine_lr,
     count_bad,
@@ -106,7 +106,7 @@ class Config:
 
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
-    compile: bool | None = None  # torch.compile the training step; None: on CUDA with packing (few shapes)
+    compile: bool | None = None  # of the step; None: on CUDA with packing. Else resuming may move last bits
     deterministic: bool = True  # CUDA kernels that give the same bits every time: a resumed run is exact
 
 
@@ -176,9 +176,9 @@ def measure(
 
 def main(cfg: Config) -> None:
     """Fine-tune for the given epochs; measure, answer and save on the way."""
-    check_positive(cfg, "B", "rows_per_step", "eval_every", "save_every", "keep")
+    check_least(cfg, 1, "B", "rows_per_step", "eval_every", "save_every", "keep")
     if cfg.max_steps is not None:
-        check_positive(cfg, "max_steps")
+        check_least(cfg, 1, "max_steps")
     dist = setup(cfg.device, cfg.deterministic)
     stop_requested = stop_on_signals()
     out_dir = Path(cfg.out_dir)
@@ -186,7 +186,7 @@ def main(cfg: Config) -> None:
     run = open_run(cfg, "sft", ("pretraining", "sft"), dist, notes.append)
     raw, tokenizer, amp, state = run.raw, run.tokenizer, run.amp, run.state
     log = Log(out_dir, dist)
-    log.header(cfg, device=dist.device, devices=dist.world_size)
+    log.header(cfg, device=dist.device, devices=dist.world_size, tokenizer=tokenizer.name)
     for text in notes:
         log.note(text)
 

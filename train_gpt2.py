@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import differences, find_resume, load_model, save_in_background
 from data import Windows, check_shards, get_tokenizer, open_data, prefetch, require_data, step_windows
-from files import require_space
+from files import make_folder, require_space
 from hellaswag import Questions, evaluate, find_rows, prepare, read_rows
 from model import GPT, SIZES, GPTConfig, pad_vocab
 from optimizers import keep_zeros, load_moments, make_optimizers, zero_masks
@@ -40,7 +40,7 @@ from training import (
     autocast,
     backward,
     barrier,
-    check_positive,
+    check_least,
     check_recipe,
     cleanup,
     cosine_lr,
@@ -49,6 +49,7 @@ from training import (
     parse,
     peak_flops,
     pick_precision,
+    require_compiler,
     setup,
     stop_on_signals,
     train_step,
@@ -227,8 +228,6 @@ def open_windows(cfg: Config, tokenizer: tiktoken.Encoding, dist: Dist) -> tuple
 
 def sequences_per_rank(cfg: Config, dist: Dist) -> int:
     """How many sequences of T tokens a device takes in one step; SystemExit if they do not divide."""
-    if cfg.seed < 0:
-        raise SystemExit(f"seed={cfg.seed} must be at least 0")
     unit = cfg.T * dist.world_size
     if cfg.total_batch_size % unit:
         raise SystemExit(
@@ -302,7 +301,10 @@ def build(
         raw = GPT.from_weights(config, start.state_dict())
     else:
         raw = GPT(config)
-    raw.to(dist.device)
+    try:
+        raw.to(dist.device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise SystemExit(f"{cfg.model} does not fit into the memory of {dist.device}") from error
     betas = (cfg.beta1, cfg.beta2)
     settings = dict(weight_decay=cfg.weight_decay, betas=betas, eps=cfg.eps, momentum=cfg.momentum)
     optimizers = make_optimizers(raw, optimizer=cfg.optimizer, **settings)
@@ -389,7 +391,8 @@ def table(cfg: Config, raw: GPT, step: int, scores: dict[str, float], seconds: f
 
 def main(cfg: Config) -> None:
     """Train until max_steps; evaluate, sample and save on the way."""
-    check_positive(cfg, "T", "total_batch_size", "max_steps", "eval_every", "save_every", "keep")
+    check_least(cfg, 1, "T", "total_batch_size", "max_steps", "eval_every", "save_every", "keep")
+    check_least(cfg, 0, "n_samples", "sample_tokens")
     check_recipe(cfg)
     dist = setup(cfg.device, cfg.deterministic)
     stop_requested = stop_on_signals()
@@ -402,7 +405,7 @@ def main(cfg: Config) -> None:
 
     # model, optimizer and log, continued where a checkpoint is
     out_dir = Path(cfg.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(out_dir)
     log = Log(out_dir, dist)
     state = find_resume(out_dir, cfg.resume, dist, log.note)
     raw, optimizers = build(cfg, tokenizer.n_vocab, state, dist, log.note)
@@ -416,6 +419,8 @@ def main(cfg: Config) -> None:
     amp = autocast(precision, dist.device)
     B = cfg.B or pick_rows(cfg, raw, per_rank, state, amp, dist)
     compiled = dist.device.type == "cuda" if cfg.compile is None else cfg.compile
+    if compiled:
+        require_compiler(dist.device)
     # one graph for one shape: what would break it or change is an error, not a slow run
     model: nn.Module = torch.compile(raw, fullgraph=True, dynamic=False) if compiled else raw
     if dist.world_size > 1:
@@ -453,6 +458,10 @@ def main(cfg: Config) -> None:
     )
     if dist.device.type == "cpu" and (warning := slow_on_cpu(cfg, raw)):
         log.note(warning)
+    if cfg.warmup_steps >= cfg.max_steps:
+        log.note(
+            f"the warmup of {cfg.warmup_steps} steps is as long as the run or longer: lower --warmup_steps"
+        )
     start = state["step"] if state else 0
     if start > cfg.max_steps:
         raise SystemExit(f"the run in {out_dir} is at step {start} already, and max_steps={cfg.max_steps}")
@@ -494,8 +503,7 @@ def main(cfg: Config) -> None:
         if writing and (writing.done() or saving or stopped):
             writing.result()  # one at a time; and a full disk ends the run
         if dist.rank == 0 and (saving or stopped and step > start):
-            facts = dict(step=step, scores=scores, tokens_seen=step * cfg.total_batch_size, seconds=seconds)
-            facts |= dict(B=B, world_size=dist.world_size)
+            facts = dict(step=step, scores=scores, seconds=seconds, B=B, world_size=dist.world_size)
             writing = save(writer, cfg, raw, optimizers, **facts)
         if last or stopped:
             break

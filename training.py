@@ -1,7 +1,8 @@
-"""What every training script shares, as functions: command line, devices, precision, schedule, optimizer, the
-training step and the log. Each script keeps its own loop and calls these from it.
+"""What every training script shares, as functions: command line, devices, precision, schedule, the training
+step and the log. Each script keeps its own loop and calls these from it.
 """
 
+import contextlib
 import difflib
 import io
 import math
@@ -80,26 +81,43 @@ class Dist(NamedTuple):
     device: torch.device
 
 
-def check_positive(config: object, *names: str) -> None:
-    """SystemExit that names the first of these constants that is below 1."""
+def check_least(config: object, least: int, *names: str) -> None:
+    """SystemExit that names the first of these constants that is below `least`."""
     for name in names:
-        if getattr(config, name) < 1:
-            raise SystemExit(f"{name}={getattr(config, name)} must be at least 1")
+        if getattr(config, name) < least:
+            raise SystemExit(f"{name}={getattr(config, name)} must be at least {least}")
 
 
 def check_recipe(config: object) -> None:
-    """SystemExit that names the first constant of the optimizer or the schedule that is out of range.
+    """SystemExit that names the first constant of optimizer, schedule or randomness that is out of range.
 
-    config: a Config of any training script; what it does not have is passed over.
+    config: a Config of any script; what it does not have is passed over.
     """
     for what, fits, names in (
         ("at least 0", lambda x: x >= 0, ("max_lr", "warmup_steps", "weight_decay", "eps", "grad_clip")),
         ("at least 0 and below 1", lambda x: 0 <= x < 1, ("beta1", "beta2", "momentum")),
+        ("above 0", lambda x: 0 < x < float("inf"), ("epochs",)),
+        ("from 0 to 2**63 - 1", lambda x: 0 <= x < 2**63, ("seed",)),
         ("from 0 to 1", lambda x: 0 <= x <= 1, ("min_lr_frac", "decay_frac", "warmup_frac")),
     ):
         for name in names:
             if hasattr(config, name) and not fits(getattr(config, name)):  # NaN fits nowhere
                 raise SystemExit(f"{name}={getattr(config, name)} must be {what}")
+
+
+def require_compiler(device: torch.device) -> None:
+    """SystemExit unless there is what torch.compile works with on a CPU."""
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler  # a slow import
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except (InvalidCxxCompiler, RuntimeError) as error:
+            raise SystemExit(
+                "compiling on a CPU needs a C++ compiler, and none was found: install g++, or take "
+                "--compile=False"
+            ) from error
 
 
 def pick_T(T: int | None, block_size: int) -> int:
@@ -134,6 +152,10 @@ def setup(device: str, deterministic: bool) -> Dist:
             )
         if torch.device(device).index is None:
             device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        if torch.device(device).index >= torch.cuda.device_count():
+            raise SystemExit(
+                f"no device {device} here, only {torch.cuda.device_count()} of CUDA: one process for each"
+            )
         torch.cuda.set_device(torch.device(device))
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
         if deterministic:
@@ -232,19 +254,20 @@ def fit_micro_batch(run: Callable[[int], None], sizes: list[int], n_params: int,
         run(rows)
         return torch.cuda.max_memory_allocated(device)
 
-    peak(1)  # the first run also allocates gradients and workspaces
-    one = peak(1)
-    try:
+    fitting = []
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        peak(1)  # the first run also allocates gradients and workspaces
+        one = peak(1)
+        fitting = sizes[:1]
         two = peak(2)
-    except torch.cuda.OutOfMemoryError:
-        return min(sizes)
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    room = 0.9 * (free + torch.cuda.memory_allocated(device)) - 8 * n_params
-    fitting = [rows for rows in sizes if one + (two - one) * (rows - 1) <= room]
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+        room = 0.9 * (free + torch.cuda.memory_allocated(device)) - 8 * n_params
+        fitting = [rows for rows in sizes if one + (two - one) * (rows - 1) <= room]
     if not fitting:
+        size = torch.cuda.get_device_properties(device).total_memory
         raise SystemExit(
-            f"not even B={min(sizes)} fits into {free / 1e9:.1f} GB of GPU memory: take a smaller model or T"
+            f"not even B={min(sizes)} fits into {size / 1e9:.1f} GB of GPU memory: take a smaller model or T"
         )
     return max(fitting)
 

@@ -72,7 +72,14 @@ def test_train(optimizer: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes, message", [(dict(models=("nosuch",)), "unknown model 'nosuch'"), (dict(B=(3,)), "T x B = 48")]
+    "changes, message",
+    [
+        (dict(models=("nosuch",)), "unknown model 'nosuch'"),
+        (dict(B=(3,)), "T x B = 48"),
+        (dict(repeats=1), "repeats=1 must be at least 2"),
+        (dict(stride=0), "stride=0 must be"),
+        (dict(B=(0,)), "B must be at least 1"),
+    ],
 )
 def test_mistakes(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=message):

@@ -422,6 +422,15 @@ def test_last_tenth_of_the_documents_is_validation(tmp_path: Path) -> None:
     assert val == ids(*documents[22:])
 
 
+@pytest.mark.parametrize("text", ["{0}\na\n{0}\nb", "a\n{0}\nb\n{0}", "a\n{0}\n{0}\nb\n{0}\n"])
+def test_end_of_text_at_the_edges_and_twice_makes_no_documents(tmp_path: Path, text: str) -> None:
+    assert read(tmp_path / "a.txt", text.format(EOT)) == (ids("a"), ids("b"))
+
+
+def test_one_document_and_a_marker_is_cut_at_nine_tenths(tmp_path: Path) -> None:
+    assert read(tmp_path / "a.txt", f"0123456789\n{EOT}\n") == (ids("012345678"), ids("9"))
+
+
 def test_end_of_text_within_a_line_does_not_split(tmp_path: Path) -> None:
     train, val = read(tmp_path / "a.txt", "a <|endoftext|> b\n<|endoftext|>\nc<|endoftext|>\n")
     assert train == ids("a <|endoftext|> b")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from checkpoints import load_model, save_checkpoint
 from hf import from_hf, to_hf
-from lora import add_lora, apply_adapter, load_lora, lora_weights, merged, save_adapter
+from lora import add_lora, apply_adapter, fingerprint, load_lora, lora_weights, merged, save_adapter
 from model import GPT, SIZES, GPTConfig
 from optimizers import make_optimizers
 
@@ -204,7 +204,8 @@ def test_an_adapter_loads_with_its_base(tmp_path: Path, idx: Tensor, kind: str) 
         base = str(tmp_path / "hf")
         to_hf(tiny(), base)
     raw = adapted()
-    save_adapter(tmp_path / "adapter", raw, base)
+    weights = from_hf(base).state_dict() if kind == "hf" else tiny().state_dict()
+    save_adapter(tmp_path / "adapter", raw, base, fingerprint(weights))
     noted: list[str] = []
     loaded, tokenizer = load_model(str(tmp_path / "adapter"), "", noted.append)
     torch.testing.assert_close(logits_of(loaded, idx), logits_of(raw, idx), rtol=0, atol=1e-5)
@@ -259,6 +260,14 @@ def test_damaged_and_foreign_adapters(tmp_path: Path) -> None:
     for text in ("[]", "{", '"LORA"'):
         config.write_text(text)
         refused(folder, "cannot use the adapter")
+
+
+def test_the_base_of_an_adapter_has_changed(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    weights = tiny().state_dict()
+    weights["transformer.ln_f.bias"][3] += 1
+    save_adapter(tmp_path / "adapter", adapted(), base, fingerprint(weights))
+    refused(tmp_path / "adapter", f"{base} has other weights now .* adapter_config.json")
 
 
 def test_the_base_of_an_adapter_is_missing(tmp_path: Path) -> None:

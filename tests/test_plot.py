@@ -67,6 +67,28 @@ def test_a_log_without_seconds(folder: Path) -> None:
         plot.draw([("run", *plot.read_log(folder))], folder, "seconds")
 
 
+def test_logs_of_fine_tuning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss is named by the tokenizer of the model it began from, and no token count is made up."""
+    labels = []
+    set_ylabel = plt.Axes.set_ylabel
+    monkeypatch.setattr(
+        plt.Axes, "set_ylabel", lambda self, text: labels.append(text) or set_ylabel(self, text)
+    )
+    texts = [LOG] + [
+        LOG.replace("torch=2", f"torch=2 tokenizer={name}")
+        .replace("# data='x.txt' tokenizer='bytes'", header)
+        .replace(" total_batch_size=100", "")
+        for name in ("gpt2", "bytes")
+        for header in ("# checkpoint='out/x'", "# checkpoint='out/x' beta=0.1")
+    ]
+    for text in texts:
+        (folder / "log.txt").write_text(text)
+        plot.draw([("run", *plot.read_log(folder))], folder)
+    assert labels == ["loss, nats per byte", "loss, nats per token", "loss", "loss, nats per byte", "loss"]
+    with pytest.raises(SystemExit, match="--x=steps"):
+        plot.draw([("run", *plot.read_log(folder))], folder, "tokens")
+
+
 def test_a_step_written_twice_counts_once(folder: Path) -> None:
     with open(folder / "log.txt", "a") as file:
         file.write("5 val 2.9\n5 val 2.8")

@@ -204,8 +204,6 @@ def test_the_script_writes_an_ordinary_checkpoint(cfg: Config, capsys: pytest.Ca
     assert tokenizer.name == "bytes" and len(zero_masks(raw)) == 8
     state = open_checkpoint(cfg.out_dir)
     assert state["stage"] == "pretraining" and state["step"] == 7
-    for name, mask in state["masks"].items():
-        assert torch.equal(state["model"][name] != 0, mask)
 
 
 def test_pruning_again_keeps_the_zeros(cfg: Config, capsys: pytest.CaptureFixture) -> None:
@@ -236,7 +234,7 @@ def test_training_goes_on_from_a_pruned_checkpoint_with_its_zeros(cfg: Config, t
         recovery = train_gpt2.Config(out_dir=str(tmp_path / "out"), init_from=cfg.out_dir, **settings)
         train_gpt2.main(recovery)
         pruned, trained = (open_checkpoint(folder)["model"] for folder in (cfg.out_dir, tmp_path / "out"))
-        for name, mask in open_checkpoint(cfg.out_dir)["masks"].items():
+        for name, mask in zero_masks(load_model(cfg.out_dir, "")[0]).items():
             assert torch.equal(trained[name] != 0, mask) and not torch.equal(trained[name], pruned[name])
         train_gpt2.main(replace(recovery, max_steps=5))  # continued: the zeros are still kept
         assert torch.equal(open_checkpoint(tmp_path / "out")["model"][name] != 0, mask)

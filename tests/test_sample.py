@@ -77,7 +77,6 @@ def save(folder: Path, raw: GPT, step: int = 1, **changes: Any) -> Path:
         config={},
         tokenizer="bytes",
         val_loss=1.5,
-        tokens_seen=0,
         seconds=0.0,
         B=1,
         world_size=1,

@@ -368,7 +368,7 @@ def test_what_a_run_leaves_behind(cfg: Config, capsys: pytest.CaptureFixture) ->
     assert lr.keys() == set(range(12))
     assert lr[0] == pytest.approx(2e-3 / 3) and lr[3] == pytest.approx(2e-3)
     state = load_checkpoint(folder / "ckpt_000012.pt")
-    assert (state["step"], state["tokenizer"], state["tokens_seen"]) == (12, "bytes", 12 * 64)
+    assert (state["step"], state["tokenizer"]) == (12, "bytes")
     assert state["scores"]["val"] == pytest.approx(losses(folder, "val")[12])
     assert not [name for name in state["model"] if name.startswith(("_orig_mod.", "module."))]
     GPT.from_weights(GPTConfig(**state["model_config"]), state["model"])  # all that sampling needs
@@ -624,13 +624,23 @@ def test_a_constant_out_of_range_is_named_or_harmless(cfg: Config, changed: dict
         assert losses(folder).keys() == set(range(12))
 
 
-@pytest.mark.parametrize("changed", [dict(momentum=2.0), dict(grad_clip=-1.0), dict(eps=-1.0)], ids=str)
+RECIPES = [dict(momentum=2.0), dict(grad_clip=-1.0), dict(eps=-1.0), dict(seed=2**64), dict(n_samples=-1)]
+
+
+@pytest.mark.parametrize("changed", RECIPES, ids=str)
 def test_a_recipe_out_of_range_is_named_before_anything_is_written(
     cfg: Config, changed: dict[str, float]
 ) -> None:
     ((name, value),) = changed.items()
     refused(cfg, f"^{name}={value} must be ", **changed)
     assert not Path(cfg.out_dir).exists()
+
+
+def test_a_warmup_that_does_not_end_is_said(cfg: Config, capsys: pytest.CaptureFixture) -> None:
+    train(cfg, warmup_steps=12)
+    assert "the warmup of 12 steps is as long as the run" in capsys.readouterr().out
+    train(cfg, warmup_steps=11, out_dir=cfg.out_dir + "1")
+    assert "the warmup" not in capsys.readouterr().out
 
 
 def test_unknown_model(cfg: Config) -> None:

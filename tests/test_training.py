@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -42,7 +43,7 @@ from checkpoints import (
     save_checkpoint,
     save_in_background,
 )
-from files import require_space, written_whole
+from files import make_folder, require_space, written_whole
 from model import GPT, GPTConfig
 from optimizers import make_optimizers, newton_schulz, orthogonalize
 from training import (
@@ -53,11 +54,13 @@ from training import (
     autocast,
     backward,
     barrier,
+    check_recipe,
     cleanup,
     cosine_lr,
     count_bad,
     parse,
     pick_precision,
+    require_compiler,
     setup,
     stop_on_signals,
     train_step,
@@ -1077,3 +1080,30 @@ def test_training_is_strict_about_determinism(enabled: bool) -> None:
         assert torch.is_deterministic_algorithms_warn_only_enabled() == enabled
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "a"):
+        with pytest.raises(SystemExit, match=f"cannot make the folder {folder}"):
+            make_folder(folder)
+
+
+@pytest.mark.parametrize("epochs", [0.0, -1.0, math.nan, math.inf])
+def test_epochs_out_of_range(epochs: float) -> None:
+    with pytest.raises(SystemExit, match="^epochs=.* must be above 0"):
+        check_recipe(SimpleNamespace(epochs=epochs))
+
+
+def test_no_compiler_is_said_where_one_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def missing() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    require_compiler(torch.device("cuda"))
+    with pytest.raises(SystemExit, match="needs a C\\+\\+ compiler.*--compile=False"):
+        require_compiler(torch.device("cpu"))
