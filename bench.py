@@ -54,7 +54,7 @@ class Config:
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
     compile: bool | None = None  # None: train and choices on CUDA, as in training; sample with and without
-    profile: bool = False  # train: also write trace.json, of three of our steps
+    profile: bool = False  # train: also write trace-<model>-B<B>.json.gz, of three of our steps
     workers: int = 0  # tokenize: processes; 0: one a core
     rows: int = 40  # hellaswag: rows of a repeat, from all over the file
     out_dir: str = "out/bench"  # where <what>.json goes
@@ -79,11 +79,24 @@ Row = dict[str, Any]  # one line of the table and of the json
 
 
 def side_by_side(runs: dict[str, Callable[[], float]], repeats: int, unit: str) -> list[Row]:
-    """Run all `runs` in turn, `repeats` times; print and return the median of the rates each returns."""
+    """Run all `runs` in turn, `repeats` times; print and return the median of the rates each returns.
+
+    One of several that fails, for want of memory say, is printed and left out; not the first, by which the
+    others are measured, nor the only other.
+    """
+    from files import one_line
+
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats):
-        for name, run in runs.items():
-            rate = run()
+        for name in list(rates):
+            try:
+                rate = runs[name]()
+            except RuntimeError as error:
+                if name == next(iter(runs)) or len(rates) == 2:
+                    raise
+                print(f"{name:>30}: failed: {one_line(error)}", flush=True)
+                del rates[name]
+                continue
             if repeat:
                 rates[name].append(rate)
     medians = {name: statistics.median(values) for name, values in rates.items()}
@@ -336,6 +349,7 @@ def bench_train(cfg: Config) -> list[Row]:
     """Our step with loader and log, against forward, backward, clip and AdamW written down on one batch."""
     import torch
 
+    from files import one_line
     from training import peak_flops
 
     rows = []
@@ -347,7 +361,11 @@ def bench_train(cfg: Config) -> list[Row]:
             plain = Trainer(replace(cfg, optimizer="adamw"), model, B, choice)
             print(f"{model}, B={B}, T={cfg.T}, {cfg.total_batch_size:,} tokens a step")
             runs = {"plain PyTorch loop": plain.plain, "NeoGPT": ours.ours}
-            found = side_by_side(runs, cfg.repeats, "tok/s")
+            try:
+                found = side_by_side(runs, cfg.repeats, "tok/s")
+            except torch.cuda.OutOfMemoryError as error:  # what was measured before is not lost
+                print(f"B={B} is too much: {one_line(error)}", flush=True)
+                continue
             peak, shares, memory = peak_flops(ours.dist.device), ours.shares(), ours.peak_memory()
             for row in found:
                 row |= dict(model=model, B=B, T=cfg.T, ms=1e3 * cfg.total_batch_size / row["median"])
@@ -360,7 +378,7 @@ def bench_train(cfg: Config) -> list[Row]:
                 f"  a checkpoint keeps the next step waiting {found[1]['checkpoint_ms']:,.1f} ms", flush=True
             )
             if cfg.profile:
-                ours.trace(Path(cfg.out_dir) / "trace.json")
+                ours.trace(Path(cfg.out_dir) / f"trace-{model}-B{B}.json.gz")
             rows += found
     return rows
 
@@ -389,7 +407,10 @@ def bench_choices(cfg: Config) -> list[Row]:
         choices |= {
             "kernels not deterministic": replace(base, deterministic=False),
             "loss read at once": replace(base, late=False),
-            "compiled with autotuning": replace(base, mode="max-autotune-no-cudagraphs"),
+            # PyTorch tunes nothing while it is deterministic
+            "not deterministic and compiled with autotuning": replace(
+                base, deterministic=False, mode="max-autotune-no-cudagraphs"
+            ),
         }
     rows = []
     for model in cfg.models:
@@ -403,6 +424,7 @@ def bench_choices(cfg: Config) -> list[Row]:
                 if on_cuda:  # a setting of the process
                     exact = trainer.choice.deterministic
                     torch.use_deterministic_algorithms(exact, warn_only=exact)
+                    torch.backends.cuda.enable_cudnn_sdp(not exact)  # as train_gpt2.py does
                 return trainer.ours()
 
             runs = {name: functools.partial(run, trainer) for name, trainer in trainers.items()}
@@ -578,12 +600,13 @@ def sample_rows(cfg: Config, model: str) -> list[Row]:
         return B * len(lengths) / (time.perf_counter() - t0)
 
     runs = {f"B={cfg.B[0]}, no cache": functools.partial(uncached, cfg.B[0])}
-    kinds = list(product((False, True) if cfg.compile is None else (cfg.compile,), cfg.B))
-    for compile, B in kinds:
-        runs[f"B={B}, cache{', compiled' * compile}"] = functools.partial(decode, B, compile)
+    streams = {}
+    for compile, B in product((False, True) if cfg.compile is None else (cfg.compile,), cfg.B):
+        name = f"B={B}, cache{', compiled' * compile}"
+        runs[name], streams[name] = functools.partial(decode, B, compile), B
     rows = side_by_side(runs, cfg.repeats, "tok/s")
-    for (_, B), row in zip(kinds, rows[1:]):
-        row["memory_share"] = row["median"] / B / limit
+    for row in rows[1:]:
+        row["memory_share"] = row["median"] / streams[row["name"]] / limit
         print(f"{row['name']:>30}: {row['memory_share']:.0%} of what memory allows")
     runs = {f"B={B}, prompts of {n_prefill}": functools.partial(prefill, B) for B in cfg.B}
     return [row | dict(model=model) for row in rows + side_by_side(runs, cfg.repeats, "tok/s")]

@@ -232,6 +232,8 @@ def time_sparse_kernels(raw: GPT, idx: Tensor) -> dict[str, float]:
         return statistics.median(times[5:])
 
     raw.to(torch.bfloat16)
+    # PyTorch 2.11 would else hand on transposed results, which no fused attention takes
+    torch.sparse.SparseSemiStructuredTensor._FUSE_TRANSPOSE = True
     with torch.no_grad():
         dense = median_ms()
         for block in raw.transformer.h:

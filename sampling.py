@@ -1,7 +1,7 @@
 """Sampling: continuations of prompts, a token a row and step, with a key-value cache."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -88,8 +88,10 @@ def generate(
     draws = torch.stack(draws, dim=1).to(raw.lm_head.weight.device)  # (max_new_tokens, B)
     on_cpu, on_cuda = draws.is_cpu, draws.is_cuda
     n_slots = min(block_size, max(map(len, windows)) + max_new_tokens)
-    if compile:  # for one number of slots, whatever the prompt
-        n_slots = block_size + on_cpu  # handing out the last of a growing cache would be a case of its own
+    if compile and on_cpu:  # for any number of slots but all, which would be a case of its own
+        n_slots = block_size + 1
+    elif compile:  # for each number of slots: few, however long the prompts
+        n_slots = min(block_size, max(256, 2 ** (n_slots - 1).bit_length()))
     static = on_cuda or compile and not on_cpu
     cache = KVCache(raw.config.n_layer, n_slots, static, compiled=compile and on_cpu)
 
@@ -146,12 +148,18 @@ def compiled(step: Callable[..., Tensor], raw: GPT) -> Callable[..., Tensor]:
     return dynamo.patch(recompile_limit=64)(constants(compile(constant_step)))
 
 
+@cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a device to record on: each stream keeps a workspace for its matrix products."""
+    return torch.cuda.Stream(device)
+
+
 def record(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], state: Tensor) -> Callable[..., Tensor]:
     """step(*inputs), recorded as a CUDA graph: one launch instead of hundreds. Running it for the record
     leaves `state`, which it changes in place, as it was.
     """
     inputs, before = tuple(x.clone() for x in inputs), state.clone()
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side, graph = side_stream(state.device), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):  # compiles, picks kernels, allocates workspaces: none of it may be recorded

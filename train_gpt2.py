@@ -395,6 +395,7 @@ def main(cfg: Config) -> None:
     check_least(cfg, 0, "n_samples", "sample_tokens")
     check_recipe(cfg)
     dist = setup(cfg.device, cfg.deterministic)
+    torch.backends.cuda.enable_cudnn_sdp(not cfg.deterministic)  # fast for the one shape of training
     stop_requested = stop_on_signals()
     per_rank = sequences_per_rank(cfg, dist)
     N = per_rank * dist.world_size  # sequences a step

@@ -158,6 +158,9 @@ def setup(device: str, deterministic: bool) -> Dist:
             )
         torch.cuda.set_device(torch.device(device))
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
+        # PyTorch prefers cuDNN's attention on Hopper, which is planned anew, for up to a second, for every
+        # new shape; train_gpt2.py, which has one, takes it where it need not be exact
+        torch.backends.cuda.enable_cudnn_sdp(False)
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             # where no such kernel exists (sampling's cumsum) a warning; training is strict: exact_kernels

@@ -2,14 +2,14 @@
 # All that is to be measured on a GPU, in one command: first that the CUDA path is right, then how fast it is.
 #     bash bench/gpu.sh [edu_fineweb10B]        # shards of fineweb.py; without them, the demo's text
 #     bash bench/gpu.sh input.txt tests train   # of it only what is named
-# Tables on standard output, json and a trace in out/bench-gpu. About fifteen minutes on one H200 (estimated).
+# Tables on standard output, json and traces in $OUT, or else out/bench-gpu. Half an hour on one H200 (estimated).
 # A measurement that fails does not end the others; the last line names those that did.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 trap 'exit 130' INT
 data=${1:-input.txt}
 wanted=" ${*:2} "
-out=out/bench-gpu
+out=${OUT:-out/bench-gpu}
 step="--models gpt2 --tokenizer=gpt2 --data=$data --T=1024 --total_batch_size=524288 --steps=3"
 sample="--tokenizer=gpt2 --B 1 8 64 --stride=16"
 failed=()

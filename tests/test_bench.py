@@ -1,5 +1,6 @@
 """bench.py runs, and what it writes hangs together. Its rates are not tested: machines are noisy."""
 
+import gzip
 import json
 import random
 from collections.abc import Iterator
@@ -52,6 +53,17 @@ def test_medians_leave_the_first_repeat_out() -> None:
     assert [row["ratio"] for row in rows] == [1.0, 1.25]
 
 
+def test_one_of_several_may_fail() -> None:
+    def fail() -> float:
+        raise RuntimeError("no memory")
+
+    runs = {"a": lambda: 1.0, "b": fail, "c": lambda: 2.0}
+    assert [row["name"] for row in bench.side_by_side(runs, 3, "1/s")] == ["a", "c"]
+    for names in (["b", "a", "c"], ["a", "b"]):
+        with pytest.raises(RuntimeError, match="no memory"):
+            bench.side_by_side({name: runs[name] for name in names}, 3, "1/s")
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_train(optimizer: str, tmp_path: Path) -> None:
     found = run("train", tmp_path, B=(1, 2), optimizer=optimizer, profile=optimizer == "adamw")
@@ -64,10 +76,10 @@ def test_train(optimizer: str, tmp_path: Path) -> None:
         assert min(row["shares"].values()) > 0
         assert row["ms"] == pytest.approx(1e3 * 64 / row["median"])
         assert row["peak_memory"] > 1e6 and row["mfu"] is None and row["checkpoint_ms"] > 0
-    trace = tmp_path / "bench" / "trace.json"
+    trace = tmp_path / "bench" / f"trace-{found['config']['models'][0]}-B2.json.gz"
     assert trace.exists() == (optimizer == "adamw")
     if trace.exists():
-        names = [event["name"] for event in json.loads(trace.read_text())["traceEvents"]]
+        names = [event["name"] for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
         assert names.count("Optimizer.step#AdamW.step") == 3
 
 
