@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from test_sample import EOT, babbler, config, mistake, run, save, speaker
 
 import sample
@@ -20,15 +19,6 @@ from training import parse
 
 BYTES = get_tokenizer("bytes")
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 
 def prompt(line: str) -> list[int]:

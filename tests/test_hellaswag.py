@@ -36,15 +36,6 @@ AMP = autocast("fp32", ALONE.device)
 WAYS = ["sum", "per token", "per character", "per byte"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads, and much slower where cores are shared."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 def tokenizer_of(name: str) -> tiktoken.Encoding:
     """The tokenizer, or a skipped test."""
     try:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from test_model import ATTENTIONS, one_thread, random_ids, rough_model, shape  # noqa: F401
+from test_model import ATTENTIONS, random_ids, rough_model, shape  # noqa: F401
 
 from hf import from_hf, to_hf
 from model import GPT

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,15 +14,6 @@ import model
 from model import GPT, SIZES, GPTConfig, Linear, flash_attention, manual_attention, pad_vocab
 
 ATTENTIONS = ("flash", "manual")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small are slower on several threads, and much slower where cores are shared."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 
 def shape(**changes: Any) -> GPTConfig:

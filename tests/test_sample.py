@@ -25,15 +25,6 @@ ROOT = Path(__file__).parent.parent
 EOT = 256  # of the bytes tokenizer
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads, and much slower where cores are shared."""
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
-
-
 def speaker(script: dict[int, bytes | int], block_size: int = 64) -> GPT:
     """A model with a script: from position p on it says script[p], and end-of-text wherever it has no words.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_model import ATTENTIONS, needs_cuda, one_thread, random_ids, rough_model, shape  # noqa: F401
+from test_model import ATTENTIONS, needs_cuda, random_ids, rough_model, shape  # noqa: F401
 from torch import Tensor
 from torch._dynamo.utils import counters
 

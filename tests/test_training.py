@@ -15,7 +15,6 @@ import sys
 import threading
 import tokenize
 from collections import namedtuple
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -70,15 +69,6 @@ from training import (
 ROOT = Path(training.__file__).parent
 ALONE = Dist(0, 1, torch.device("cpu"))
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=12, n_tokens=50, vocab_size=64)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads do not pay for tiny models, least of all on a busy machine."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 # -----------------------------------------------------------------------------
