@@ -375,7 +375,8 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
     compiled = cfg.packing and dist.device.type == "cuda" if cfg.compile is None else cfg.compile
     if compiled:
         require_compiler(dist.device)
-    model: nn.Module = torch.compile(raw, dynamic=not cfg.packing) if compiled else raw
+    one_shape = getattr(cfg, "packing", False)
+    model: nn.Module = torch.compile(raw, dynamic=not one_shape) if compiled else raw
     if dist.world_size > 1:
         model = DistributedDataParallel(model)
     if dist.rank == 0:

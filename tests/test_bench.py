@@ -3,7 +3,6 @@
 import gzip
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,9 @@ TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=256)
 
 
 @pytest.fixture(autouse=True)
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A size that takes no time, on one thread."""
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size that takes no time."""
     monkeypatch.setitem(model.SIZES, "tiny", TINY)
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def run(what: str, tmp_path: Path, **changes: Any) -> dict[str, Any]:

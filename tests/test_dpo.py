@@ -342,6 +342,14 @@ def train(cfg: Config, **changed: Any) -> Path:
     return Path(cfg.out_dir)
 
 
+def test_the_step_can_be_compiled(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as the compiler's door: its own work is its makers' to test."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda raw, **options: asked.append(options) or raw)
+    train(cfg, compile=True, max_steps=1)
+    assert asked == [dict(dynamic=True)]
+
+
 def read_log(folder: Path) -> dict[tuple[int, str], str]:
     """The last value of every (step, name), as it is written."""
     values = {}

@@ -87,14 +87,11 @@ SETTINGS: dict[str, Any] = dict(
 @pytest.fixture
 def cfg(world: Path, tmp_path: Path) -> Iterator[Config]:
     """A configuration that trains in a second. Signal handlers are put back afterwards."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more do not pay for a tiny model
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     paths = dict(
         checkpoint=str(world / "base"), data=str(world / "rows.jsonl"), out_dir=str(tmp_path / "out")
     )
     yield Config(**paths, **SETTINGS)
-    torch.set_num_threads(n_threads)
     for signum, handler in before.items():
         signal.signal(signum, handler)
 
@@ -104,6 +101,15 @@ def tune(cfg: Config, **changed: Any) -> Path:
     cfg = replace(cfg, **changed)
     main(cfg)
     return Path(cfg.out_dir)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_step_can_be_compiled(cfg: Config, packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as the compiler's door: packed rows have one shape, others have many."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda raw, **options: asked.append(options) or raw)
+    tune(cfg, compile=True, packing=packing, max_steps=1)
+    assert asked == [dict(dynamic=not packing)]
 
 
 def refused(cfg: Config, message: str, **changed: Any) -> None:

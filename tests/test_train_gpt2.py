@@ -273,8 +273,6 @@ def cfg(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     """A configuration that trains in a second. Signal handlers are put back afterwards."""
     monkeypatch.setitem(model.SIZES, "tiny", TINY)
     monkeypatch.setitem(model.SIZES, "wider", TINY | dict(n_embd=32))
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more do not pay for a tiny model
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     yield replace(
         train_gpt2.CONFIGS["demo"],
@@ -298,7 +296,6 @@ def cfg(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         device="cpu",
         precision="fp32",
     )
-    torch.set_num_threads(n_threads)
     for signum, handler in before.items():
         signal.signal(signum, handler)
 
