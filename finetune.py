@@ -372,10 +372,10 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
         load_moments(optimizers, state["optimizers"])
         changed = differences(state["config"], cfg.__dict__) or "nothing"
         say(f"continuing {out_dir} from step {state['step']}; changed: {changed}")
-    compiled = cfg.packing and dist.device.type == "cuda" if cfg.compile is None else cfg.compile
+    one_shape = getattr(cfg, "packing", False)  # dpo.py has none
+    compiled = one_shape and dist.device.type == "cuda" if cfg.compile is None else cfg.compile
     if compiled:
         require_compiler(dist.device)
-    one_shape = getattr(cfg, "packing", False)
     model: nn.Module = torch.compile(raw, dynamic=not one_shape) if compiled else raw
     if dist.world_size > 1:
         model = DistributedDataParallel(model)

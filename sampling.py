@@ -1,7 +1,7 @@
 """Sampling: continuations of prompts, a token a row and step, with a key-value cache."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +131,7 @@ def compiled(step: Callable[..., Tensor], raw: GPT) -> Callable[..., Tensor]:
     """step, compiled when it is first called. On a CPU the weights become constants: a second copy of them,
     laid out for the compiler's own products, which for a few rows take about half the time of the BLAS's.
     """
-    compile = partial(torch.compile, fullgraph=True, dynamic=False)
+    compile = functools.partial(torch.compile, fullgraph=True, dynamic=False)
     if raw.lm_head.weight.device.type != "cpu":
         return compile(step)
     from torch._dynamo import config as dynamo  # slow imports
@@ -148,7 +148,7 @@ def compiled(step: Callable[..., Tensor], raw: GPT) -> Callable[..., Tensor]:
     return dynamo.patch(recompile_limit=64)(constants(compile(constant_step)))
 
 
-@cache
+@functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """The one stream of a device to record on: each stream keeps a workspace for its matrix products."""
     return torch.cuda.Stream(device)

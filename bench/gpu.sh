@@ -13,6 +13,11 @@ out=${OUT:-out/bench-gpu}
 step="--models gpt2 --tokenizer=gpt2 --data=$data --T=1024 --total_batch_size=524288 --steps=3"
 sample="--tokenizer=gpt2 --B 1 8 64 --stride=16"
 failed=()
+parts="tests train sample choices muon data compiled hellaswag"
+
+for name in $wanted; do
+  [[ " $parts " = *" $name "* ]] || { echo "nothing is called $name: expected of $parts"; exit 2; }
+done
 
 measure() {
   [[ $wanted = "  " || $wanted = *" $1 "* ]] || return 0
@@ -28,7 +33,5 @@ measure choices python bench.py choices $step --B 32 --repeats=3 --out_dir=$out 
 measure muon python bench.py train $step --B 32 --repeats=3 --optimizer=muon --out_dir=$out/muon
 measure data python bench.py data $step --out_dir=$out
 measure compiled python bench.py sample $sample --compile --out_dir=$out/compiled
-if [ -f .cache/hellaswag/hellaswag_val.jsonl ]; then
-  measure hellaswag python bench.py hellaswag --rows=1000 --out_dir=$out
-fi
+measure hellaswag python bench.py hellaswag --rows=1000 --out_dir=$out                      # `python hellaswag.py` fetches its rows
 [ ${#failed[@]} -eq 0 ] && echo "all measured" || { printf 'failed: %s\n' "${failed[*]}"; exit 1; }

@@ -128,7 +128,7 @@ def test_every_token_is_the_same_graph(kind: str) -> None:
     assert len(traces) == 1
 
 
-@pytest.mark.skipif(shutil.which("c++") is None, reason="no compiler")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
 def test_compiled_equals_uncached_and_changed_weights_are_seen() -> None:
     """Once compiled, it serves prompts of all lengths, past the window's end, until the weights change."""
     raw = rough_model(n_layer=1, block_size=8)
@@ -426,7 +426,8 @@ def test_pick_token_at_the_ends_of_the_draw_and_of_float() -> None:
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_generation_on_cuda_equals_the_cpu(attention: str) -> None:
+@pytest.mark.parametrize("compile", [False, True])
+def test_generation_on_cuda_equals_the_cpu(compile: bool, attention: str) -> None:
     raw = rough_model(attention=attention)
     prompts = [random_ids(n, seed=n).tolist() for n in (1, 5, 16, 40)]
     precision = torch.get_float32_matmul_precision()
@@ -434,6 +435,6 @@ def test_generation_on_cuda_equals_the_cpu(attention: str) -> None:
     try:
         for controls in (dict(temperature=0), dict(temperature=0.9, top_k=20)):
             expected = tokens_of(raw.cpu(), prompts, 40, **controls)
-            assert tokens_of(raw.cuda(), prompts, 40, **controls) == expected
+            assert tokens_of(raw.cuda(), prompts, 40, compile=compile, **controls) == expected
     finally:
         torch.set_float32_matmul_precision(precision)
