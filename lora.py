@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from files import make_folder, written_whole
-from model import GPT, matrices
+from model import GPT, Linear, matrices
 
 PEFT_PREFIX = "base_model.model."
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """y = W x + b + (alpha / rank) · B A x, of which only A (rank, in) and B (out, rank) are trained."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:

@@ -9,7 +9,7 @@ Letters: B batch, T time (tokens), S keys attended to, C width (n_embd), V vocab
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -97,43 +97,18 @@ def is_matrix(p: Tensor) -> bool:
 # Attention, the key-value cache, blocks
 
 
-CPU = torch.backends.cpu.get_cpu_capability()  # the widest instructions that PyTorch uses: "AVX2", …
-LARGE = 2**18  # weights of a matrix; what `few_rows` does with smaller ones costs more than it saves
+FEW = 64  # rows; of more a product is as quick in PyTorch's own way
 
 
 class Linear(nn.Linear):
-    """nn.Linear; for a few rows on a CPU, as in sampling, by products that read W at the speed of memory."""
+    """nn.Linear, to which sampling on a CPU gives another way to multiply a few rows."""
+
+    few: Callable[[Tensor], Tensor] | None = None  # see `sampling.quick_products`
 
     def forward(self, x: Tensor) -> Tensor:
-        n_rows, W = x.numel() // x.size(-1), self.weight
-        usual = x.device.type != "cpu" or x.dtype != W.dtype or W.numel() < LARGE or not 0 < n_rows <= 32
-        usual |= torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        if usual:
+        if self.few is None or x.numel() > FEW * x.size(-1):
             return super().forward(x)
-        y = few_rows(x.reshape(n_rows, -1), W, self.bias)
-        return y.view(*x.shape[:-1], -1)
-
-
-def few_rows(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """x Wᵀ + b of a few rows, (n, in) -> (n, out), at which PyTorch's BLAS is slow on CPUs.
-
-    With AVX-512 it rearranges W for x Wᵀ and not for W xᵀ: on two cores, all maps of gpt2 take 41 ms instead
-    of 74 for 8 rows. With AVX2 it lets cores idle in one product and not in 16 or more smaller ones: 47 ms
-    instead of 88 for 8 rows, 24 instead of 38 for one.
-    """
-    if CPU == "AVX512" and len(x) > 1:
-        xT = x.T.contiguous()
-        return (W @ xT if b is None else torch.addmm(b[:, None], W, xT)).T
-    parts = 16 * max(1, len(W) // 2**13)
-    if CPU != "AVX2" or len(W) < parts:
-        return F.linear(x, W, b)
-    n_out = len(W) // parts * parts  # what is left over goes by itself
-    xs, Ws = x.expand(parts, -1, -1), W[:n_out].view(parts, -1, W.size(1)).mT  # (parts, in, out / parts)
-    y = torch.bmm(xs, Ws) if b is None else torch.baddbmm(b[:n_out].view(parts, 1, -1), xs, Ws)
-    y = y.transpose(0, 1).reshape(len(x), n_out)
-    if n_out < len(W):
-        y = torch.cat([y, F.linear(x, W[n_out:], b if b is None else b[n_out:])], dim=1)
-    return y
+        return self.few(x)
 
 
 def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -244,7 +219,6 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, nh, S, hs)
-            q = q.contiguous()  # from `few_rows` it need not be, and fused kernels want it
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -277,7 +251,7 @@ class NdLinear(nn.Module):
         super().__init__()
         if len(d) != len(h) or not d:
             raise ValueError(f"NdLinear needs as many modes out as in, not {tuple(d)} -> {tuple(h)}")
-        self.modes = nn.ModuleList(nn.Linear(d_i, h_i, bias=bias) for d_i, h_i in zip(d, h))
+        self.modes = nn.ModuleList(Linear(d_i, h_i, bias=bias) for d_i, h_i in zip(d, h))
 
     def forward(self, x: Tensor) -> Tensor:
         for axis, linear in enumerate(self.modes, -len(self.modes)):

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import model
-from model import GPT, SIZES, GPTConfig, Linear, flash_attention, manual_attention, pad_vocab
+from model import GPT, SIZES, GPTConfig, flash_attention, manual_attention, pad_vocab
 
 ATTENTIONS = ("flash", "manual")
 
@@ -304,27 +303,6 @@ def test_from_weights_refuses_what_does_not_fit() -> None:
         GPT.from_weights(raw.config, weights | {"_orig_mod.x": torch.zeros(1)})
     with pytest.raises(ValueError, match="wpe"):
         GPT.from_weights(replace(raw.config, block_size=17), weights)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("n_out", [10, 16, 37])  # less than, as many as, and some more than the parts
-@pytest.mark.parametrize("cpu", ["AVX512", "AVX2", "DEFAULT"])
-@pytest.mark.parametrize("rows", [(0,), (1,), (2,), (32,), (33,), (3, 5), (4, 1)], ids=str)
-def test_a_few_rows_go_through_a_linear_map_in_another_way(
-    rows: tuple[int, ...], cpu: str, n_out: int, bias: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model, "CPU", cpu)
-    monkeypatch.setattr(model, "LARGE", 0)
-    linear = Linear(6, n_out, bias=bias).double()
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(*rows, 6, generator=generator, dtype=torch.float64)
-    expected = x @ linear.weight.T + (linear.bias if bias else 0)
-    with torch.no_grad():
-        torch.testing.assert_close(linear(x), expected, rtol=0, atol=1e-14)
-        transposed = x.transpose(0, -1).contiguous().transpose(0, -1)  # as it comes from such a map
-        torch.testing.assert_close(linear(transposed), expected, rtol=0, atol=1e-14)
-    torch.testing.assert_close(linear(x), expected, rtol=0, atol=1e-14)  # and where gradients are wanted
-    assert linear(x).requires_grad
 
 
 # -----------------------------------------------------------------------------

@@ -80,6 +80,68 @@ def test_tokens_read_in_chunks_are_the_same(
     assert tokens_of(raw, prompts, 30, stop=stop) == stopped
 
 
+def ways(raw: GPT) -> set[str]:
+    """How the linear maps of a model multiply few rows: names of functions of sampling.py, "usual"."""
+    linears = [m for m in raw.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) == 4 * raw.config.n_layer + 1
+    return {m.few.func.__name__ if m.few else "usual" for m in linears}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("n_out", [16, 48, 320])
+@pytest.mark.parametrize("rows", [(1,), (2,), (8,), (64,), (3, 5), (1, 1), (4, 1)], ids=str)
+@pytest.mark.parametrize("way", ["packed_product", "product_in_parts"])
+def test_quick_products_are_products(way: str, rows: tuple[int, ...], n_out: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, W = torch.randn(*rows, 24, generator=generator), torch.randn(n_out, 24, generator=generator)
+    b = torch.randn(n_out, generator=generator) if bias else None
+    expected = x.double() @ W.double().T + (0 if b is None else b.double())
+    if way == "packed_product" and "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("oneDNN's order is for processors with AVX")
+    arranged = torch.ops.mkldnn._reorder_linear_weight(W, 8) if way == "packed_product" else W
+    for given in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
+        # 24 products of order 1, each rounded to 2^-24
+        found = getattr(sampling, way)(given, arranged, b)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 65])
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512", "DEFAULT"])
+def test_sampling_with_quick_products(
+    instructions: str, n_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are taken for as long as the sampling goes on, from the weights as they are when it begins."""
+    if "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("oneDNN's order is for processors with AVX")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    quick = {("AVX2", 1): "product_in_parts", ("AVX2", 2): "packed_product", ("AVX512", 2): "packed_product"}
+    raw = rough_model(vocab_size=64)
+    prompts = [random_ids(1 + n % 7, seed=n).tolist() for n in range(n_rows)]
+    for large in (2**30, 0):
+        monkeypatch.setattr(sampling, "LARGE", large)
+        for _ in range(2):
+            expected = [uncached(raw, p, 20, seed) for seed, p in enumerate(prompts)]
+            steps = generate(raw, prompts, 20)
+            tokens = [next(steps)]
+            assert ways(raw) == {quick.get((instructions, n_rows), "usual") if large == 0 else "usual"}
+            tokens += steps
+            assert [list(row) for row in zip(*tokens)] == expected
+            assert ways(raw) == {"usual"} and not any("few" in vars(m) for m in raw.modules())
+            with torch.no_grad():
+                raw.lm_head.weight.neg_()  # and of all blocks' work with it
+    steps = generate(raw, prompts, 20)
+    next(steps)
+    del steps  # given up half way
+    assert ways(raw) == {"usual"}
+    with torch.autocast("cpu", torch.bfloat16):
+        steps = generate(raw, prompts, 20)
+        next(steps)
+        assert ways(raw) == {"usual"}  # where products are made in bf16
+    in_doubles = generate(raw.double(), prompts, 20)
+    next(in_doubles)
+    assert ways(raw) == {"usual"}
+
+
 # the caches of work that is recorded, and of work that is compiled on a CPU
 COMPILED = {"static": dict(static=True), "compiled": dict(compiled=True)}
 
@@ -392,8 +454,9 @@ def test_pick_token_applies_the_temperature_before_top_p() -> None:
 
 def test_pick_token_takes_each_row_by_itself() -> None:
     logits = torch.stack([PROBS.log(), PROBS.flip(0).log()])
-    assert pick_token(logits, torch.tensor([0.49, 0.49]), 1.0, 0, 1.0).tolist() == [1, 2]
-    assert pick_token(logits, torch.tensor([0.99, 0.01]), 1.0, 0, 1.0).tolist() == [0, 2]
+    for top_k, ends in ((0, [3, 0]), (3, [2, 2])):  # in the order of the ids; the likeliest first
+        assert pick_token(logits, torch.tensor([0.49, 0.49]), 1.0, top_k, 1.0).tolist() == [1, 2]
+        assert pick_token(logits, torch.tensor([0.99, 0.01]), 1.0, top_k, 1.0).tolist() == ends
     assert pick_token(logits, torch.tensor([0.49, 0.99]), 0, 0, 1.0).tolist() == [1, 2]
 
 
@@ -416,7 +479,7 @@ def test_pick_token_at_the_ends_of_the_draw_and_of_float() -> None:
         if temperature < 1e-3:
             assert torch.equal(ids, logits.argmax(-1))
     even = pick_token(torch.tensor([[1.0, 2.0]]).expand(2, 2), torch.tensor([0.4, 0.6]), 1e30, 0, 1.0)
-    assert even.tolist() == [1, 0]
+    assert even.tolist() == [0, 1]
 
 
 # -----------------------------------------------------------------------------
