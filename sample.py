@@ -40,7 +40,7 @@ class Config:
     prompt_file: str = ""  # instead: the text of a file
     chat: bool = False  # a conversation instead: every line is a prompt in the template of sft.py
     turns: int = 8  # of a conversation that the model sees; 0 suits one that learned from single questions
-    n_samples: int = 1  # continuations, drawn together; more than one are printed one after another
+    n_samples: int = 1  # continuations, printed in turn; several are drawn together (CPU: twice the memory)
     max_new_tokens: int = 256  # length of each, tokens; end-of-text ends one sooner
     temperature: float = 0.8  # 0: always the most likely token; 1: the model's own probabilities
     top_k: int = 50  # choose among the k most likely tokens; 0: all
