@@ -220,12 +220,12 @@ def test_stopped_by_signals_equals_never_stopped(text: Path, tmp_path: Path, uni
 
 
 # -----------------------------------------------------------------------------
-# The real script on two processes
+# The real script on several processes
 
 
-def torchrun(args: list[str]) -> str:
-    """Run a training command on two processes."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def torchrun(args: list[str], n_processes: int = 2) -> str:
+    """Run a training command on several processes."""
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_processes}"]
     return run([args[0], *launch, *args[1:]])
 
 
@@ -262,6 +262,20 @@ def test_two_processes_equal_one(cfg: Config, text: Path, tmp_path: Path) -> Non
     assert min(losses(moved)) == 10
     close(moved, one, range(10, 21), 1e-5)
     assert sampled(moved, 10) == sampled(one, 10)
+
+
+def test_three_processes_resumed_equal_uninterrupted_bit_for_bit(text: Path, tmp_path: Path) -> None:
+    """Three, because the sum of two has one order only: here DDP's groups of gradients decide about bits."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    settings = dict(total_batch_size=384, max_steps=10, save_every=4, keep=9)
+    torchrun(command(text, whole, **settings), 3)
+    resumed.mkdir()
+    shutil.copy(whole / "ckpt_000004.pt", resumed)
+    torchrun(command(text, resumed, **settings), 3)
+    got, expected = read_log(resumed), read_log(whole)
+    assert got == {(step, name): value for (step, name), value in expected.items() if step >= 4}
+    assert {(step, "train") for step in range(4, 10)} < got.keys()
+    assert final_bits(resumed) == final_bits(whole)
 
 
 # -----------------------------------------------------------------------------
