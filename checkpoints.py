@@ -13,7 +13,7 @@ import torch.distributed
 from safetensors import SafetensorError
 
 from data import get_tokenizer
-from files import one_line, written_whole
+from files import one_line, require_space, written_whole
 from hf import from_hf
 from lora import apply_adapter, read_adapter_config
 from model import GPT, GPTConfig
@@ -46,10 +46,24 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
-    """Write folder/ckpt_<step>.pt, then remove all but the `keep` newest. For rank 0 only."""
-    write_checkpoint(Path(folder) / f"ckpt_{state['step']:06d}.pt", state)
-    for old in list_checkpoints(folder)[max(1, keep) :]:
+    """Write folder/ckpt_<step>.pt, then remove all before it but `keep` with it. For rank 0 only.
+
+    One of a later step stays and does not count: if it is there, it could not be read.
+    """
+    path = Path(folder) / f"ckpt_{state['step']:06d}.pt"
+    write_checkpoint(path, state)
+    checkpoints = list_checkpoints(folder)
+    for old in checkpoints[checkpoints.index(path) :][max(1, keep) :]:
         old.unlink()
+
+
+def require_checkpoint_space(folder: Path, n_params: int, keep: int, n_best: int = 0) -> None:
+    """SystemExit unless the disk has room for `keep` checkpoints of fp32 weights and two moments, `n_best`
+    copies of the best and one being written; what is there already counts.
+    """
+    there = [*list_checkpoints(folder)[:keep], *folder.glob("best.pt")]
+    n_bytes = (keep + n_best + 1) * 12 * n_params - sum(path.stat().st_size for path in there)
+    require_space(folder, n_bytes, f"keeping {keep} checkpoints{' and the best' * n_best}, and writing one,")
 
 
 def save_in_background(pool: ThreadPoolExecutor, folder: Path, state: dict[str, Any], keep: int) -> Future:
@@ -149,6 +163,13 @@ def find_resume(folder: Path, resume: str, dist: Dist, say: Callable[[str], None
     return state
 
 
+def without_tensors(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A checkpoint less its weights and moments, which need not stay in memory once the model has them."""
+    return state and {
+        key: value for key, value in state.items() if key not in ("model", "optimizers", "adapters")
+    }
+
+
 def refuse_own_folder(out_dir: str, checkpoint: str) -> None:
     """SystemExit if a run would write where the checkpoint it starts from lies."""
     start = Path(checkpoint).resolve()
@@ -184,7 +205,13 @@ def load_with_adapter(folder: Path, say: Callable[[str], None]) -> tuple[GPT, ti
         ours = ours or (Path(base) / "adapter_config.json").is_file()
         raw, tokenizer = load_model(base if ours else "", "" if ours else base, say)
         raw = apply_adapter(raw, folder)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        SafetensorError,
+        RecursionError,
+    ) as error:  # the base may be itself
         raise SystemExit(f"cannot use the adapter in {folder}: {one_line(error)}") from error
     say(f"{folder}: an adapter for {base}")
     return raw, tokenizer

@@ -27,6 +27,7 @@ from files import one_line, written_whole
 EOT = "<|endoftext|>"  # begins every document; in a text file, a line of its own between documents
 LLMC_MAGIC, LLMC_HEADER = 20240520, 1024  # .bin: 256 int32 (magic, version 1, token count, …), then uint16
 MANIFEST = "manifest.json"
+REMEDY = "restore it, or remove the folder and run fineweb.py again"  # for a shard that is missing or foreign
 TINY_SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 
 # -----------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def check_shards(folder: str | Path, n_tokens: int) -> None:
         )
     listed = {s["file"]: (s["n_tokens"], s["crc32"]) for s in manifest["shards"]} if manifest else {}
     for name in listed.keys() - {shard.path.name for shard in shards}:
-        raise SystemExit(f"{folder / name} is missing: {MANIFEST} lists it")
+        raise SystemExit(f"{folder / name} is missing, and {MANIFEST} lists it: {REMEDY}")
 
     notes = folder / "checked.json"
     try:
@@ -213,9 +214,7 @@ def check_shards(folder: str | Path, n_tokens: int) -> None:
                 f"{shard.path} holds the id {largest}, but the tokenizer has only {n_tokens} ids"
             )
         if manifest and listed.get(shard.path.name) != (shard.n_tokens, crc):
-            raise SystemExit(
-                f"{shard.path} is not the shard that {MANIFEST} describes: remove it and run fineweb.py again"
-            )
+            raise SystemExit(f"{shard.path} is not the shard that {MANIFEST} describes: {REMEDY}")
         known[shard.path.name] = [*stamps[shard.path], crc, largest]
     if unread and os.access(folder, os.W_OK):
         with contextlib.suppress(SystemExit), written_whole(notes) as temporary:  # the disk may be full
@@ -288,9 +287,9 @@ class Windows:
         self.ends = np.cumsum([max(0, shard.n_tokens - 1) // T for shard in shards], dtype=np.int64)
         self.files: dict[int, object] = {}  # open files, by shard
         if not len(self):
-            tokens = sum(shard.n_tokens for shard in shards)
+            longest = max(shards, key=lambda shard: shard.n_tokens)
             raise SystemExit(
-                f"{shards[0].path} has {tokens} tokens, fewer than one window of T + 1 = {T + 1}"
+                f"{longest.path} has {longest.n_tokens} tokens, fewer than one window of T + 1 = {T + 1}"
             )
 
     def __len__(self) -> int:

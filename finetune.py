@@ -20,11 +20,13 @@ from checkpoints import (
     find_resume,
     load_model,
     refuse_own_folder,
+    require_checkpoint_space,
     save_checkpoint,
+    without_tensors,
     write_checkpoint,
 )
 from data import permute, prompt_text, step_windows
-from files import make_folder, one_line, require_space
+from files import make_folder, one_line
 from lora import add_lora, fingerprint, load_lora, lora_weights, merged_weights, save_adapter
 from model import GPT
 from optimizers import keep_zeros, load_moments, make_optimizers, zero_masks
@@ -380,10 +382,9 @@ def open_run(cfg: Any, stage: str, stages: tuple[str, ...], dist: Dist, say: Say
     if dist.world_size > 1:
         model = DistributedDataParallel(model)
     if dist.rank == 0:
-        n_bytes = (cfg.keep + 2) * 12 * raw.n_params()  # fp32 weights and two moments; one more for best.pt
-        require_space(out_dir, n_bytes, f"keeping {cfg.keep} checkpoints and the best, and writing one")
+        require_checkpoint_space(out_dir, raw.n_params(), cfg.keep, n_best=1)
     amp = autocast(pick_precision(cfg.precision, dist.device), dist.device)
-    return Run(raw, model, tokenizer, optimizers, state, base, amp, compiled)
+    return Run(raw, model, tokenizer, optimizers, without_tensors(state), base, amp, compiled)
 
 
 def save(cfg: Any, stage: str, run: Run, best: bool, **facts: Any) -> None:

@@ -381,7 +381,7 @@ def evaluate(
             bar.update(len(batch))
     slots = [np.zeros(0, dtype=np.int64), *(p.slot for _, batch in mine for p in batch)]
     n_sums = N_ENDINGS * len(questions.label)
-    sums = np.bincount(np.concatenate(slots), torch.cat(found).double().cpu().numpy(), n_sums)
+    sums = np.bincount(np.concatenate(slots), torch.cat(found).cpu().double().numpy(), n_sums)
     # every sum is one rank's and zero on the others, so adding them up is exact
     sums = total(torch.from_numpy(sums), dist).cpu().numpy()
     return grade(questions, sums.reshape(-1, N_ENDINGS))

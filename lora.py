@@ -145,6 +145,9 @@ def apply_adapter(raw: GPT, folder: Path) -> GPT:
             f"{config['base_model_name_or_path']} has other weights now than those it was trained on; give "
             "the checkpoint file that has them as base_model_name_or_path in adapter_config.json"
         )
+    found = {tuple(w.shape[:1]) for name, w in weights.items() if name.endswith("lora_A.weight")}
+    if found != {(config["r"],)}:  # before anything of that size is allocated
+        raise ValueError(f"adapter_config.json has r={config['r']}, which is not the size of its matrices")
     add_lora(raw, config["r"], config["lora_alpha"])
     load_lora(raw, {name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): w for name, w in weights.items()})
     return merged(raw)

@@ -106,7 +106,7 @@ class Linear(nn.Linear):
     few: Callable[[Tensor], Tensor] | None = None  # see `sampling.quick_products`
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.few is None or x.numel() > FEW * x.size(-1):
+        if self.few is None or torch.is_grad_enabled() or x.numel() > FEW * x.size(-1):
             return super().forward(x)
         return self.few(x)
 
@@ -423,7 +423,11 @@ class GPT(nn.Module):
         with torch.device("meta"):  # nothing is allocated before the shapes have been checked
             raw = cls(config)
         expected = {name: tuple(p.shape) for name, p in raw.state_dict().items()}
-        found = {name: tuple(p.shape) for name, p in weights.items() if isinstance(p, Tensor)}
+        usable = {name: isinstance(p, Tensor) and p.is_floating_point() for name, p in weights.items()}
+        usable = {name: fits and weights[name].layout == torch.strided for name, fits in usable.items()}
+        found = {
+            name: tuple(weights[name].shape) if fits else "of no floats" for name, fits in usable.items()
+        }
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise ValueError(

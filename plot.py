@@ -8,6 +8,7 @@ GPT-2 and GPT-3 124M are drawn beside runs with the GPT-2 tokenizer: a loss per 
 HellaSwag, cannot be compared with theirs. Chance is 25 %.
 """
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,11 +52,17 @@ def read_log(path: str | Path) -> tuple[Curves, dict[str, str]]:
         ) from error
     points: dict[str, dict[int, float]] = {}
     constants: dict[str, str] = {}
+    reached = -1
     for line in lines:
         if re.match("# (code|torch|data|checkpoint)=", line):
             constants |= dict(re.findall(r"(\w+)='?([^\s']*)", line))
         elif match := re.fullmatch(r"(\d+) (\w+) (\S+)", line):
-            points.setdefault(match[2], {})[int(match[1])] = float(match[3])
+            step, name = int(match[1]), match[2]
+            if name == "train" and step <= reached:  # begun again, there: what came after was another run
+                points = {n: {s: v for s, v in c.items() if s <= step} for n, c in points.items()}
+            reached = step if name == "train" else reached
+            with contextlib.suppress(ValueError):  # torn in the middle of its number
+                points.setdefault(name, {})[step] = float(match[3])
     if not points:
         raise SystemExit(f"{path} holds no lines of the form `step name value`")
     curves = {name: tuple(map(np.array, zip(*sorted(values.items())))) for name, values in points.items()}
@@ -87,6 +94,7 @@ def draw(
     )
     plt.rcParams.update({"grid.alpha": 0.25, "legend.frameon": False, "lines.linewidth": 2})
     logged = [constants for _, _, constants in runs]
+    theirs = not any(c.get("hella_data") for c in logged)  # HellaSwag's own rows
     comparable = all(c.get("tokenizer") == "gpt2" and "checkpoint" not in c for c in logged)  # pretraining
     unit = ""
     for tokenizer, name in (("gpt2", "token"), ("bytes", "byte")):
@@ -96,25 +104,28 @@ def draw(
     def place(steps: np.ndarray, curves: Curves, constants: dict[str, str]) -> np.ndarray:
         if x == "seconds" and "seconds" not in curves:
             raise SystemExit("a log that tells no seconds, of an older run: take --x=steps or --x=tokens")
-        if x == "seconds":
-            return np.interp(steps, *curves["seconds"])
+        if x != "steps" and x in curves:
+            return np.interp(steps, *curves[x])
         if x == "tokens" and "total_batch_size" not in constants:
             raise SystemExit("a log that tells no tokens a step, of fine-tuning: take --x=steps")
         return steps * int(constants["total_batch_size"]) if x == "tokens" else steps
 
     paths = []
     for title, name, file in (("Loss", "val", "Loss.png"), ("HellaSwag", "hella", "Hellaswag.png")):
-        drawn = [run for run in runs if name in run[1]]
+        drawn = [(number, *run) for number, run in enumerate(runs) if name in run[1]]
         if not drawn:
             continue
         figure, axes = plt.subplots(figsize=(8, 5))
-        for number, (label, curves, constants) in enumerate(drawn):
+        for number, label, curves, constants in drawn:
             steps, values = curves[name]
             what = f"{label}, validation" if name == "val" else label
             style = dict(color=f"C{number}", marker="o", markersize=4)
             axes.plot(place(steps, curves, constants), values, **style, label=what)
             if name == "val" and "train" in curves:
                 steps, values = smoothed(*curves["train"], smooth)
+                if x in curves:  # known up to the last validation
+                    known = steps <= curves[x][0][-1]
+                    steps, values = steps[known], values[known]
                 style = dict(color=f"C{number}", alpha=0.45, linewidth=1.2, zorder=1)
                 axes.plot(place(steps, curves, constants), values, **style, label=f"{label}, training")
         if name == "val":
@@ -124,15 +135,18 @@ def draw(
                     GPT2_LOSS, color="0.3", linestyle="--", linewidth=1.2, label=f"GPT-2 124M, {GPT2_LOSS}"
                 )
             # the untrained loss, near ln(vocabulary), would press the rest of the curve flat
-            losses = [curves["val"][1] for _, curves, _ in drawn]
+            losses = [curves["val"][1] for _, _, curves, _ in drawn]
             shown = np.concatenate([values[1:] if len(values) > 1 else values for values in losses])
-            trained = [smoothed(*curves["train"], smooth)[1] for _, curves, _ in drawn if "train" in curves]
+            trained = [smoothed(*curves["train"], smooth)[1] for *_, curves, _ in drawn if "train" in curves]
             shown, lowest = (x[np.isfinite(x)] for x in (shown, np.concatenate([shown, *trained])))
             if len(shown):
-                axes.set_ylim(bottom=0.9 * lowest.min(), top=1.15 * shown.max())
+                low, high = lowest.min(), shown.max()
+                axes.set_ylim(bottom=low - 0.1 * abs(low), top=high + 0.15 * abs(high))
         else:
             axes.set_ylabel("HellaSwag accuracy, acc_norm")
-            for (reference, accuracy), style in zip(HELLASWAG.items() if comparable else [], ("--", "-.")):
+            for (reference, accuracy), style in zip(
+                HELLASWAG.items() if comparable and theirs else [], ("--", "-.")
+            ):
                 axes.axhline(
                     accuracy, color="0.3", linestyle=style, linewidth=1.2, label=f"{reference}, {accuracy}"
                 )

@@ -285,6 +285,8 @@ def main(cfg: Config) -> None:
     path = out_dir / f"ckpt_{step:06d}.pt"
     if others := [other.name for other in list_checkpoints(out_dir) if other != path]:
         raise SystemExit(f"{out_dir} holds other checkpoints ({', '.join(others)}): choose another --out_dir")
+    if path.exists() and (out_dir / "log.txt").exists():
+        raise SystemExit(f"{out_dir} holds a run of its own: choose another --out_dir")
     raw, tokenizer = load_model(cfg.checkpoint, cfg.hf)
     check(cfg, raw)
     if cfg.sparse_kernels and dist.device.type != "cuda":

@@ -177,7 +177,14 @@ def main(cfg: Config) -> None:
     if len(prompt) > raw.config.block_size:
         say(f"the prompt has {len(prompt)} tokens; the model sees the last {raw.config.block_size}")
     t0 = time.perf_counter()
-    n_steps = -1  # the last piece is only what the decoders held back
+    n_drawn = 0
+
+    def counted(steps: Iterator[list[int | None]]) -> Iterator[list[int | None]]:
+        nonlocal n_drawn
+        for step in steps:
+            n_drawn += sum(token is not None for token in step)
+            yield step
+
     with amp:
         tokens = generate(
             raw,
@@ -192,15 +199,14 @@ def main(cfg: Config) -> None:
         )
         print(text, end="", flush=True)
         waiting = [""] * cfg.n_samples  # the first sample streams, the others are drawn beside it
-        for pieces in stream(tokens, tokenizer, cfg.n_samples):
+        for pieces in stream(counted(tokens), tokenizer, cfg.n_samples):
             print(pieces[0], end="", flush=True)
             waiting = [old + new for old, new in zip(waiting, pieces)]
-            n_steps += 1
     print()
     for sample in waiting[1:]:
         print(f"---\n{text}{sample}")
     seconds = time.perf_counter() - t0
-    say(f"{n_steps} tokens each in {seconds:.1f} s: {n_steps * cfg.n_samples / seconds:,.0f} tokens/s")
+    say(f"{n_drawn:,} tokens in {seconds:.1f} s: {n_drawn / seconds:,.0f} tokens/s")
 
 
 if __name__ == "__main__":

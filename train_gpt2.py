@@ -25,9 +25,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoints import differences, find_resume, load_model, save_in_background
+from checkpoints import (
+    differences,
+    find_resume,
+    load_model,
+    require_checkpoint_space,
+    save_in_background,
+    without_tensors,
+)
 from data import Windows, check_shards, get_tokenizer, open_data, prefetch, require_data, step_windows
-from files import make_folder, require_space
+from files import make_folder
 from hellaswag import Questions, evaluate, find_rows, prepare, read_rows
 from model import GPT, SIZES, GPTConfig, pad_vocab
 from optimizers import keep_zeros, load_moments, make_optimizers, zero_masks
@@ -45,6 +52,7 @@ from training import (
     cleanup,
     cosine_lr,
     count_bad,
+    exact_kernels,
     fit_micro_batch,
     parse,
     peak_flops,
@@ -258,10 +266,12 @@ def pick_rows(
 
     def run(rows: int) -> None:
         idx = torch.zeros(rows, cfg.T, dtype=torch.int64, device=dist.device)
-        with amp:
+        with exact_kernels(), amp:
             raw(idx, idx)[1].backward()
 
-    rows = fit_micro_batch(run, sizes, raw.n_params(), dist.device)
+    # what is not there yet: AdamW's moments, unless they were loaded, and DDP's copy of the gradients
+    coming = raw.n_params() * ((0 if state else 8) + (4 if dist.world_size > 1 else 0))
+    rows = fit_micro_batch(run, sizes, coming, dist.device)
     raw.zero_grad()
     if dist.world_size > 1:  # the fullest GPU decides for all
         fewest = torch.tensor(rows, device=dist.device)
@@ -372,9 +382,8 @@ def slow_on_cpu(cfg: Config, raw: GPT) -> str:
     )
 
 
-def table(cfg: Config, raw: GPT, step: int, scores: dict[str, float], seconds: float) -> str:
+def table(cfg: Config, raw: GPT, n_tokens: int, scores: dict[str, float], seconds: float) -> str:
     """This run, beside GPT-2 124M and GPT-3 124M where they can be compared, as text."""
-    n_tokens = step * cfg.total_batch_size
     speed = f"{n_tokens / seconds:,.0f}"
     val, hella = (f"{scores[name]:.4f}" if name in scores else "-" for name in ("val", "hella"))
     size, hours = f"{raw.n_params():,}", f"{seconds / 3600:.2f}"
@@ -410,10 +419,10 @@ def main(cfg: Config) -> None:
     log = Log(out_dir, dist)
     state = find_resume(out_dir, cfg.resume, dist, log.note)
     raw, optimizers = build(cfg, tokenizer.n_vocab, state, dist, log.note)
+    state = without_tensors(state)
     questions = load_questions(cfg, tokenizer, dist, log.note)
     if dist.rank == 0:
-        n_bytes = (cfg.keep + 1) * 12 * raw.n_params()  # fp32 weights and two moments
-        require_space(out_dir, n_bytes, f"keeping {cfg.keep} checkpoints and writing one")
+        require_checkpoint_space(out_dir, raw.n_params(), cfg.keep)
 
     # the training forward is compiled and wrapped as `model`; everything else uses `raw`
     precision = pick_precision(cfg.precision, dist.device)
@@ -467,6 +476,7 @@ def main(cfg: Config) -> None:
     if start > cfg.max_steps:
         raise SystemExit(f"the run in {out_dir} is at step {start} already, and max_steps={cfg.max_steps}")
     scores = state["scores"] if state else {}  # the latest
+    n_tokens = state.get("tokens", start * state["config"]["total_batch_size"]) if state else 0  # trained on
     began = time.perf_counter() - (state["seconds"] if state else 0)
     peak = peak_flops(dist.device)
     lr_at = learning_rate(cfg)
@@ -490,7 +500,7 @@ def main(cfg: Config) -> None:
             bad_steps, stopped = count_bad(bad_steps, out), stopped or out.stop
         if evaluating and not stopped:
             scores["val"] = validate(raw, val, cfg.val_tokens, B, amp, dist)
-            log.scalars(step, val=scores["val"], seconds=time.perf_counter() - began)
+            log.scalars(step, val=scores["val"], tokens=n_tokens, seconds=time.perf_counter() - began)
             log.note(f"step {step}: validation loss {scores['val']:.4f}")
             for text in samples(raw, cfg, step, amp) if dist.rank == 0 and cfg.n_samples else []:
                 log.note(f"  > {text}")
@@ -504,7 +514,8 @@ def main(cfg: Config) -> None:
         if writing and (writing.done() or saving or stopped):
             writing.result()  # one at a time; and a full disk ends the run
         if dist.rank == 0 and (saving or stopped and step > start):
-            facts = dict(step=step, scores=scores, seconds=seconds, B=B, world_size=dist.world_size)
+            facts = dict(step=step, tokens=n_tokens, scores=scores, seconds=seconds)
+            facts |= dict(B=B, world_size=dist.world_size)
             writing = save(writer, cfg, raw, optimizers, **facts)
         if last or stopped:
             break
@@ -514,13 +525,14 @@ def main(cfg: Config) -> None:
         micro_batches, lr, stop = split(next(batches)), lr_at(step), stop_requested()
         limits = dict(lr=lr, grad_clip=cfg.grad_clip, dist=dist, stop=stop)
         pending.append((step, lr, train_step(model, optimizers, micro_batches, loss_fn, **limits)))
+        n_tokens += cfg.total_batch_size
 
     if writing:
         writing.result()
     if stopped:
         log.note(f"stopped at step {step}; the same command continues")
     elif dist.rank == 0:
-        log.note(table(cfg, raw, step, scores, seconds))
+        log.note(table(cfg, raw, n_tokens, scores, seconds))
         if cfg.plot:
             draw([(out_dir.name, *read_log(out_dir))], out_dir)
     cleanup(dist)

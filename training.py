@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 MAX_BAD_STEPS = 10  # so many steps in a row without a finite gradient end the run
+SAME_STOP = 5.0  # seconds in which a second SIGTERM is taken for the first
 
 # -----------------------------------------------------------------------------
 # Command line
@@ -106,7 +108,11 @@ def check_recipe(config: object) -> None:
 
 
 def require_compiler(device: torch.device) -> None:
-    """SystemExit unless there is what torch.compile works with on a CPU."""
+    """SystemExit unless there is the compiler that torch.compile works with."""
+    if device.type == "cuda" and not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        raise SystemExit(
+            "compiling for CUDA needs a C compiler, and none was found: install gcc, or take --compile=False"
+        )
     if device.type == "cpu":
         from torch._inductor.cpp_builder import get_cpp_compiler  # a slow import
         from torch._inductor.exc import InvalidCxxCompiler
@@ -168,6 +174,11 @@ def setup(device: str, deterministic: bool) -> Dist:
             warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
             # not a pass over every new tensor
             torch.utils.deterministic.fill_uninitialized_memory = False
+            # compile the backward pass with the forward: left to autograd's own thread, as it is by default,
+            # PyTorch 2.13's compiler has forgotten there that it must not choose kernels by timing them
+            from torch._functorch import config as functorch
+
+            functorch.force_non_lazy_backward_lowering = True
     if world_size == 1:
         return Dist(0, 1, torch.device(device))
     if kind == "mps":
@@ -244,12 +255,12 @@ def attention_kernel(config: Any, B: int, T: int, amp: torch.autocast, device: t
     return f"{name} (slow: bf16 and a head size up to 256 would allow flash attention)" if slow else name
 
 
-def fit_micro_batch(run: Callable[[int], None], sizes: list[int], n_params: int, device: torch.device) -> int:
+def fit_micro_batch(run: Callable[[int], None], sizes: list[int], coming: int, device: torch.device) -> int:
     """The largest of `sizes` (rows) whose forward and backward pass, `run(rows)`, fits into a CUDA device's
     memory.
 
     Memory is a constant plus so much a row, so two small runs tell. Gradients stay behind: zero them.
-    `n_params` are added twice in fp32 for AdamW's moments.
+    `coming`: bytes that are to be had later.
     """
 
     def peak(rows: int) -> int:
@@ -265,7 +276,7 @@ def fit_micro_batch(run: Callable[[int], None], sizes: list[int], n_params: int,
         two = peak(2)
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
-        room = 0.9 * (free + torch.cuda.memory_allocated(device)) - 8 * n_params
+        room = 0.9 * (free + torch.cuda.memory_allocated(device)) - coming
         fitting = [rows for rows in sizes if one + (two - one) * (rows - 1) <= room]
     if not fitting:
         size = torch.cuda.get_device_properties(device).total_memory
@@ -431,12 +442,18 @@ def count_bad(bad_steps: int, out: StepResult) -> int:
 
 
 def stop_on_signals() -> Callable[[], bool]:
-    """Catch the first Ctrl-C or SIGTERM; the returned function says whether one came. A second one kills."""
+    """Catch the first Ctrl-C or SIGTERM; the returned function says whether one came. A second one kills,
+    but not a SIGTERM that comes at once: a launcher and a scheduler may both send the first.
+    """
     received = []
 
     def note(signum: int, frame: object) -> None:
-        received.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        received.append(time.monotonic())
+        if signum == signal.SIGINT:
+            signal.signal(signum, signal.SIG_DFL)
+        elif received[-1] - received[0] > SAME_STOP:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, note)
@@ -473,16 +490,24 @@ class Log:
         self.note(" ".join(f"{key}={value}" for key, value in facts.items() if value), quiet=True)
         self.note(" ".join(f"{key}={value!r}" for key, value in asdict(config).items()), quiet=True)
 
+    def write(self, lines: str) -> None:
+        """Append lines; SystemExit where the disk is full, say."""
+        try:
+            self.file.write(lines)
+        except OSError as error:
+            path, self.file = self.file.name, None
+            raise SystemExit(f"cannot write {path}: {error.strerror}; mend that and start again") from error
+
     def scalars(self, step: int, **values: float) -> None:
         """Write numbers with the nine digits that tell any two float32 apart."""
         if self.file:
-            self.file.write("".join(f"{step} {name} {value:.9g}\n" for name, value in values.items()))
+            self.write("".join(f"{step} {name} {value:.9g}\n" for name, value in values.items()))
 
     def note(self, text: str, quiet: bool = False) -> None:
         """Write a line behind `#`, and print it unless `quiet`; samples may hold control characters."""
         if self.file:
             lines = [re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", line) for line in text.splitlines()]
-            self.file.write("# " + "\\n".join(lines) + "\n")
+            self.write("# " + "\\n".join(lines) + "\n")
             if not quiet:
                 print("\n".join(lines), flush=True)
 

@@ -499,6 +499,10 @@ def test_shards_without_one_window(tmp_path: Path) -> None:
     np.save(tmp_path / "val_0.npy", tokens_of(64, 0))
     with pytest.raises(SystemExit, match=r"val_0.npy has 64 tokens, fewer than one window of T \+ 1 = 65"):
         Windows([open_shard(tmp_path / "val_0.npy")], 64)
+    np.save(tmp_path / "val_1.npy", tokens_of(60, 0))  # shards do not add up
+    shards = [open_shard(tmp_path / name) for name in ("val_1.npy", "val_0.npy")]
+    with pytest.raises(SystemExit, match=r"val_0.npy has 64 tokens, fewer than one"):
+        Windows(shards, 64)
 
 
 def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ import dpo
 from checkpoints import list_checkpoints, load_checkpoint, load_model, save_checkpoint
 from data import get_tokenizer
 from dpo import Config, Pair, Tokens, compare, log_probs, loss_at_zero, main, micro_batches, preference_loss
+from finetune import Example, Run
 from model import GPT, GPTConfig
-from training import Dist, parse
+from training import Dist, autocast, parse
 
 SCRIPT = Path(dpo.__file__)
 CPU = torch.device("cpu")
@@ -557,6 +558,29 @@ def test_another_start_has_another_reference(cfg: Config, tmp_path: Path) -> Non
     train(cfg, max_steps=1, checkpoint=str(write_start(tmp_path / "other", tiny(seed=1))))
     assert len(list(folder.glob("reference_*.npz"))) == 2
     assert column(folder, "preference")[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_other_tokens_or_another_precision_have_another_reference(
+    cfg: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the same ids stand behind one another, only divided otherwise."""
+    computed = []
+    monkeypatch.setattr(dpo, "reference_log_probs", lambda *args: computed.append(1) or np.zeros((1, 2)))
+    Path(cfg.out_dir).mkdir()
+    ids = np.arange(5)
+    pairs = [
+        Tokens(Example(ids[:cut], n_prompt), Example(ids[cut:], 1))
+        for cut, n_prompt in ((3, 1), (3, 2), (2, 1))
+    ]
+    amps = [
+        autocast("fp32", CPU),
+        *(torch.autocast("cpu", dtype) for dtype in (torch.bfloat16, torch.float16)),
+    ]
+    for amp in amps * 2:
+        run = Run(tiny(), tiny(), BYTES, [], None, "base", amp, False)
+        for pair in pairs:
+            dpo.add_reference(run, [[pair]], cfg, ALONE, print)
+    assert len(computed) == 9
 
 
 def test_a_wrong_reference_is_noticed(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,6 +266,11 @@ def test_packing_takes_every_example_once_and_no_bin_overflows() -> None:
     assert [len(row) for row in pack(full, 65)] == [1, 1, 1]
 
 
+def test_the_longest_is_packed_first_into_the_first_bin_with_room() -> None:
+    examples = [Example(np.zeros(n + 1, dtype=np.int64), 1) for n in (3, 4, 6, 7)]  # inputs
+    assert [[len(e.ids) - 1 for e in row] for row in pack(examples, 12)] == [[7, 4], [6, 3]]
+
+
 def test_a_packed_batch_by_hand() -> None:
     a, b = Example(np.array([1, 2, 3, 4]), 2), Example(np.array([5, 6, 7]), 1)
     batch = collate([[a, b], [b]], CPU)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from test_model import ATTENTIONS, random_ids, rough_model, shape  # noqa: F401
 
+from data import get_tokenizer
 from hf import from_hf, to_hf
 from model import GPT
 from sampling import generate
@@ -95,9 +96,9 @@ def test_greedy_generation_equals_hugging_face() -> None:
     assert prompt + ours == theirs[0].tolist()
 
 
-@pytest.mark.parametrize("edition", ["sharded", "hub", "half"])
+@pytest.mark.parametrize("edition", ["sharded", "hub", "half", "head"])
 def test_from_hf_reads_every_edition(edition: str, exported: Path, tmp_path: Path) -> None:
-    """In several parts; as OpenAI's weights are on the hub, bare names and mask buffers; in fp16."""
+    """In several parts; as OpenAI's on the hub, bare names and mask buffers; in fp16; with the tied head."""
     idx = random_ids(2, 9)
     hf = reference(HF_SHAPES[1])
     if edition == "half":
@@ -113,6 +114,8 @@ def test_from_hf_reads_every_edition(edition: str, exported: Path, tmp_path: Pat
         weights = load_file(folder / "model.safetensors")
         if edition == "half":
             weights = {name: tensor.half() for name, tensor in weights.items()}
+        elif edition == "head":
+            weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
         else:
             weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
             for layer in range(2):
@@ -143,6 +146,12 @@ def test_to_hf_is_read_by_transformers_without_the_padded_ids(tmp_path: Path) ->
         assert torch.equal(p, raw.state_dict()[name][: p.size(0)]), name
 
 
+def test_to_hf_names_the_end_of_text(tmp_path: Path) -> None:
+    to_hf(rough_model(n_tokens=257, vocab_size=320), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["bos_token_id"] == config["eos_token_id"] == get_tokenizer("bytes").eot_token == 256
+
+
 FOREIGN = [
     dict(model_type="gptj"),
     dict(activation_function="relu"),
@@ -165,6 +174,11 @@ def test_from_hf_refuses_a_model_that_is_built_otherwise(change: dict, exported:
 def test_from_hf_takes_n_inner_that_spells_out_the_default(exported: Path) -> None:
     edit_config(exported, n_inner=4 * 16)
     assert from_hf(str(exported)).config.n_embd == 16
+
+
+def test_from_hf_takes_the_context_from_n_positions(exported: Path) -> None:
+    edit_config(exported, n_ctx=64)
+    assert from_hf(str(exported)).config.block_size == 32
 
 
 def test_from_hf_refuses_weights_that_config_json_does_not_describe(exported: Path) -> None:

@@ -228,7 +228,7 @@ def refused(folder: Path, message: str) -> None:
         (dict(r=None), "has r=None"),
         (dict(lora_alpha="x"), "has lora_alpha='x'"),
         (dict(base_model_name_or_path=None), "has base_model_name_or_path=None"),
-        (dict(r=2), r"c_attn.lora_A has shape \(4, 16\) where the model has \(2, 16\)"),
+        (dict(r=2), "has r=2, which is not the size of its matrices"),
         (dict(use_dora=True), "has use_dora=True, which we do not have"),
         (dict(use_rslora=True), "has use_rslora=True"),
         (dict(rank_pattern={"c_fc": 2}), "has rank_pattern="),
@@ -268,6 +268,18 @@ def test_the_base_of_an_adapter_has_changed(tmp_path: Path) -> None:
     weights["transformer.ln_f.bias"][3] += 1
     save_adapter(tmp_path / "adapter", adapted(), base, fingerprint(weights))
     refused(tmp_path / "adapter", f"{base} has other weights now .* adapter_config.json")
+
+
+def test_an_adapter_asks_for_more_than_it_has_or_for_itself(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    save_adapter(folder, adapted(), write_base(tmp_path / "base"))
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for r in (10**13, 10**30):
+        path.write_text(json.dumps(config | dict(r=r)))
+        refused(folder, f"has r={r}, which is not the size")
+    path.write_text(json.dumps(config | dict(base_model_name_or_path=str(folder))))
+    refused(folder, "cannot use the adapter")
 
 
 def test_the_base_of_an_adapter_is_missing(tmp_path: Path) -> None:

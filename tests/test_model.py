@@ -299,8 +299,12 @@ def test_from_weights_refuses_what_does_not_fit() -> None:
     ):
         with pytest.raises(ValueError, match="h.1.mlp.c_fc.weight"):
             GPT.from_weights(raw.config, bad)
-    with pytest.raises(ValueError, match="_orig_mod.x"):
-        GPT.from_weights(raw.config, weights | {"_orig_mod.x": torch.zeros(1)})
+    for bad in (torch.zeros(1), 5):
+        with pytest.raises(ValueError, match="_orig_mod.x"):
+            GPT.from_weights(raw.config, weights | {"_orig_mod.x": bad})
+    for bad in (weights[name].to(torch.int8), weights[name].to_sparse(), [1.0]):
+        with pytest.raises(ValueError, match="h.1.mlp.c_fc.weight has shape of no floats"):
+            GPT.from_weights(raw.config, weights | {name: bad})
     with pytest.raises(ValueError, match="wpe"):
         GPT.from_weights(replace(raw.config, block_size=17), weights)
 

@@ -258,6 +258,11 @@ def test_an_adapter_is_pruned_with_its_base(cfg: Config, tmp_path: Path) -> None
 def test_other_checkpoints_are_not_hidden_or_hiding(cfg: Config) -> None:
     main(cfg)
     main(replace(cfg, ratio=0.25))  # the same one again is replaced
+    log = Path(cfg.out_dir) / "log.txt"
+    log.write_text("# of a run that is at the same step\n")
+    with pytest.raises(SystemExit, match="holds a run of its own"):
+        main(cfg)
+    log.unlink()
     (Path(cfg.out_dir) / "ckpt_000099.pt").write_bytes(b"of another run")
     with pytest.raises(SystemExit, match="ckpt_000099.pt"):
         main(cfg)

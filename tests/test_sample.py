@@ -150,6 +150,18 @@ def test_a_checkpoint_file_and_remarks_on_standard_error(tmp_path: Path, capsys:
     assert said(capsys, config(tmp_path)) == "abnew\n"
 
 
+def test_only_tokens_that_were_drawn_are_counted(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, speaker({}))
+    monkeypatch.setattr(
+        sample, "generate", lambda *args, **settings: iter([[97, EOT], [98, None], [99, None]])
+    )
+    main(config(tmp_path, prompt="", n_samples=2))
+    out, err = capsys.readouterr()
+    assert out == "abc\n---\n\n" and err.splitlines()[-1].startswith("4 tokens in")
+
+
 def test_empty_prompt_begins_a_document(tmp_path: Path, capsys: Capture) -> None:
     raw = speaker({1: b"nce"})
     with torch.no_grad():  # what comes first hangs on the token there: after end-of-text, and only then, an O

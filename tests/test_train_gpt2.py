@@ -405,7 +405,7 @@ def test_hellaswag_during_training(cfg: Config) -> None:
 def test_the_table_compares_what_can_be_compared() -> None:
     raw = GPT(GPTConfig(**TINY, n_tokens=257, vocab_size=320))
     scores = dict(val=3.25, hella=0.3)
-    shown = train_gpt2.table(Config(out_dir="mine"), raw, 10, scores, seconds=7200)
+    shown = train_gpt2.table(Config(out_dir="mine"), raw, 10 * 2**19, scores, seconds=7200)
     for part in (
         "mine",
         "3.2500",
@@ -556,6 +556,8 @@ def test_total_batch_size_may_change_at_resume(cfg: Config) -> None:
         folder = train(cfg, B=None, max_steps=4, out_dir=cfg.out_dir + name)
         train(cfg, B=B, max_steps=8, total_batch_size=6 * 16, out_dir=cfg.out_dir + name)
         runs.append(folder)
+        assert losses(folder, "tokens")[8] == load_checkpoint(list_checkpoints(folder)[0])["tokens"]
+        assert losses(folder, "tokens")[8] == 4 * 4 * 16 + 4 * 6 * 16
     close(*runs, range(4, 9), 1e-5)
 
 
@@ -792,10 +794,15 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 @pytest.mark.gpu
 @needs_cuda
-def test_compiled_on_cuda_killed_and_resumed_is_exact(text: Path, tmp_path: Path) -> None:
+def test_compiled_on_cuda_killed_and_resumed_is_exact(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = dict(device="cuda", compile=True, T=128, B=2, total_batch_size=1024, n_samples=2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert "compiled" in run(command(text, whole, **settings))
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor")
+    )  # compiled anew, as on another node
     args = command(text, killed, **settings)
     for n in (7, 23):
         process = subprocess.Popen(args, env=environment(), stdout=subprocess.DEVNULL)

@@ -39,6 +39,7 @@ from checkpoints import (
     list_checkpoints,
     load_checkpoint,
     open_checkpoint,
+    require_checkpoint_space,
     save_checkpoint,
     save_in_background,
 )
@@ -213,7 +214,8 @@ def test_cuda_where_there_is_none() -> None:
         setup("cuda", deterministic=True)
 
 
-def test_first_signal_asks_to_stop_and_the_second_kills() -> None:
+def test_first_signal_asks_to_stop_and_the_second_kills(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = []
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         for signum in before:
@@ -221,7 +223,15 @@ def test_first_signal_asks_to_stop_and_the_second_kills() -> None:
             assert not requested()
             os.kill(os.getpid(), signum)
             assert requested()
-            assert signal.getsignal(signum) == signal.SIG_DFL
+            if signum == signal.SIGINT:
+                assert signal.getsignal(signum) == signal.SIG_DFL
+            os.kill(os.getpid(), signal.SIGTERM)  # at once: a launcher's and a scheduler's are one
+        monkeypatch.setattr(training, "SAME_STOP", 0.0)
+        monkeypatch.setattr(
+            os, "kill", lambda *args: killed.append((signal.getsignal(signal.SIGTERM), *args))
+        )
+        signal.raise_signal(signal.SIGTERM)
+        assert killed == [(signal.SIG_DFL, os.getpid(), signal.SIGTERM)]
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -1018,6 +1028,42 @@ def test_space_is_required(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert str(tmp_path) in str(error.value)
 
 
+def test_space_for_checkpoints_counts_those_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    for name, n_bytes in (
+        ("ckpt_000001.pt", 70),
+        ("ckpt_000002.pt", 50),
+        ("ckpt_000003.pt", 40),
+        ("best.pt", 9),
+    ):
+        (tmp_path / name).write_bytes(bytes(n_bytes))
+    for n_best, needed in ((0, 3 * 12 * 10 - 50 - 40 - 9), (1, 4 * 12 * 10 - 50 - 40 - 9)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, n=needed: usage(10**12, 0, n))
+        require_checkpoint_space(tmp_path, 10, keep=2, n_best=n_best)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, n=needed: usage(10**12, 0, n - 1))
+        with pytest.raises(SystemExit, match="keeping 2 checkpoints"):
+            require_checkpoint_space(tmp_path, 10, keep=2, n_best=n_best)
+
+
+def test_a_checkpoint_is_not_removed_for_a_later_one_that_cannot_be_read(tmp_path: Path) -> None:
+    for step in (8, 16):
+        save_checkpoint(tmp_path, checkpoint(step), keep=2)
+    (tmp_path / "ckpt_000016.pt").write_bytes(b"half")
+    save_checkpoint(tmp_path, checkpoint(9), keep=1)
+    assert sorted(os.listdir(tmp_path)) == ["ckpt_000009.pt", "ckpt_000016.pt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_a_log_on_a_full_disk_ends_with_a_line(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    for write in (lambda log: log.scalars(1, train=2.0), lambda log: log.note("a note", quiet=True)):
+        log = Log(tmp_path, ALONE)
+        with pytest.raises(SystemExit, match="cannot write .*log.txt: No space left on device"):
+            write(log)
+
+
 def test_written_whole_flushes_before_it_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
@@ -1094,6 +1140,12 @@ def test_no_compiler_is_said_where_one_is_needed(monkeypatch: pytest.MonkeyPatch
         raise exc.InvalidCxxCompiler
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
-    require_compiler(torch.device("cuda"))
+    require_compiler(torch.device("mps"))
     with pytest.raises(SystemExit, match="needs a C\\+\\+ compiler.*--compile=False"):
         require_compiler(torch.device("cpu"))
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setenv("PATH", "")
+    require_compiler(torch.device("cuda"))
+    monkeypatch.delenv("CC")
+    with pytest.raises(SystemExit, match="needs a C compiler.*--compile=False"):
+        require_compiler(torch.device("cuda"))
