@@ -205,13 +205,9 @@ def load_with_adapter(folder: Path, say: Callable[[str], None]) -> tuple[GPT, ti
         ours = ours or (Path(base) / "adapter_config.json").is_file()
         raw, tokenizer = load_model(base if ours else "", "" if ours else base, say)
         raw = apply_adapter(raw, folder)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        SafetensorError,
-        RecursionError,
-    ) as error:  # the base may be itself
+    except RecursionError as error:
+        raise SystemExit(f"the adapter in {folder} is its own base") from error
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise SystemExit(f"cannot use the adapter in {folder}: {one_line(error)}") from error
     say(f"{folder}: an adapter for {base}")
     return raw, tokenizer

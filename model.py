@@ -423,11 +423,12 @@ class GPT(nn.Module):
         with torch.device("meta"):  # nothing is allocated before the shapes have been checked
             raw = cls(config)
         expected = {name: tuple(p.shape) for name, p in raw.state_dict().items()}
-        usable = {name: isinstance(p, Tensor) and p.is_floating_point() for name, p in weights.items()}
-        usable = {name: fits and weights[name].layout == torch.strided for name, fits in usable.items()}
-        found = {
-            name: tuple(weights[name].shape) if fits else "of no floats" for name, fits in usable.items()
-        }
+
+        def shape(p: Any) -> tuple[int, ...] | str:
+            floats = isinstance(p, Tensor) and p.is_floating_point() and p.layout == torch.strided
+            return tuple(p.shape) if floats else "of no floats"
+
+        found = {name: shape(p) for name, p in weights.items()}
         for name in sorted(expected.keys() | found.keys()):
             if expected.get(name) != found.get(name):
                 raise ValueError(

@@ -37,15 +37,11 @@ def quick_products(raw: GPT, n_rows: int) -> Iterator[None]:
     On two cores with AVX2, for all maps of gpt2: one row 24 ms instead of 38, eight 32 instead of 85.
     """
     instructions = torch.backends.cpu.get_cpu_capability()  # the widest that PyTorch uses: "AVX2", …
+    linears = [] if torch.is_autocast_enabled("cpu") else [m for m in raw.modules() if isinstance(m, Linear)]
     try:
-        for linear in (m for m in raw.modules() if isinstance(m, Linear)):
+        for linear in linears:
             W, b = linear.weight.detach(), linear.bias
-            if (
-                not W.is_cpu
-                or W.dtype != torch.float32
-                or W.numel() < LARGE
-                or torch.is_autocast_enabled("cpu")
-            ):
+            if not W.is_cpu or W.dtype != torch.float32 or W.numel() < LARGE:
                 continue
             if 1 < n_rows <= FEW and "AVX" in instructions:
                 W = torch.ops.mkldnn._reorder_linear_weight(W, 8)  # the same for any number from two
@@ -54,8 +50,8 @@ def quick_products(raw: GPT, n_rows: int) -> Iterator[None]:
                 linear.few = functools.partial(product_in_parts, W=W, b=b)
         yield
     finally:
-        for module in raw.modules():
-            vars(module).pop("few", None)
+        for linear in linears:
+            vars(linear).pop("few", None)
 
 
 def packed_product(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:

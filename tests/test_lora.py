@@ -279,7 +279,7 @@ def test_an_adapter_asks_for_more_than_it_has_or_for_itself(tmp_path: Path) -> N
         path.write_text(json.dumps(config | dict(r=r)))
         refused(folder, f"has r={r}, which is not the size")
     path.write_text(json.dumps(config | dict(base_model_name_or_path=str(folder))))
-    refused(folder, "cannot use the adapter")
+    refused(folder, "is its own base")
 
 
 def test_the_base_of_an_adapter_is_missing(tmp_path: Path) -> None:
