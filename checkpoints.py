@@ -46,7 +46,7 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], keep: int) -> None:
-    """Write folder/ckpt_<step>.pt, then remove all before it but `keep` with it. For rank 0 only.
+    """Write folder/ckpt_<step>.pt, then remove the oldest, so that with it `keep` are left. For rank 0 only.
 
     One of a later step stays and does not count: if it is there, it could not be read.
     """

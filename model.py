@@ -97,7 +97,7 @@ def is_matrix(p: Tensor) -> bool:
 # Attention, the key-value cache, blocks
 
 
-FEW = 64  # rows; of more a product is as quick in PyTorch's own way
+FEW = 64  # rows; of 512 a product is as quick in PyTorch's own way
 
 
 class Linear(nn.Linear):
