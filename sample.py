@@ -1,22 +1,24 @@
-"""Talk to a trained model: completions of one or many prompts, printed as they come.
+"""Sample from a trained model: stream continuations of one prompt, or chat.
 
     python sample.py demo                                       # after `python train_gpt2.py demo`: stories
     python sample.py --checkpoint=out/gpt2 --prompt="Once upon a time"
-    python sample.py --hf=gpt2 --prompt="The meaning of life is" --n_samples=3 --top_k=0 --top_p=0.95
+    python sample.py --checkpoint=gpt2 --prompt="The meaning of life is" --n_samples=3 --top_k=0 --top_p=0.95
     echo "What is a cat?" | python sample.py --prompt=-         # standard input
-    python sample.py --prompt_file=prompts.txt                  # the whole file is one prompt
-    python sample.py --checkpoint=out/dpo --chat                # a conversation with a fine-tuned model
+    python sample.py --prompt_file=prompt.txt                   # the whole file is one prompt
+    python sample.py --checkpoint=out/dpo --chat                # chat with a fine-tuned model
     python sample.py demo-chat                                  # after the demos of sft.py and dpo.py
 
-The prompt and the model's words go to standard output, everything else to standard error. In a conversation
-/reset forgets what was said and /quit ends it; what no longer fits into the model's context is forgotten too.
+Prompts and samples go to standard output, messages to standard error. A chat has two commands: /reset clears
+the history, and /quit ends the chat. The model sees the newest turns that fit into its context.
+
+A sample depends on its prompt and its seed. On a CPU, one row and several rows use different matrix products,
+so in rare cases the same sample differs between --n_samples=1 and a larger number.
 """
 
 import codecs
-import os
+import re
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -25,194 +27,137 @@ from typing import Literal
 import tiktoken
 import torch
 
-from checkpoints import load_model
-from data import prompt_text
-from model import GPT
-from sampling import cast_linears, check_sampling, generate
-from training import autocast, check_least, check_recipe, parse, pick_precision, require_compiler, setup
+from neogpt import chat, checkpoint, config, generate, model, runtime
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control characters but tab and newline
 
 
 @dataclass(frozen=True)
 class Config:
-    checkpoint: str = "out/gpt2"  # a checkpoint file, or the out_dir of a run: its newest
-    hf: str = ""  # instead: a GPT-2 of the Hugging Face hub ("gpt2", "gpt2-xl"), or a folder in its format
-    prompt: str = "Hello, I'm a language model,"  # "-" reads standard input; "" begins a document
-    prompt_file: str = ""  # instead: the text of a file
-    chat: bool = False  # a conversation instead: every line is a prompt in the template of sft.py
-    turns: int = 8  # of a conversation that the model sees; 0 suits one that learned from single questions
-    n_samples: int = 1  # continuations, printed in turn; several are drawn together (CPU: twice the memory)
-    max_new_tokens: int = 256  # length of each, tokens; end-of-text ends one sooner
-    temperature: float = 0.8  # 0: always the most likely token; 1: the model's own probabilities
-    top_k: int = 50  # choose among the k most likely tokens; 0: all
-    top_p: float = 1.0  # choose among the most likely tokens that make up this probability; 1: all
-    seed: int = 1337  # sample i is drawn with seed + i
-    device: str = "auto"  # auto: cuda, else mps, else cpu
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
-    compile: bool = False  # compile the work of a token: up to a minute, and on a CPU twice the memory
+    checkpoint: str = "out/gpt2"  # out_dir, checkpoint file, adapter folder, Hugging Face folder or hub name
+    prompt: str = "Hello, I'm a language model,"  # "-" reads standard input; "" starts a new document
+    prompt_file: str = ""  # read the prompt from this file instead
+    chat: bool = False  # chat: every line of standard input is an instruction in the prompt template of sft.py
+    history_turns: int = 8  # previous turns that the model sees in a chat; 0 for a model trained on single questions
+    n_samples: int = 1  # samples; they are generated together and printed one after another
+    max_new_tokens: int = 256  # tokens per sample; end-of-text ends a sample earlier
+    temperature: float = 0.8  # 0 is greedy; 1 samples from the model's probabilities
+    top_k: int = 50  # sample from the k most likely tokens; 0 for all
+    top_p: float = 1.0  # sample from the most likely tokens with this total probability; 1 for all
+    seed: int = 1337  # sample i uses seed + i
+    device: str = "auto"  # auto selects CUDA, else MPS, else the CPU
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto selects bf16 where it is faster
+    compile: bool = False  # compile the decode step: takes up to a minute; needs twice the memory on a CPU
 
 
 CONFIGS = {
     "gpt2": Config(),
-    "demo": Config(
-        checkpoint="out/demo", prompt="Once upon a time", n_samples=3, max_new_tokens=500, temperature=0.3
-    ),
-    "demo-chat": Config(checkpoint="out/demo-dpo", chat=True, turns=0, max_new_tokens=100, temperature=0.0),
+    "demo": Config(checkpoint="out/demo", prompt="Once upon a time", n_samples=3, max_new_tokens=500, temperature=0.3),
+    "demo-chat": Config(checkpoint="out/demo-dpo", chat=True, history_turns=0, max_new_tokens=100, temperature=0.0),
 }
 
 
-def say(text: str) -> None:
-    """Print a remark beside the samples."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def read_prompt(cfg: Config) -> str:
-    """The prompt's text from wherever the configuration has it."""
-    if cfg.prompt_file:
-        try:
-            return Path(cfg.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SystemExit(f"cannot read the prompt file {cfg.prompt_file}: {error}") from error
+    """The prompt of --prompt_file, standard input or --prompt. Raises OSError or ValueError."""
     try:
+        if cfg.prompt_file:
+            return Path(cfg.prompt_file).read_text(encoding="utf-8")
         return sys.stdin.read() if cfg.prompt == "-" else cfg.prompt
     except UnicodeDecodeError as error:
-        raise SystemExit(f"standard input is not text in UTF-8: {error}") from error
+        raise ValueError(f"{cfg.prompt_file or 'standard input'} is not UTF-8 text: {error}") from error
+
+
+def show(text: str) -> None:
+    """Print text at once and without a newline; control characters are replaced."""
+    print(CONTROL.sub("\ufffd", text), end="", flush=True)
 
 
 def stream(
-    tokens: Iterator[list[int | None]], tokenizer: tiktoken.Encoding, n_rows: int
-) -> Iterator[list[str]]:
-    """Steps of token ids -> steps of text; the bytes of an unfinished character wait for the rest."""
-    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(n_rows)]
-    for step in tokens:
-        yield [
-            ""
-            if token in (None, tokenizer.eot_token)
-            else decoder.decode(tokenizer.decode_single_token_bytes(token))
-            for token, decoder in zip(step, decoders)
-        ]
-    yield [decoder.decode(b"", final=True) for decoder in decoders]
+    cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding, prompt: list[int], seeds: list[int]
+) -> list[list[int]]:
+    """Continue the prompt once per seed, and print the first continuation while it is generated.
+
+    Returns the new tokens of every continuation, without end-of-text.
+    """
+    rows: list[list[int]] = [[] for _ in seeds]
+    eot, decoder = tokenizer.eot_token, codecs.getincrementaldecoder("utf-8")(errors="replace")
+    options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, compile=cfg.compile)
+    prompts = [prompt] * len(seeds)
+    try:
+        for step in generate.generate(raw, prompts, cfg.max_new_tokens, seeds=seeds, stop=eot, **options):
+            for i, token in enumerate(step):
+                if token not in (None, eot):
+                    rows[i].append(token)
+                    if i == 0:  # the decoder holds back an incomplete UTF-8 character
+                        show(decoder.decode(tokenizer.decode_single_token_bytes(token)))
+        show(decoder.decode(b"", final=True))
+    finally:  # also after Ctrl-C
+        print(flush=True)
+    return rows
 
 
-def fit_history(history: list[list[int]], prompt: list[int], room: int) -> list[list[int]]:
-    """The newest turns that fit into `room` tokens together with the prompt."""
-    kept = room - len(prompt)
-    newest = []
-    for turn in reversed(history):
-        kept -= len(turn)
-        if kept < 0:
-            break
-        newest.insert(0, turn)
-    return newest
-
-
-def chat(cfg: Config, raw: GPT, tokenizer: tiktoken.Encoding) -> None:
-    """Answer line by line until /quit or the end of the input; each turn sees the ones before it."""
-    # what an answer may need stays free, but never more than half of what the model sees
-    room = raw.config.block_size - min(cfg.max_new_tokens, raw.config.block_size // 2)
-    history: list[list[int]] = []  # the turns so far, each with its end-of-text
-    say("/reset forgets what was said, /quit ends")
+def chat_loop(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding) -> None:
+    """Answer the lines of standard input until /quit or the end of the input."""
+    # tokens of history and prompt: max_new_tokens stay free for the answer, but at most half of the context
+    budget = raw.config.block_size - min(cfg.max_new_tokens, raw.config.block_size // 2)
+    history: list[list[int]] = []  # one item per turn: prompt, answer, end-of-text
+    runtime.print0("/reset clears the history, /quit ends the chat")
     for seed in count(cfg.seed):
         try:
             line = input("> ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return print()
         except UnicodeDecodeError as error:
-            say(f"not text in UTF-8: {error}")
+            runtime.print0(f"the input is not UTF-8 text: {error}")
             continue
+        prompt = tokenizer.encode_ordinary(chat.prompt_text(line))
         if line == "/quit":
             return
-        if line == "/reset":
+        elif line == "/reset":
             history = []
         elif line.startswith("/"):
-            say(f"no command {line}: there are /reset and /quit")
-        if not line or line.startswith("/"):
-            continue
-        prompt = tokenizer.encode_ordinary(prompt_text(line))
-        if len(prompt) > room:
-            say(f"that is {len(prompt)} tokens; the model has room for {room}")
-            continue
-        history = fit_history(history[max(0, len(history) - cfg.turns) :], prompt, room)
-        turn = list(prompt)
-        settings = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, seeds=[seed])
-        settings |= dict(compile=cfg.compile)
-        context = [token for old in history for token in old] + prompt
-        tokens = generate(raw, [context], cfg.max_new_tokens, stop=tokenizer.eot_token, **settings)
-        for (piece,) in stream(remember(tokens, turn), tokenizer, 1):
-            print(piece, end="", flush=True)
-        print()
-        history.append([*turn, tokenizer.eot_token] if turn[-1] != tokenizer.eot_token else turn)
-
-
-def remember(tokens: Iterator[list[int | None]], turn: list[int]) -> Iterator[list[int | None]]:
-    """Hand the tokens of the only row on, and add them to the turn."""
-    for step in tokens:
-        turn += [token for token in step if token is not None]
-        yield step
+            runtime.print0(f"unknown command {line}: use /reset or /quit")
+        elif len(prompt) > budget:
+            runtime.print0(f"the prompt has {len(prompt)} tokens, but only {budget} fit: use a shorter line")
+        elif line:
+            context = prompt
+            for turn in history[::-1][: cfg.history_turns]:
+                if len(turn) + len(context) > budget:
+                    break
+                context = turn + context
+            (answer,) = stream(cfg, raw, tokenizer, context, [seed])
+            history.append([*prompt, *answer, tokenizer.eot_token])
 
 
 def main(cfg: Config) -> None:
-    """Print the prompt's continuations, or hold a conversation."""
-    check_least(cfg, 1, "n_samples")
-    check_least(cfg, 0, "max_new_tokens", "turns")
-    check_recipe(cfg)
-    try:
-        check_sampling(cfg.temperature, cfg.top_k, cfg.top_p)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    text = "" if cfg.chat else read_prompt(cfg)
-    raw, tokenizer = load_model(cfg.checkpoint, cfg.hf, say)
-    device = setup(cfg.device, deterministic=False).device
+    """Print samples, or chat."""
+    rt = runtime.setup(cfg.device, cfg.precision, console=sys.stderr)
+    config.require("[1, inf)", n_samples=cfg.n_samples)
+    config.require("[0, inf)", max_new_tokens=cfg.max_new_tokens, history_turns=cfg.history_turns)
+    generate.check_sampling(cfg.temperature, cfg.top_k, cfg.top_p)
     if cfg.compile:
-        require_compiler(device)
-    raw.to(device)
-    precision = pick_precision(cfg.precision, device)
-    if precision == "bf16":
-        cast_linears(raw, torch.bfloat16)
-    amp = autocast(precision, device)
+        runtime.require_compiler(rt.device)
+    text = "" if cfg.chat else read_prompt(cfg)
+    raw, tokenizer = checkpoint.load_model(cfg.checkpoint)[:2]
+    raw.to(rt.device)
+    if rt.precision == "bf16":
+        generate.cast_linears(raw, torch.bfloat16)
     if cfg.chat:
-        with amp:
-            return chat(cfg, raw, tokenizer)
+        with rt.autocast():
+            return chat_loop(cfg, raw, tokenizer)
 
-    prompt = tokenizer.encode_ordinary(text) or [tokenizer.eot_token]  # an empty prompt begins a document
+    prompt = tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
     if len(prompt) > raw.config.block_size:
-        say(f"the prompt has {len(prompt)} tokens; the model sees the last {raw.config.block_size}")
-    t0 = time.perf_counter()
-    n_drawn = 0
-
-    def counted(steps: Iterator[list[int | None]]) -> Iterator[list[int | None]]:
-        nonlocal n_drawn
-        for step in steps:
-            n_drawn += sum(token is not None for token in step)
-            yield step
-
-    with amp:
-        tokens = generate(
-            raw,
-            [prompt] * cfg.n_samples,
-            cfg.max_new_tokens,
-            temperature=cfg.temperature,
-            top_k=cfg.top_k,
-            top_p=cfg.top_p,
-            seeds=[cfg.seed + i for i in range(cfg.n_samples)],
-            stop=tokenizer.eot_token,
-            compile=cfg.compile,
-        )
-        print(text, end="", flush=True)
-        waiting = [""] * cfg.n_samples  # the first sample streams, the others are drawn beside it
-        for pieces in stream(counted(tokens), tokenizer, cfg.n_samples):
-            print(pieces[0], end="", flush=True)
-            waiting = [old + new for old, new in zip(waiting, pieces)]
-    print()
-    for sample in waiting[1:]:
-        print(f"---\n{text}{sample}")
-    seconds = time.perf_counter() - t0
-    say(f"{n_drawn:,} tokens in {seconds:.1f} s: {n_drawn / seconds:,.0f} tokens/s")
+        runtime.print0(f"the prompt has {len(prompt)} tokens: only the last {raw.config.block_size} are used")
+    show(text)
+    started = time.perf_counter()
+    with rt.autocast():
+        rows = stream(cfg, raw, tokenizer, prompt, [cfg.seed + i for i in range(cfg.n_samples)])
+    for row in rows[1:]:
+        show(f"---\n{text}{tokenizer.decode(row)}\n")
+    n_tokens, seconds = sum(map(len, rows)), time.perf_counter() - started
+    runtime.print0(f"{n_tokens:,} tokens in {seconds:.1f} s: {n_tokens / seconds:,.0f} tokens/s")
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(CONFIGS, __doc__))
-    except KeyboardInterrupt:
-        print()
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    config.run(main, CONFIGS)

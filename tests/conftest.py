@@ -1,7 +1,8 @@
-"""What all tests share."""
+"""Fixtures that all tests share."""
 
 from collections.abc import Iterator
 
+import harness
 import pytest
 import torch
 
@@ -13,3 +14,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[harness.ForkServer]:
+    """Starts runs of the training scripts in other processes."""
+    with harness.fork_server() as server:
+        yield server

@@ -1,306 +1,393 @@
-"""sample.py --chat: what the model is given to read, turn by turn, and how a conversation is led and left."""
+"""Rows, masks, truncation, packing, split across ranks, and greedy answers: what sft.py and dpo.py train on."""
 
-import builtins
-import io
-import sys
-from collections.abc import Callable, Iterator
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-from test_sample import EOT, babbler, config, mistake, run, save, speaker
+import tiktoken
+import torch
+import torch.nn.functional as F
+from harness import ALONE, tiny_model
+from torch import Tensor
 
-import sample
-from data import get_tokenizer
-from model import GPT
-from sample import CONFIGS, fit_history, main
-from sampling import generate
-from training import parse
+from neogpt import chat, data, generate, model, runtime
+from neogpt.chat import Example, Row
 
-BYTES = get_tokenizer("bytes")
-Capture = pytest.CaptureFixture[str]
-
-
-def prompt(line: str) -> list[int]:
-    """What a line becomes."""
-    return list(f"{line}\nResponse:\n".encode())
+CPU = torch.device("cpu")
+BYTES = data.get_tokenizer("bytes")
+T = 160
 
 
-@pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Have these lines typed, then the end of the input; what is left in the list was not asked for."""
-
-    def typed(*lines: str) -> list[str]:
-        waiting = list(lines)
-
-        def ask(sign: str = "") -> str:
-            if not waiting:
-                raise EOFError
-            return waiting.pop(0)
-
-        monkeypatch.setattr(builtins, "input", ask)
-        return waiting
-
-    return typed
+@pytest.fixture(params=["bytes", "gpt2"])
+def tokenizer(request: pytest.FixtureRequest) -> tiktoken.Encoding:
+    """Both tokenizers; skipped where the GPT-2 vocabulary cannot be downloaded."""
+    try:
+        return data.get_tokenizer(request.param)
+    except OSError as error:
+        pytest.skip(str(error))
 
 
-class Calls(list):
-    """What `generate` was asked: (context, new tokens, settings) of every turn."""
-
-    def contexts(self) -> list[list[int]]:
-        return [context for context, _, _ in self]
+def rank_of(rank: int, world_size: int) -> runtime.Runtime:
+    """One of several ranks, without a process group."""
+    return runtime.Runtime(rank, world_size, CPU, "fp32")
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    """Replace the model: it answers its first turn with A and end-of-text, then B, C …"""
-    seen = Calls()
-
-    def generate(
-        raw: GPT, prompts: list[list[int]], max_new_tokens: int, **settings: Any
-    ) -> Iterator[list[int]]:
-        (context,) = prompts
-        seen.append((list(context), max_new_tokens, settings))
-        yield from ([ord("A") + len(seen) - 1], [EOT])
-
-    monkeypatch.setattr(sample, "generate", generate)
-    return seen
+# -----------------------------------------------------------------------------
+# Rows
 
 
-def turn(line: str, answer: str) -> list[int]:
-    """A line with its answer, as later turns see it."""
-    return [*prompt(line), *answer.encode(), EOT]
+def write_rows(path: Path, rows: list) -> str:
+    """Write rows in the format of the path's suffix; return the path."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+def test_rows_of_every_format(tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture) -> None:
+    rt = runtime.setup("cpu", "fp32")
+    rows = [
+        dict(instruction=" Who? ", context="\nRosa.\n", response="\nRosa ", category="x"),
+        dict(instruction="Why?", context=None, response="So\u2028that\x85is it — 日本語", category=None),
+        dict(instruction="a", context="", response=" \n", category=""),
+        dict(instruction="b", context="", response=None, category=""),
+    ]
+    # prompts are stripped, responses stay as they are
+    expected = [Row("Who?", "Rosa.", "\nRosa "), Row("Why?", "", "So\u2028that\x85is it — 日本語")]
+    assert chat.read_rows(write_rows(tmp_path / f"a.{suffix}", rows), rt) == expected
+    assert "2 of 4 rows dropped: blank responses" in capsys.readouterr().out
+
+    for name in ("prompt", "instruction"):  # the context is optional, also in a single row
+        path = write_rows(tmp_path / f"{name}.{suffix}", [{name: "Who?", "response": "Rosa"}])
+        assert chat.read_rows(path, rt) == [Row("Who?", "", "Rosa")]
+    rows = [dict(instruction="c", context="d", response="e"), dict(instruction="a", response="b")]
+    assert chat.read_rows(write_rows(tmp_path / f"b.{suffix}", rows), rt) == [Row("c", "d", "e"), Row("a", "", "b")]
+    assert not capsys.readouterr().out
+
+
+def refused(source: Path | str, *words: str) -> None:
+    """Check that reading the rows raises one line that contains these words."""
+    with pytest.raises((ValueError, OSError)) as error:
+        chat.read_rows(str(source), ALONE)
+    message = str(error.value)
+    assert "\n" not in message and not [word for word in words if word not in message], message
+
+
+GOOD = dict(instruction="a", context="", response="b")
+
+
+@pytest.mark.parametrize(
+    "name, rows, words",
+    [
+        ("unknown.jsonl", [dict(question="a", answer="b")], ["answer, question", "instruction", "prompt"]),
+        ("empty.jsonl", [], ["(none)", "instruction"]),
+        ("empty.json", [{}], ["(none)", "instruction"]),
+        ("missing.jsonl", [GOOD, GOOD, dict(instruction="a")], ["row 3", "response"]),
+        ("number.jsonl", [GOOD, GOOD | dict(response=5)], ["row 2", "response=5"]),
+        ("list.json", [GOOD | dict(context=["a"])], ["row 1", "context=['a']"]),
+        ("numbers.parquet", [GOOD | dict(instruction=1.5)], ["row 1", "instruction=1.5"]),
+        ("text.json", ["a", "b"], ["objects"]),
+    ],
+)
+def test_unusable_rows_are_named(tmp_path: Path, name: str, rows: list, words: list[str]) -> None:
+    refused(write_rows(tmp_path / name, rows), name, *words)
+
+
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
+    files = {
+        "cut.json": b'[{"instruction": ',
+        "cut.jsonl": b'{"instruction": "a", "response": "b"}\n{"instruct',
+        "damaged.parquet": b"PAR1" + bytes(100),
+        "latin.jsonl": b'{"instruction": "\xe9"}',
+        "object.json": b'{"instruction": "a", "response": "b"}',
+        "table.csv": b"instruction,response\na,b\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    for name in [*files, "missing.json", "missing.parquet", "no/folder.jsonl"]:
+        refused(tmp_path / name, name)
+    refused(tmp_path, str(tmp_path))  # a folder
+
+
+def test_rows_of_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(name: str, split: str) -> None:
+        raise ConnectionError(f"no route\nto {name}, {split}")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list([GOOD]))
+    assert chat.read_rows("some/rows", ALONE) == [Row("a", "", "b")]
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    refused("some/rows", "some/rows", "no route to some/rows, train", ".jsonl")
+
+
+@pytest.mark.parametrize("fraction", [0, 0.01, 0.1, 0.5, 0.999, 1, 2])
+def test_no_prompt_is_on_both_sides_of_the_split(fraction: float) -> None:
+    prompts = [f"question {i}" for i in np.random.default_rng(0).integers(0, 60, 300)]
+    n = len(set(prompts))
+    splits = [chat.split_rows(prompts, fraction, seed) for seed in range(20)]
+    for seed, (train, held_out) in enumerate(splits):
+        assert sorted(train + held_out) == list(range(300))
+        side, other = {prompts[i] for i in train}, {prompts[i] for i in held_out}
+        assert side and other and not side & other
+        assert len(other) == min(n - 1, max(1, round(fraction * n)))
+        assert (train, held_out) == chat.split_rows(prompts, fraction, seed)
+    assert len({tuple(held_out) for _, held_out in splits}) > 10
+    assert chat.split_rows(["a", "a"], fraction, 0) == ([0, 1], [])
+    assert chat.split_rows([], fraction, 0) == ([], [])
+
+
+# -----------------------------------------------------------------------------
+# Tokens and masks
+
+
+def test_mask_of_a_short_example() -> None:
+    prompt = chat.encode_prompt("Q", "", 100, BYTES)
+    assert bytes(prompt) == b"Q\nResponse:\n"
+    assert bytes(chat.encode_prompt("Q", "C", 100, BYTES)) == b"Q\nContext:\nC\nResponse:\n"
+    example = chat.make_example(prompt, "ab", 100, BYTES)
+    assert example.ids.tolist() == [*b"Q\nResponse:\n", *b"ab", 256] and example.n_inputs == 14
+    batch = chat.collate([[example]], CPU)
+    assert batch["x"].tolist() == [[*b"Q\nResponse:\n", *b"ab"]]
+    assert batch["y"].tolist() == [[-100] * 11 + [*b"ab", 256]]
+    assert batch["n"] == 3 and "pos" not in batch and "mask" not in batch
+
+
+RESPONSES = ["yes", "\nyes", "\n\n\nyes\n", " yes", "\t\n ja — 日本語 🦊", "Response:\nno", "<|endoftext|>", "\n"]
+
+
+@pytest.mark.parametrize("response", RESPONSES, ids=repr)
+@pytest.mark.parametrize("context", ["", "Rosa has a hat.\nLeo sleeps."])
+def test_targets_are_the_response_and_end_of_text(tokenizer: tiktoken.Encoding, context: str, response: str) -> None:
+    before = tokenizer.encode(chat.prompt_text("Who has the hat?", context), disallowed_special=())
+    after = tokenizer.encode(response, disallowed_special=())  # "<|endoftext|>" in a response is ordinary text
+    prompt = chat.encode_prompt("Who has the hat?", context, 1000, tokenizer)
+    longer = chat.make_example(chat.encode_prompt("a", "", 1000, tokenizer), "b" * 200, 1000, tokenizer)
+    batch = chat.collate([[chat.make_example(prompt, response, 1000, tokenizer)], [longer]], CPU)
+    x, y = batch["x"][0].tolist(), batch["y"][0].tolist()
+    n = len(before) + len(after)
+    assert x[:n] == before + after and len(x) > n  # padded to the longer example
+    assert y == [-100] * (len(before) - 1) + [*after, tokenizer.eot_token] + [-100] * (len(y) - n)
+    assert batch["n"] == len(after) + 1 + int((batch["y"][1] >= 0).sum())
+
+
+def test_loss_equals_single_predictions() -> None:
+    """Each target is predicted alone, from the text before it and without a batch, in float64."""
+    raw = tiny_model(scale=0.2).double()
+    rows = [("Q", "ab"), ("longer question", "\nc"), ("q", "a longer response")]
+    examples = [chat.make_example(chat.encode_prompt(q, "", 64, BYTES), a, 64, BYTES) for q, a in rows]
+    expected = 0.0
+    for question, answer in rows:
+        ids = [*f"{question}\nResponse:\n".encode(), *answer.encode(), 256]
+        for at in range(len(ids) - len(answer) - 1, len(ids)):
+            logits = raw(torch.tensor([ids[:at]]))[0][0, -1]
+            expected += F.cross_entropy(logits[None], torch.tensor([ids[at]])).item()
+    for bins in ([[e] for e in examples], [examples]):
+        loss = chat.forward(raw, chat.collate(bins, CPU), "sum")[1]
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+# -----------------------------------------------------------------------------
+# Truncation
+
+
+def test_truncated_context_in_bytes() -> None:
+    for budget in range(24, 40):
+        prompt = chat.encode_prompt("Q", "abcdefghijklmnop", budget, BYTES)
+        n_kept = max(0, min(16, budget - len(b"Q\nContext:\n\nResponse:\n")))
+        assert bytes(prompt).decode() == chat.prompt_text("Q", "abcdefghijklmnop"[:n_kept])
+    assert bytes(chat.encode_prompt("Q", "abc", 5, BYTES)) == b"Q\nResponse:\n"  # only the context is truncated
+
+
+def test_truncation_leaves_no_incomplete_character(tokenizer: tiktoken.Encoding) -> None:
+    context = "日本語🦊é" * 20
+    for budget in range(22, 60):
+        prompt = chat.encode_prompt("Q", context, budget, tokenizer)
+        text = tokenizer.decode(prompt, errors="strict")
+        assert len(prompt) <= budget and "\ufffd" not in text
+        kept = text.removeprefix("Q\n").removesuffix("Response:\n").removeprefix("Context:\n").removesuffix("\n")
+        assert context.startswith(kept) and prompt == tokenizer.encode(chat.prompt_text("Q", kept))
+
+
+def test_truncated_response_has_no_end_of_text(tokenizer: tiktoken.Encoding) -> None:
+    response = " ".join(f"word{i}" for i in range(20))
+    prompt, ids = chat.encode_prompt("Tell me.", "", T, tokenizer), tokenizer.encode(response)
+    n_prompt, n = len(prompt), len(ids)
+    assert chat.make_example(prompt, response, n_prompt - 1, tokenizer) is None  # no target
+    for room in range(n + 2):
+        example = chat.make_example(prompt, response, n_prompt + room, tokenizer)
+        batch = chat.collate([[example]], CPU)
+        assert batch["x"].size(1) == example.n_inputs == min(n_prompt + room, n_prompt + n)
+        # `room` inputs after the prompt are room + 1 targets
+        assert batch["y"][batch["y"] >= 0].tolist() == [*ids, tokenizer.eot_token][: room + 1]
+
+
+# -----------------------------------------------------------------------------
+# Packing, and any split into micro-batches and ranks
+
+ROWS = [
+    ("Who has the hat?\nContext:\nRosa has the hat.", "Rosa."),
+    ("Where is Leo?", "\nIn the garden, and he sleeps there."),
+    ("Q", "A"),
+    ("Name three colors.", "red\ngreen\nblue"),
+    ("What does Ada like?\nContext:\nAda likes soup. Leo likes bread.", "Soup"),
+    ("Why?", "Because it was cold, and nobody had a coat to wear that night."),
+    ("A longer question, so that the lengths of these rows differ a lot?", "no"),
+]
+EXAMPLES = [chat.make_example(chat.encode_prompt(q, "", T, BYTES), a, T, BYTES) for q, a in ROWS]
+
+
+def make_bins(packing: bool) -> list[list[Example]]:
+    return chat.pack(EXAMPLES, T) if packing else [[e] for e in EXAMPLES]
+
+
+def random_model(attention: str = "flash") -> model.GPT:
+    """A small model in float64 whose logits depend on positions and tokens."""
+    return tiny_model(scale=0.2, block_size=T, attention=attention).double()
+
+
+def take_gradient(raw: model.GPT) -> Tensor:
+    """All gradients as one vector; they are reset."""
+    grads = torch.cat([p.grad.flatten() for p in raw.parameters()])
+    raw.zero_grad()
+    return grads
+
+
+def test_packing_places_every_example_once_without_overflow() -> None:
+    rng = np.random.default_rng(0)
+    examples = [Example(rng.integers(0, 256, n), 1) for n in rng.integers(2, 66, 200)]
+    bins = chat.pack(examples, 65)
+    assert Counter(id(e) for row in bins for e in row) == Counter(map(id, examples))
+    used = [sum(e.n_inputs for e in row) for row in bins]
+    assert max(used) <= 65 and min(used) > 0
+    assert sum(used) / (65 * len(bins)) > 0.9  # little padding
+    full = [Example(np.zeros(66, dtype=np.int64), 1)] * 3
+    assert [len(row) for row in chat.pack(full, 65)] == [1, 1, 1]
+    # longest first, each into the first bin with enough room
+    some = [Example(np.zeros(n + 1, dtype=np.int64), 1) for n in (3, 4, 6, 7)]
+    assert [[e.n_inputs for e in row] for row in chat.pack(some, 12)] == [[7, 4], [6, 3]]
+
+
+@pytest.mark.parametrize("width", [1, 7])
+def test_tensors_of_a_packed_batch(width: int) -> None:
+    a, b = Example(np.array([1, 2, 3, 4]), 2), Example(np.array([5, 6, 7]), 1)
+    batch = chat.collate([[a, b], [b], []], CPU, width)
+    W = max(5, width)
+    pad, ignored = [0] * (W - 5), [-100] * (W - 5)
+    assert batch["x"].tolist() == [[1, 2, 3, 5, 6, *pad], [5, 6, 0, 0, 0, *pad], [0] * W]
+    assert batch["y"].tolist() == [[-100, 3, 4, 6, 7, *ignored], [6, 7] + [-100] * (W - 2), [-100] * W]
+    assert batch["pos"][0, :5].tolist() == [0, 1, 2, 0, 1] and batch["pos"][1, :2].tolist() == [0, 1]
+    assert batch["n"] == 5 + 1 and batch["mask"].shape == (3, 1, W, W)
+    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    assert batch["mask"][0, 0, :5, :5].int().tolist() == expected and not batch["mask"][0, 0, :5, 5:].any()
+    assert batch["mask"].any(-1).all()  # a padded position that attends to nothing would be NaN
+
+
+@pytest.mark.parametrize("attention", ["flash", "manual"])
+def test_packed_logits_equal_logits_of_single_examples(attention: str) -> None:
+    raw, bins = random_model(attention), make_bins(packing=True)
+    assert len(bins) < len(EXAMPLES) and max(map(len, bins)) >= 3
+    with torch.no_grad():
+        logits, _ = chat.forward(raw, chat.collate(bins, CPU), "sum")
+        for row, packed in zip(bins, logits):
+            for example in row:
+                alone = raw(torch.from_numpy(example.ids[None, :-1]))[0][0]
+                torch.testing.assert_close(packed[: len(alone)], alone, rtol=0, atol=1e-12)
+                packed = packed[len(alone) :]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("n_ranks", [1, 2, 3, 9])  # 9: more ranks than rows
+@pytest.mark.parametrize("B", [1, 3, 8])
+def test_gradient_is_the_same_for_any_split(B: int, n_ranks: int, packing: bool) -> None:
+    raw = random_model()
+    big = chat.collate([[e] for e in EXAMPLES], CPU)
+    expected_loss = chat.forward(raw, big, "sum")[1]
+    expected_loss.backward()
+    expected = take_gradient(raw)
+    n, loss_sum, n_micro_batches = 0, 0.0, set()
+    for rank in range(n_ranks):  # gradients are summed over ranks and micro-batches, as train_step does
+        parts = chat.shard_across_ranks(make_bins(packing), B, rank_of(rank, n_ranks))
+        n_micro_batches.add(len(parts))
+        assert max(map(len, parts)) <= B
+        for bins in parts:
+            batch = chat.collate(bins, CPU)
+            loss = chat.forward(raw, batch, "sum")[1]
+            loss.backward()
+            n, loss_sum = n + batch["n"], loss_sum + loss.item()
+    assert len(n_micro_batches) == 1  # a rank with fewer backward passes would block the others
+    assert n == big["n"] == sum(len(e.ids) - e.n_prompt for e in EXAMPLES)
+    assert loss_sum == pytest.approx(expected_loss.item(), rel=1e-12)
+    torch.testing.assert_close(take_gradient(raw), expected, rtol=0, atol=1e-11)
+    assert expected.abs().max() > 1
 
 
 # -----------------------------------------------------------------------------
 # Answers
 
 
-def test_an_answer_ends_with_end_of_text(tmp_path: Path, capsys: Capture, lines: Callable) -> None:
-    at = len(prompt("hi")) - 1  # what the last token of the prompt foretells
-    save(tmp_path, speaker({at: "schön".encode()}))
-    lines("hi")
-    main(config(tmp_path, chat=True))
-    out, err = capsys.readouterr()
-    assert out == "schön\n\n"  # the end of the input leaves with a line of its own
-    assert "/reset" in err and "/quit" in err
+class FixedAnswers:
+    """Stands for a model: the response to a prompt of n tokens is the n-th text, then end-of-text."""
+
+    def __init__(self, *answers: str) -> None:
+        self.answers = answers
+        self.batch_sizes: list[int] = []
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float, stop: int
+    ) -> Iterator[list[int | None]]:
+        """As generate.generate: None for a row that has ended."""
+        assert temperature == 0 and stop == 256
+        self.batch_sizes.append(len(prompts))
+        texts = [[*self.answers[len(prompt) - 1].encode(), 256] for prompt in prompts]
+        for at in range(min(max_new_tokens, max(map(len, texts)))):
+            yield [text[at] if at < len(text) else None for text in texts]
 
 
-def test_an_answer_ends_with_max_new_tokens(tmp_path: Path, capsys: Capture, lines: Callable) -> None:
-    save(tmp_path, speaker({12: b"abcdef"}))
-    lines("hi")
-    main(config(tmp_path, chat=True, max_new_tokens=3))
-    assert capsys.readouterr().out == "abc\n\n"
+def test_answers_end_at_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "generate", FixedAnswers.generate)
+    raw: Any = FixedAnswers("a", "lorem ipsum", "", "日本")
+    prompts = [[1] * n for n in (1, 2, 3, 4)]
+    # eight tokens: "日本" is six bytes and end-of-text
+    expected = [("a", True), ("lorem ip", False), ("", True), ("日本", True)]
+    assert chat.greedy_answers(raw, prompts, 8, BYTES) == expected
+    assert chat.greedy_answers(raw, prompts[:1] * 130, 8, BYTES) == [("a", True)] * 130
+    assert raw.batch_sizes == [4, 64, 64, 2]
+    assert chat.greedy_answers(raw, [], 8, BYTES) == []
+    assert chat.greedy_answers(raw, prompts[:1], 1, BYTES) == [("a", False)]
 
 
-def test_an_answer_is_printed_as_it_comes(
-    tmp_path: Path, capsys: Capture, lines: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-
-    def generate(raw: GPT, *args: Any, **settings: Any) -> Iterator[list[int]]:
-        for token in (*"aé".encode(), EOT):
-            yield [token]
-            seen.append(capsys.readouterr().out)
-
-    monkeypatch.setattr(sample, "generate", generate)
-    save(tmp_path, babbler())
-    lines("hi")
-    main(config(tmp_path, chat=True))
-    assert seen == ["a", "", "é", ""]  # half a character waits for its other half
+def test_greedy_answers_are_the_most_likely_tokens() -> None:
+    raw, prompts = tiny_model(seed=3), [[*b"abc"], [*b"a longer prompt"]]
+    for prompt, (answer, ended) in zip(prompts, chat.greedy_answers(raw, prompts, 5, BYTES)):
+        ids = list(prompt)
+        for _ in range(5):
+            ids.append(int(raw(torch.tensor([ids]))[0][0, -1, :257].argmax()))
+        assert 256 not in ids and not ended
+        assert answer == BYTES.decode(ids[len(prompt) :])
 
 
-def test_the_second_turn_sees_the_first(tmp_path: Path, lines: Callable, calls: Calls) -> None:
-    save(tmp_path, babbler(block_size=128))
-    lines("hi", "  who are you?  ")
-    main(config(tmp_path, chat=True, max_new_tokens=7, temperature=0.5, top_k=9, top_p=0.8, seed=3))
-    first, second = calls
-    assert first[0] == prompt("hi")
-    # b"hi\nResponse:\nA<|endoftext|>who are you?\nResponse:\n"
-    assert second[0] == [*b"hi\nResponse:\nA", EOT, *b"who are you?\nResponse:\n"]
-    settings = dict(temperature=0.5, top_k=9, top_p=0.8, stop=EOT, compile=False)
-    assert first[1:] == (7, settings | dict(seeds=[3]))
-    assert second[1:] == (7, settings | dict(seeds=[4]))  # another draw than the first
-
-
-def test_an_answer_that_did_not_end_is_ended_for_the_next_turn(
-    tmp_path: Path, lines: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-
-    def generate(raw: GPT, prompts: list[list[int]], *args: Any, **settings: Any) -> Iterator[list[int]]:
-        seen.append(list(prompts[0]))
-        yield from ([ord("x")], [ord("y")])
-
-    monkeypatch.setattr(sample, "generate", generate)
-    save(tmp_path, babbler(block_size=128))
-    lines("hi", "you")
-    main(config(tmp_path, chat=True, max_new_tokens=2))
-    assert seen == [prompt("hi"), turn("hi", "xy") + prompt("you")]
-
-
-def test_an_answer_of_a_model_depends_on_what_was_said(
-    tmp_path: Path, capsys: Capture, lines: Callable
-) -> None:
-    raw = babbler(block_size=128)
-    save(tmp_path, raw)
-    cfg = config(tmp_path, chat=True, max_new_tokens=10, temperature=0.0)
-    lines("ab", "cd")
-    main(cfg)
-    out = capsys.readouterr().out
-    answers, context = [], []
-    for line in ("ab", "cd"):
-        context += prompt(line)
-        tokens = [token for (token,) in generate(raw, [context], 10, temperature=0, stop=EOT)]
-        answers.append(bytes(t for t in tokens if t != EOT).decode(errors="replace"))
-        context += tokens if tokens[-1] == EOT else [*tokens, EOT]
-    assert out == "".join(f"{answer}\n" for answer in answers) + "\n"
-    lines("cd")
-    main(cfg)
-    assert capsys.readouterr().out != f"{answers[1]}\n\n"
-
-
-# -----------------------------------------------------------------------------
-# Commands
-
-
-def test_reset_forgets(tmp_path: Path, lines: Callable, calls: Calls) -> None:
-    save(tmp_path, babbler(block_size=128))
-    lines("one", "/reset", "two", "three")
-    main(config(tmp_path, chat=True))
-    assert calls.contexts() == [prompt("one"), prompt("two"), turn("two", "B") + prompt("three")]
-
-
-def test_quit_leaves(tmp_path: Path, lines: Callable, calls: Calls) -> None:
-    save(tmp_path, babbler())
-    waiting = lines("one", " /quit ", "two")
-    main(config(tmp_path, chat=True))
-    assert calls.contexts() == [prompt("one")] and waiting == ["two"]
-
-
-def test_unknown_commands_and_blank_lines_are_no_turns(
-    tmp_path: Path, capsys: Capture, lines: Callable, calls: Calls
-) -> None:
-    save(tmp_path, babbler(block_size=128))
-    lines("one", "/rest", "", "  \t ", "two")
-    main(config(tmp_path, chat=True))
-    out, err = capsys.readouterr()
-    assert "no command /rest: there are /reset and /quit" in err
-    assert out == "A\nB\n\n"
-    assert calls.contexts() == [prompt("one"), turn("one", "A") + prompt("two")]
-
-
-# -----------------------------------------------------------------------------
-# What fits
-
-
-def test_fit_history() -> None:
-    one, two, three = [1] * 5, [2] * 3, [3] * 4
-    history = [one, two, three]
-    for room, kept in (
-        (14, history),  # 5 + 3 + 4 and the prompt's 2: it just fits
-        (13, [two, three]),
-        (9, [two, three]),
-        (8, [three]),
-        (6, [three]),
-        (5, []),
-        (2, []),
-        (1, []),
-    ):
-        assert fit_history(history, [0, 0], room) == kept, room
-    # a short turn behind a long one is not kept: the conversation would have a hole
-    assert fit_history([[1], [2] * 9, [3]], [0], 5) == [[3]]
-    assert fit_history([], [0], 5) == []
-    assert history == [one, two, three]
-
-
-def test_a_line_too_long_is_refused_and_the_conversation_goes_on(
-    tmp_path: Path, capsys: Capture, lines: Callable, calls: Calls
-) -> None:
-    """Of 64 tokens half stay free for the answer, and the template takes 11."""
-    save(tmp_path, babbler(block_size=64))
-    lines("a", "x" * 22, "b", "x" * 21)
-    main(config(tmp_path, chat=True, max_new_tokens=1000))
-    out, err = capsys.readouterr()
-    assert "that is 33 tokens; the model has room for 32" in err
-    assert out == "A\nB\nC\n\n"
-    assert calls.contexts() == [prompt("a"), turn("a", "A") + prompt("b"), prompt("x" * 21)]
-
-
-def test_the_oldest_turns_are_forgotten_first(tmp_path: Path, lines: Callable, calls: Calls) -> None:
-    """A turn of a one-letter line is 14 tokens, a prompt 12: of 48 - 8 two turns fit."""
-    save(tmp_path, babbler(block_size=48))
-    lines("1", "2", "3", "4")
-    main(config(tmp_path, chat=True, max_new_tokens=8))
-    one, two, three = turn("1", "A"), turn("2", "B"), turn("3", "C")
-    assert (len(one), len(prompt("2"))) == (14, 12)
-    expected = [prompt("1"), one + prompt("2"), one + two + prompt("3"), two + three + prompt("4")]
-    assert calls.contexts() == expected
-    assert all(len(context) <= 40 for context in calls.contexts())
-
-
-@pytest.mark.parametrize("turns", [0, 1, 2])
-def test_turns(turns: int, tmp_path: Path, lines: Callable, calls: Calls) -> None:
-    save(tmp_path, babbler(block_size=256))
-    lines("1", "2", "3", "4")
-    main(config(tmp_path, chat=True, turns=turns))
-    history = [turn("1", "A"), turn("2", "B"), turn("3", "C")]
-    for n, context in enumerate(calls.contexts()):
-        kept = history[max(0, n - turns) : n]
-        assert context == sum(kept, []) + prompt(str(n + 1))
-
-
-def test_a_long_conversation_goes_on(tmp_path: Path, capsys: Capture, lines: Callable) -> None:
-    """Real answers, each longer than the model's window."""
-    save(tmp_path, babbler())
-    lines(*(f"line {i}" for i in range(6)))
-    main(config(tmp_path, chat=True, max_new_tokens=50, temperature=1.0, top_k=0))
-    assert capsys.readouterr().err.count("tokens; the model") == 6  # 32 - 16 are too few for 17
-
-    lines(*"abcdef")
-    main(config(tmp_path, chat=True, max_new_tokens=50, temperature=1.0, top_k=0))
-    out, err = capsys.readouterr()
-    assert "tokens; the model" not in err and out.count("\n") >= 7
-
-
-# -----------------------------------------------------------------------------
-# The command line and mistakes
-
-
-def test_chat_alone_is_chat_true() -> None:
-    for args in (["--chat"], ["--chat=True"], ["--chat", "True"]):
-        assert parse(CONFIGS, "doc", args).chat is True, args
-        assert parse(CONFIGS, "doc", ["demo", *args, "--turns=2"]).chat is True, args
-        assert parse(CONFIGS, "doc", ["--turns=2", *args]) == parse(CONFIGS, "doc", [*args, "--turns=2"])
-    for args in (["--chat=False"], ["--chat", "False"], []):
-        assert parse(CONFIGS, "doc", args).chat is False, args
-    assert parse(CONFIGS, "doc", ["demo-chat"]).chat is True
-    assert parse(CONFIGS, "doc", ["demo-chat", "--chat=False"]).chat is False
-
-
-def test_mistakes(tmp_path: Path) -> None:
-    save(tmp_path, babbler())
-    assert "turns=-1 must be at least 0" in mistake(config(tmp_path, chat=True, turns=-1))
-    assert "nowhere" in mistake(config(tmp_path / "nowhere", chat=True))
-
-
-def test_as_a_program(tmp_path: Path) -> None:
-    # "hi" with the template is 13 tokens: its answer begins at position 12. That turn is 19, so "you?" is
-    # answered at position 19 + 15 - 1, and "für" after /reset at position 14, amid "hello".
-    save(tmp_path, speaker({12: b"hello", 33: "schön".encode()}))
-    said = run(
-        *(f"--checkpoint={tmp_path}", "--chat", "--device=cpu", "--max_new_tokens=16"),
-        stdin="hi\n/help\nyou?\n/reset\nfür\n/quit\nhi\n".encode(),
-        PYTHONUTF8="1",
-    )
-    out, err = said.stdout.decode().replace("\r\n", "\n"), said.stderr.decode()
-    assert said.returncode == 0, err
-    assert out == "> hello\n> > schön\n> > llo\n> "
-    assert "no command /help" in err and "Traceback" not in err
-
-
-def test_input_that_is_not_text(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, speaker({}))
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\nhi\n"), encoding="utf-8"))
-    main(config(tmp_path, chat=True))
-    assert "not text in UTF-8" in capsys.readouterr().err
+def test_scores_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "generate", FixedAnswers.generate)
+    raw: Any = FixedAnswers("Rosa", "Rosa has it", "Rosalie", "Rosa has it and does not come to an end", "")
+    questions = [([1] * n, text) for n, text in enumerate(["Rosa", "Rosa", "Rosa", "Rosa has", "Rosa"], 1)]
+    score = chat.score_answers(raw, questions, 12, BYTES, ALONE)
+    # exact: the first; begins: 1, 2 and 4; ended: all but 4
+    assert score._asdict() == pytest.approx(dict(exact=1 / 5, begins=3 / 5, ended=4 / 5))
+    # stopped after the reference without end-of-text: it begins with the reference, but is not an exact match
+    assert chat.score_answers(raw, questions[:1], 4, BYTES, ALONE) == (0, 1, 0)
+    for n_ranks in (2, 7):  # 7: more ranks than questions
+        counts: list[Tensor] = []
+        monkeypatch.setattr(runtime, "all_reduce_sum", lambda x, rt, counts=counts: counts.append(x) or x)
+        for rank in range(n_ranks):
+            chat.score_answers(raw, questions, 12, BYTES, rank_of(rank, n_ranks))
+        assert sum(counts).tolist() == [1, 3, 4]

@@ -1,90 +1,65 @@
-"""dpo.py: its losses worked by hand, its sums whatever the split, and whole runs, killed and resumed."""
+"""dpo.py: losses worked by hand, sums that no split changes, the cached reference, and whole runs."""
 
 import json
 import math
 import os
 import random
-import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import datasets
+import harness
 import numpy as np
 import pytest
 import torch
+from harness import ALONE, ForkServer, final_bits, losses, notes, read_log
 from torch import Tensor
 
 import dpo
-from checkpoints import list_checkpoints, load_checkpoint, load_model, save_checkpoint
-from data import get_tokenizer
-from dpo import Config, Pair, Tokens, compare, log_probs, loss_at_zero, main, micro_batches, preference_loss
-from finetune import Example, Run
-from model import GPT, GPTConfig
-from training import Dist, autocast, parse
+from neogpt import chat, checkpoint, data, model, preferences
+from neogpt.chat import Example
+from neogpt.preferences import Pair
 
-SCRIPT = Path(dpo.__file__)
-CPU = torch.device("cpu")
-ALONE = Dist(0, 1, CPU)
-BYTES = get_tokenizer("bytes")
+BYTES = data.get_tokenizer("bytes")
 EOT = 256
 LOSSES = ("sigmoid", "robust", "hinge", "ipo")
+REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+METRICS = ("preference", *REWARDS, "rewards/accuracies", "logps/chosen", "logps/rejected")
 
 
-def tiny(seed: int = 0, scale: float = 0.3) -> GPT:
-    """A model of 8,304 parameters for bytes, random and far from uniform."""
-    raw = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=48, n_tokens=257, vocab_size=264))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in raw.parameters():
-            p.copy_(scale * torch.randn(p.shape, generator=generator))
-    return raw
+def tiny(seed: int = 0, scale: float = 0.3) -> model.GPT:
+    """A model of one layer whose predictions are far from uniform."""
+    return harness.tiny_model(seed, scale, n_layer=1, block_size=48)
 
 
 # -----------------------------------------------------------------------------
 # Losses
 
-H = math.log(3)  # sigmoid(H) = 3/4 and sigmoid(-H) = 1/4: losses can be worked by hand
+LN3 = math.log(3)  # sigmoid(LN3) = 3/4 and sigmoid(-LN3) = 1/4
 
 
 @pytest.mark.parametrize(
-    "loss, settings, expected",
+    "loss, changed, expected, at_zero",
     [
-        ("sigmoid", dict(), math.log(4 / 3)),
-        ("sigmoid", dict(label_smoothing=0.25), 0.75 * math.log(4 / 3) + 0.25 * math.log(4)),
-        ("robust", dict(), math.log(4 / 3)),
-        ("robust", dict(label_smoothing=0.25), 1.5 * math.log(4 / 3) - 0.5 * math.log(4)),
-        ("hinge", dict(), 0.0),  # beta h = 1.0986 is beyond the margin
-        ("hinge", dict(beta=0.25), 1 - H / 2),
-        ("ipo", dict(), (1.5 * H / 3 - (-0.5 * H) / 2 - 1) ** 2),  # 3 tokens and 2; 1 / (2 beta) = 1
+        ("sigmoid", dict(), math.log(4 / 3), math.log(2)),
+        ("sigmoid", dict(label_smoothing=0.25), 0.75 * math.log(4 / 3) + 0.25 * math.log(4), math.log(2)),
+        ("robust", dict(), math.log(4 / 3), math.log(2)),
+        ("robust", dict(label_smoothing=0.25), 1.5 * math.log(4 / 3) - 0.5 * math.log(4), math.log(2)),
+        ("hinge", dict(), 0.0, 1.0),  # beta times the logit is 1.0986, beyond the margin
+        ("hinge", dict(beta=0.25), 1 - LN3 / 2, 1.0),
+        ("ipo", dict(), (1.5 * LN3 / 3 - (-0.5 * LN3) / 2 - 1) ** 2, 1.0),  # 3 and 2 tokens; 1 / (2 beta) = 1
     ],
     ids=str,
 )
-def test_losses_worked_by_hand(loss: Any, settings: dict, expected: float) -> None:
-    settings = dict(beta=0.5, label_smoothing=0.0) | settings
-    c, r = torch.tensor([1.5 * H, 0.0]), torch.tensor([-0.5 * H, 0.0])  # h = 2 ln 3, and 0
-    got = preference_loss(c, r, torch.tensor([[3, 1], [2, 1]]), loss=loss, **settings).tolist()
-    assert got == pytest.approx([expected, loss_at_zero(loss, settings["beta"])], abs=1e-6)
-
-
-def test_loss_at_zero() -> None:
-    zero = torch.zeros(3, dtype=torch.float64)
-    lengths = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    expected = dict(sigmoid=math.log(2), robust=math.log(2), hinge=1.0)
-    for beta in (0.01, 0.1, 2.0):
-        expected["ipo"] = 1 / (4 * beta**2)
-        for loss in LOSSES:
-            for eps in (0.0, 0.3):
-                got = preference_loss(zero, zero, lengths, loss=loss, beta=beta, label_smoothing=eps)
-                assert got.tolist() == pytest.approx([expected[loss]] * 3, rel=1e-12)
-                assert loss_at_zero(loss, beta) == pytest.approx(expected[loss], rel=1e-12)
+def test_losses_worked_by_hand(loss: Any, changed: dict, expected: float, at_zero: float) -> None:
+    cfg = dpo.Config(**dict(loss=loss, beta=0.5) | changed)
+    chosen, rejected = torch.tensor([1.5 * LN3, 0.0]), torch.tensor([-0.5 * LN3, 0.0])  # logits 2 ln 3, and 0
+    got = dpo.preference_loss(chosen, rejected, torch.tensor([[3, 1], [2, 1]]), cfg).tolist()
+    assert got == pytest.approx([expected, at_zero], abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -101,29 +76,28 @@ def test_losses_equal_numpy_in_float64(loss: Any) -> None:
                 hinge=np.maximum(0, 1 - beta * (c - r)),
                 ipo=(c / n[0] - r / n[1] - 0.5 / beta) ** 2,
             )[loss]
-            tensors = [torch.from_numpy(x) for x in (c, r, n)]
-            got = preference_loss(*tensors, loss=loss, beta=beta, label_smoothing=eps)
+            cfg = dpo.Config(loss=loss, beta=beta, label_smoothing=eps)
+            got = dpo.preference_loss(*(torch.from_numpy(x) for x in (c, r, n)), cfg)
             np.testing.assert_allclose(got.numpy(), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_robust_is_unbiased_under_flipped_preferences() -> None:
-    """What its authors ask of it: averaged over flips with probability eps it is the loss without flips."""
+def test_robust_loss_is_unbiased_under_flipped_preferences() -> None:
+    """Averaged over flips with probability label_smoothing, it is the loss without flips (arXiv:2403.00409)."""
     c, r, n = torch.tensor([3.0, -2.0]), torch.tensor([1.0, 5.0]), torch.ones(2, 2)
-    robust = dict(loss="robust", beta=0.7, label_smoothing=0.2)
-    mean = 0.8 * preference_loss(c, r, n, **robust) + 0.2 * preference_loss(r, c, n, **robust)
-    clean = preference_loss(c, r, n, loss="sigmoid", beta=0.7, label_smoothing=0.0)
-    torch.testing.assert_close(mean, clean)
+    robust = dpo.Config(loss="robust", beta=0.7, label_smoothing=0.2)
+    mean = 0.8 * dpo.preference_loss(c, r, n, robust) + 0.2 * dpo.preference_loss(r, c, n, robust)
+    torch.testing.assert_close(mean, dpo.preference_loss(c, r, n, dpo.Config(beta=0.7)))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_huge_log_ratios_do_not_overflow(loss: Any) -> None:
+def test_large_log_ratios_do_not_overflow(loss: Any) -> None:
     c = torch.tensor([1e4, -1e4, 1e6, -1e6, 0.0], requires_grad=True)
     r = torch.tensor([-1e4, 1e4, -1e6, 1e6, 0.0], requires_grad=True)
-    got = preference_loss(c, r, torch.ones(2, 5), loss=loss, beta=1.0, label_smoothing=0.0)
+    got = dpo.preference_loss(c, r, torch.ones(2, 5), dpo.Config(loss=loss, beta=1.0))
     got.sum().backward()
     for tensor in (got, c.grad, r.grad):
         assert torch.isfinite(tensor).all()
-    if loss != "ipo":  # right pairs teach no more, wrong ones as much as a slope of beta allows
+    if loss != "ipo":  # no gradient for a pair in the right order, slope beta for a pair in the wrong order
         assert c.grad[:4].tolist() == [0, -1, 0, -1] and r.grad[:4].tolist() == [0, 1, 0, 1]
 
 
@@ -131,747 +105,364 @@ def test_huge_log_ratios_do_not_overflow(loss: Any) -> None:
 # Log-probabilities and sums
 
 
-def some_pairs(n: int, seed: int = 0) -> list[Pair]:
-    """Pairs of random letters, of very different lengths."""
-    rng = random.Random(seed)
+def random_texts(n: int) -> list[tuple[str, str, str]]:
+    """Prompts, chosen and rejected responses of random letters, of very different lengths."""
+    rng = random.Random(0)
 
-    def words(longest: int) -> str:
+    def letters(longest: int) -> str:
         return "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(1, longest)))
 
-    return [Pair(words(8), words(20), words(20) + "!") for _ in range(n)]
+    return [(letters(8), letters(20), letters(20) + "!") for _ in range(n)]
 
 
-def with_reference(tokens: list[Tokens]) -> list[Tokens]:
-    """The pairs with log-probabilities of some reference: they differ, so that a mix-up shows."""
-    return [Tokens(*pair[:2], (-40.0 - i, -30.0 - 2 * i)) for i, pair in enumerate(tokens)]
+def random_pairs(n: int) -> list[Pair]:
+    """The tokenized texts with a different reference for each, so that a mix-up changes the result."""
+    tokenized = preferences.tokenize(random_texts(n), 48, BYTES, "texts")
+    assert len(tokenized) == n
+    return [pair._replace(reference=(-40.0 - i, -30.0 - 2 * i)) for i, pair in enumerate(tokenized)]
 
 
-def one_by_one(raw: GPT, prompt: str, response: str) -> tuple[float, int]:
-    """The response's log-probability with its end-of-text, and how many tokens that is."""
-    before = list(f"{prompt}\nResponse:\n".encode())
-    targets = [*response.encode(), EOT]
+def logp_one_by_one(raw: model.GPT, prompt: str, response: str) -> tuple[float, int]:
+    """The log-probability of the response with its end-of-text, and the number of its tokens."""
+    before, targets = list(f"{prompt}\nResponse:\n".encode()), [*response.encode(), EOT]
     with torch.no_grad():
         logits = raw(torch.tensor([before + targets]))[0][0].double().numpy()
     value = 0.0
     for i, token in enumerate(targets):
-        row = logits[len(before) + i - 1]  # what stands before a token predicts it
-        value += row[token] - np.logaddexp.reduce(row)
+        at = logits[len(before) + i - 1]  # the position before a token predicts it
+        value += at[token] - np.logaddexp.reduce(at)
     return value, len(targets)
 
 
-def test_log_probs_are_sums_over_response_and_end_of_text() -> None:
-    raw, pairs = tiny().double(), some_pairs(7)
-    tokens = dpo.prepare(pairs, 48, BYTES, "pairs", print)
-    assert len(tokens) == 7
-    for pair, token in zip(pairs, tokens):
-        (batch,) = micro_batches([token], 1, ALONE)
-        with torch.no_grad():
-            alone = [x.item() for x in log_probs(raw, batch)]
-        expected = [one_by_one(raw, pair.prompt, text)[0] for text in pair[1:]]
-        assert alone == pytest.approx(expected, abs=1e-9)
-
-    # together in one forward, padded, the longest first
-    (batch,) = micro_batches(tokens, 99, ALONE)
-    longest = sorted(range(7), key=lambda i: -max(len(e.ids) for e in tokens[i][:2]))
+def test_log_probabilities_are_sums_over_response_and_end_of_text() -> None:
+    raw, pairs = tiny().double(), random_pairs(7)
+    expected = np.array([[logp_one_by_one(raw, t[0], text)[0] for text in t[1:]] for t in random_texts(7)])
     with torch.no_grad():
-        got = torch.stack(log_probs(raw, batch), dim=1).numpy()
-    for row, i in zip(got, longest):
-        assert row == pytest.approx([one_by_one(raw, pairs[i].prompt, t)[0] for t in pairs[i][1:]], abs=1e-9)
+        for pair, logps in zip(pairs, expected):
+            (batch,) = preferences.collate([pair], 1, ALONE)
+            assert [x.item() for x in dpo.response_logps(raw, batch)] == pytest.approx(logps, abs=1e-9)
+        (batch,) = preferences.collate(pairs, 99, ALONE)  # together, padded, longest first
+        together = torch.stack(dpo.response_logps(raw, batch), dim=1).numpy()
+    order = sorted(range(7), key=lambda i: -preferences.longest(pairs[i]))
+    np.testing.assert_allclose(together, expected[order], atol=1e-9)
+    # fp32, in the order of the pairs
+    np.testing.assert_allclose(dpo.reference_logps(raw, pairs, 3, ALONE), expected, atol=1e-4)
 
-    reference = dpo.reference_log_probs(raw, tokens, torch.autocast("cpu", enabled=False), 3, ALONE)
-    expected = [[one_by_one(raw, pair.prompt, text)[0] for text in pair[1:]] for pair in pairs]
-    np.testing.assert_allclose(reference, expected, atol=1e-4)  # in the pairs' own order, as float32
 
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_compare_by_hand(loss: Any) -> None:
-    """Loss with the RPO term and all metrics of a batch, from log-probabilities summed one by one."""
-    raw, pairs = tiny().double(), some_pairs(5)
-    tokens = with_reference(dpo.prepare(pairs, 48, BYTES, "pairs", print))
-    cfg = Config(loss=loss, beta=0.3, rpo_alpha=0.7)
-    total, metrics = 0.0, np.zeros(7)
-    for pair, token in zip(pairs, tokens):
-        (lw, nw), (lr, nr) = (one_by_one(raw, pair.prompt, text) for text in pair[1:])
-        c, r = lw - token.reference[0], lr - token.reference[1]
-        sigmoid = math.log1p(math.exp(-0.3 * (c - r)))
-        ipo = (c / nw - r / nr - 1 / 0.6) ** 2
-        value = dict(sigmoid=sigmoid, robust=sigmoid, hinge=max(0.0, 1 - 0.3 * (c - r)), ipo=ipo)[loss]
-        total += value - 0.7 * lw / nw
-        metrics += [value, 0.3 * c, 0.3 * r, 0.3 * (c - r), c > r, lw, lr]
-    (batch,) = micro_batches(tokens, 99, ALONE)
-    got, sums = compare(raw, batch, cfg)
-    assert got.item() == pytest.approx(total, rel=1e-9)
-    assert sums.tolist() == pytest.approx(metrics.tolist(), rel=1e-9)
-    assert len(dpo.METRICS) == 7 and batch["n"] == 5
+@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
+def test_loss_with_rpo_term_and_metrics_worked_one_by_one(loss: Any) -> None:
+    raw, pairs = tiny().double(), random_pairs(5)
+    total, sums = 0.0, np.zeros(7)
+    for (prompt, *responses), pair in zip(random_texts(5), pairs):
+        (chosen, n_chosen), (rejected, n_rejected) = (logp_one_by_one(raw, prompt, text) for text in responses)
+        c, r = chosen - pair.reference[0], rejected - pair.reference[1]
+        ipo = (c / n_chosen - r / n_rejected - 1 / 0.6) ** 2
+        value = ipo if loss == "ipo" else math.log1p(math.exp(-0.3 * (c - r)))
+        total += value - 0.7 * chosen / n_chosen
+        sums += [value, 0.3 * c, 0.3 * r, 0.3 * (c - r), c > r, chosen, rejected]
+    (batch,) = preferences.collate(pairs, 99, ALONE)
+    got, metrics = dpo.dpo_loss(raw, batch, dpo.Config(loss=loss, beta=0.3, rpo_alpha=0.7))
+    assert got.item() == pytest.approx(total, rel=1e-6)
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(dict(zip(METRICS, sums)), rel=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
 def test_no_split_changes_loss_or_gradient(loss: Any) -> None:
     """Micro-batches and ranks, also more ranks than pairs, and a number of pairs that they do not divide."""
-    tokens = with_reference(dpo.prepare(some_pairs(5), 48, BYTES, "pairs", print))
-    cfg = Config(loss=loss, beta=0.2, rpo_alpha=0.5)
+    pairs, cfg = random_pairs(5), dpo.Config(loss=loss, beta=0.2, rpo_alpha=0.5)
 
-    def sums(world_size: int, B: int) -> tuple[float, Tensor, Tensor, int]:
-        raw = tiny().double()
-        parts = [micro_batches(tokens, B, Dist(rank, world_size, CPU)) for rank in range(world_size)]
-        shapes = {tuple(len(batch["present"]) for batch in part) for part in parts}
-        assert len(shapes) == 1  # ranks wait for each other after every micro-batch
-        total, metrics = 0.0, torch.zeros(7)
+    def sums(world_size: int, B: int) -> tuple[int, Tensor, Tensor]:
+        """The number of pairs, the loss with the metrics, and the gradient."""
+        raw, n, values = tiny().double(), 0, torch.zeros(8)
+        ranks = [ALONE._replace(rank=rank, world_size=world_size) for rank in range(world_size)]
+        parts = [preferences.collate(pairs, B, rt) for rt in ranks]
+        # ranks wait for each other after every micro-batch
+        assert len({tuple(len(batch["pair_mask"]) for batch in part) for part in parts}) == 1
         for batch in (batch for part in parts for batch in part):
-            value, values = compare(raw, batch, cfg)
-            value.backward()
-            total, metrics = total + value.item(), metrics + values
-        n = sum(batch["n"] for part in parts for batch in part)
-        return total, metrics, torch.cat([p.grad.flatten() for p in raw.parameters()]), n
+            loss, metrics = dpo.dpo_loss(raw, batch, cfg)
+            loss.backward()
+            n, values = n + batch["n"], values + torch.stack([loss.detach(), *metrics.values()])
+        return n, values, torch.cat([p.grad.flatten() for p in raw.parameters()])
 
-    total, metrics, gradient, n = sums(1, 5)
+    n, values, gradient = sums(1, 5)
     assert n == 5 and gradient.abs().max() > 1e-2
-    for world_size, B in ((1, 1), (1, 2), (2, 1), (2, 2), (2, 8), (3, 2), (4, 1), (8, 3)):
-        other = sums(world_size, B)
-        assert other[0] == pytest.approx(total, rel=1e-6) and other[3] == 5
-        torch.testing.assert_close(other[1], metrics, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(other[2], gradient, rtol=1e-6, atol=1e-6)
+    for world_size, B in ((1, 1), (1, 2), (2, 1), (2, 8), (3, 2), (8, 3)):
+        got = sums(world_size, B)
+        assert got[0] == 5
+        torch.testing.assert_close(got[1], values, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(got[2], gradient, rtol=1e-6, atol=1e-6)
 
 
 # -----------------------------------------------------------------------------
-# Pairs
+# Whole runs on a toy rule: "yes" is better than "no"
 
 
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+def toy_rows() -> list[dict[str, str]]:
+    """26 prompts of one letter. The better response is response_a in every second row."""
+    letters, sides = "abcdefghijklmnopqrstuvwxyz", [("no", "yes", "B"), ("yes", "no", "A")] * 13
+    rows = [(f"{letter}?", *side) for letter, side in zip(letters, sides)]
+    return [dict(prompt=prompt, response_a=a, response_b=b, preferred=p) for prompt, a, b, p in rows]
 
 
-def row(prompt: str, a: str | None, b: str | None, preferred: str | None = "A") -> dict:
-    return dict(prompt=prompt, response_a=a, response_b=b, explanation="because", preferred=preferred)
+def write_rows(path: Path, rows: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
-def test_preferred_says_which_is_chosen_and_the_unusable_is_counted(tmp_path: Path) -> None:
-    rows = [
-        row(" one ", "yes", "no", "A"),
-        row("two", "yes", "no", "B"),
-        row("three", "", "no"),
-        row("four", "yes", " \n"),
-        row("five", None, "no"),
-        row("six", "same", "same"),
-        row("seven", "yes", "no", "C"),
-        row("eight", "yes", "no", None),
-    ]
-    said: list[str] = []
-    got = dpo.read_pairs(str(write_rows(tmp_path / "x.jsonl", rows)), ALONE, said.append)
-    assert got == [Pair("one", "yes", "no"), Pair("two", "no", "yes")]
-    (message,) = said
-    assert "6 of 8 pairs dropped" in message
-    assert "3 with a blank response, 1 with equal ones, 2 preferring neither A nor B" in message
-
-    rows = [dict(prompt="one", chosen="yes", rejected="no"), dict(prompt="two", chosen="x", rejected="x")]
-    got = dpo.read_pairs(str(write_rows(tmp_path / "y.jsonl", rows)), ALONE, said.append)
-    assert got == [Pair("one", "yes", "no")] and "1 of 2 pairs dropped" in said[1]
-
-
-def test_pairs_that_do_not_fit() -> None:
-    """The template takes 11 bytes; T inputs make T + 1 ids."""
-    said: list[str] = []
-    pairs = [
-        Pair("abc", "12345", "12"),  # 14 + 5 + 1 = 20 ids: the longest that fits into T=19
-        Pair("abc", "123456", "12"),  # loses its end-of-text
-        Pair("abc", "1234567", "12345678"),  # different, but not in the 6 bytes that are left
-        Pair("abc", "x234567", "12345678"),  # both cut, and still different
-        Pair("a" * 9, "1", "2"),  # the prompt leaves no room: 20 ids
-    ]
-    tokens = dpo.prepare(pairs, 19, BYTES, "pairs", said.append)
-    chosen = ["".join(map(chr, t.chosen.ids[t.chosen.n_prompt :])) for t in tokens]
-    assert chosen == ["12345\u0100", "123456", "x23456"]
-    assert bytes(tokens[0].rejected.ids[:-1].tolist()) == b"abc\nResponse:\n12"
-    assert "2 pairs dropped: nothing to compare within T=19" in said[0]
-    assert "2 pairs with a response cut" in said[1]
-    with pytest.raises(SystemExit, match="no pair of pairs is left"):
-        dpo.prepare(pairs[-1:], 19, BYTES, "pairs", said.append)
-
-
-# -----------------------------------------------------------------------------
-# Whole runs, on a toy rule: yes is better than no
-
-
-def toy_rows(n: int = 26) -> list[dict]:
-    """Prompts of one letter; the better answer stands on either side."""
-    letters = [chr(ord("a") + i) for i in range(n)]
-    return [
-        row(f"{x}?", "yes", "no", "A") if i % 2 else row(f"{x}?", "no", "yes", "B")
-        for i, x in enumerate(letters)
-    ]
-
-
-def write_start(folder: Path, raw: GPT, stage: str = "sft") -> Path:
-    """A checkpoint as sft.py writes it."""
-    state = dict(stage=stage, step=3, model=raw.state_dict(), model_config=asdict(raw.config))
-    state |= dict(config={}, tokenizer="bytes", base="", scores={}, optimizers=[])
-    folder.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(folder, state, keep=1)
-    return folder
+def write_start(folder: Path, seed: int = 0, stage: str = "sft") -> str:
+    return str(harness.write_model(folder, tiny(seed, 0.1), stage))
 
 
 @pytest.fixture
-def cfg(tmp_path: Path) -> Iterator[Config]:
-    """A configuration that trains in a second. Signal handlers are put back afterwards."""
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    yield Config(
-        checkpoint=str(write_start(tmp_path / "sft", tiny(scale=0.1))),
-        data=str(write_rows(tmp_path / "pairs.jsonl", toy_rows())),
-        val_frac=0.2,
-        out_dir=str(tmp_path / "out"),
-        B=4,
-        pairs_per_step=8,
-        max_steps=12,
-        max_lr=1e-3,
-        eval_every=5,
-        answer_rows=3,
-        prompts=("a?",),
-        answer_tokens=5,
-        save_every=4,
-        device="cpu",
-        precision="fp32",
-    )
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
+def cfg(tmp_path: Path) -> dpo.Config:
+    """A configuration that trains in a second."""
+    start, rows = write_start(tmp_path / "sft"), write_rows(tmp_path / "pairs.jsonl", toy_rows())
+    steps = dict(B=4, pairs_per_step=8, max_steps=12, max_lr=1e-3, save_every=4, device="cpu", precision="fp32")
+    evaluation = dict(val_frac=0.2, eval_every=5, n_eval_prompts=3, prompts=("a?",), answer_tokens=5)
+    return dpo.Config(checkpoint=start, data=rows, out_dir=str(tmp_path / "out"), **steps, **evaluation)
 
 
-def train(cfg: Config, **changed: Any) -> Path:
-    """Train with some constants changed; return the folder."""
-    cfg = replace(cfg, **changed)
-    main(cfg)
-    return Path(cfg.out_dir)
+def train(cfg: dpo.Config, **changed: Any) -> Path:
+    return harness.train(dpo.main, cfg, **changed)
 
 
-def test_the_step_can_be_compiled(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as the compiler's door: its own work is its makers' to test."""
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda raw, **options: asked.append(options) or raw)
-    monkeypatch.setattr("finetune.require_compiler", lambda device: None)
-    train(cfg, compile=True, max_steps=1)
-    assert asked == [dict(dynamic=True)]
+def start_again(folder: Path) -> None:
+    """Delete everything of a run but the cached reference."""
+    for path in [*folder.glob("*.pt"), folder / "log.txt"]:
+        path.unlink()
 
 
-def read_log(folder: Path) -> dict[tuple[int, str], str]:
-    """The last value of every (step, name), as it is written."""
-    values = {}
-    for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines():
-        if m := re.fullmatch(r"(\d+) ([\w/]+) (\S+)", line):
-            values[int(m[1]), m[2]] = m[3]
-    return values
-
-
-def column(folder: Path, name: str) -> dict[int, float]:
-    """Step -> value of one name."""
-    return {step: float(value) for (step, key), value in read_log(folder).items() if key == name}
-
-
-def notes(folder: Path) -> str:
-    """What the log says behind `#`."""
-    lines = (folder / "log.txt").read_text(encoding="utf-8").splitlines()
-    return "\n".join(line for line in lines if line.startswith("#"))
-
-
-def bits(value: Any) -> Any:
-    """A nested value with its tensors as bytes."""
-    if isinstance(value, dict):
-        return {key: bits(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [bits(item) for item in value]
-    return (value.dtype, value.numpy().tobytes()) if isinstance(value, Tensor) else value
-
-
-def final_bits(folder: Path) -> Any:
-    """What a folder's newest checkpoint holds, as bytes, but for the configuration."""
-    state = load_checkpoint(list_checkpoints(folder)[0])
-    return bits({key: value for key, value in state.items() if key != "config"})
-
-
-def same_run(folder: Path, other: Path) -> None:
-    """Check that two runs have the same log, to the last digit, and the same last checkpoint."""
-    got, expected = read_log(folder), read_log(other)
-    assert {key: (got.get(key), value) for key, value in expected.items() if got.get(key) != value} == {}
-    assert got.keys() == expected.keys()
-    assert final_bits(folder) == final_bits(other)
-
-
-@pytest.mark.parametrize("changed", [*(dict(loss=loss) for loss in LOSSES), dict(lora_rank=2)], ids=str)
-def test_a_run_starts_at_the_loss_of_no_difference(cfg: Config, changed: dict) -> None:
-    folder = train(cfg, max_steps=1, answer_rows=0, prompts=(), **changed)
-    at_zero = dict(sigmoid=math.log(2), robust=math.log(2), hinge=1.0, ipo=25.0)[
-        changed.get("loss", "sigmoid")
-    ]
+@pytest.mark.parametrize("changed", [*(dict(loss=loss) for loss in LOSSES), dict(lora_rank=8)], ids=str)
+def test_first_loss_is_that_of_equal_models_and_margins_grow(cfg: dpo.Config, changed: dict) -> None:
+    folder = train(cfg, max_steps=15, max_lr=3e-3, n_eval_prompts=0, prompts=(), **changed)
+    at_zero = dict(hinge=1.0, ipo=25.0).get(changed.get("loss", ""), math.log(2))
     log = {name: float(value) for (step, name), value in read_log(folder).items() if step == 0}
     assert log["preference"] == log["train"] == pytest.approx(at_zero, rel=1e-6)
     assert log["val"] == log["val/preference"] == pytest.approx(at_zero, rel=1e-6)
-    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+    for name in REWARDS:
         assert log[name] == log[f"val/{name}"] == pytest.approx(0, abs=1e-6)
-    assert log["norm"] > 0
+    assert log["norm"] > 0 and losses(folder, "val/rewards/accuracies")[15] == 1
+    assert losses(folder, "val/rewards/chosen")[15] > 0 > losses(folder, "val/rewards/rejected")[15]
 
 
-def test_bf16_starts_near_it(cfg: Config) -> None:
-    folder = train(cfg, max_steps=1, answer_rows=0, prompts=(), precision="bf16")
-    assert column(folder, "preference")[0] == pytest.approx(math.log(2), rel=0.02)
-
-
-def test_the_rule_is_learned(cfg: Config, tmp_path: Path) -> None:
-    """From rows with the better answer on either side: mixing up A and B would pull both ways."""
-    asked = [dict(instruction="a?", response="yes"), dict(instruction="1?", response="never")]
-    questions = str(write_rows(tmp_path / "questions.jsonl", asked))
-    folder = train(cfg, max_steps=60, max_lr=3e-2, rpo_alpha=1.0, questions=questions)
-    for prefix in ("", "val/"):
-        last = max(column(folder, f"{prefix}rewards/chosen"))
-        value = {name: column(folder, prefix + name)[last] for name in dpo.METRICS}
+def test_rule_is_learned(cfg: dpo.Config, tmp_path: Path) -> None:
+    """The better response is on either side: a mix-up of A and B would pull both ways."""
+    questions = [dict(instruction="a?", response="yes"), dict(instruction="1?", response="never")]
+    path = write_rows(tmp_path / "questions.jsonl", questions)
+    folder = train(cfg, max_steps=60, max_lr=3e-2, rpo_alpha=1.0, eval_questions=path)
+    for prefix, step in (("", 59), ("val/", 60)):
+        value = {name: losses(folder, prefix + name)[step] for name in METRICS}
         assert value["rewards/chosen"] > 0.5 and value["rewards/rejected"] < -0.2
-        assert value["rewards/accuracies"] == 1
+        assert value["rewards/accuracies"] == 1 and value["preference"] < 0.5
         assert value["rewards/margins"] == pytest.approx(value["rewards/chosen"] - value["rewards/rejected"])
-        assert value["preference"] < 0.5
-    first, last = column(folder, "val/logps/chosen")[0], column(folder, "val/logps/chosen")[60]
-    # a reward is beta times the log-ratio
-    assert 0.1 * (last - first) == pytest.approx(column(folder, "val/rewards/chosen")[60], abs=1e-4)
-    assert column(folder, "right")[0] == 0 and column(folder, "right")[60] == 0.5
-    assert column(folder, "chosen")[0] == 0 and column(folder, "chosen")[60] == 1  # exactly so, and ended
-    assert "#   > a? -> yes\n" in notes(folder) + "\n"
+    logps = losses(folder, "val/logps/chosen")  # a reward is beta times the log-ratio
+    assert 0.1 * (logps[60] - logps[0]) == pytest.approx(losses(folder, "val/rewards/chosen")[60], abs=1e-4)
+    assert losses(folder, "right")[0] == 0 and losses(folder, "right")[60] == 0.5
+    assert losses(folder, "chosen")[0] == 0 and losses(folder, "chosen")[60] == 1
+    assert "> a? -> yes\n" in notes(folder).replace("\\n", "\n") + "\n"
 
 
-def test_hinge_robust_and_ipo_learn_too(cfg: Config) -> None:
-    for loss in ("hinge", "robust", "ipo"):
-        folder = train(
-            cfg,
-            loss=loss,
-            max_steps=15,
-            max_lr=3e-3,
-            label_smoothing=0.1 * (loss == "robust"),
-            answer_rows=0,
-            out_dir=f"{cfg.out_dir}{loss}",
-        )
-        assert column(folder, "val/rewards/accuracies")[15] == 1
-        assert column(folder, "val/rewards/chosen")[15] > 0 > column(folder, "val/rewards/rejected")[15]
-
-
-def test_what_a_run_leaves_behind(cfg: Config) -> None:
+def test_files_of_a_run(cfg: dpo.Config) -> None:
+    start = {path: path.read_bytes() for path in Path(cfg.checkpoint).iterdir()}
     folder = train(cfg)
+    assert {path: path.read_bytes() for path in Path(cfg.checkpoint).iterdir()} == start
     (reference,) = folder.glob("reference_*.npz")
-    names = {"best.pt", "ckpt_000008.pt", "ckpt_000012.pt", "log.txt", reference.name}
-    assert {path.name for path in folder.iterdir()} <= names | {"ckpt_000010.pt"}
-    assert (folder / "best.pt").is_file() and (folder / "ckpt_000012.pt").is_file()
-    assert column(folder, "val").keys() == {0, 5, 10, 12} and column(folder, "lr").keys() == set(range(12))
-    best, last = load_checkpoint(folder / "best.pt"), load_checkpoint(folder / "ckpt_000012.pt")
-    assert best["step"] == min(column(folder, "val"), key=column(folder, "val").get)
-    assert "optimizers" not in best and (last["stage"], last["step"]) == ("dpo", 12)
-    assert last["scores"]["val/loss"] == pytest.approx(column(folder, "val")[12])
-    load_model(str(folder), "", lambda text: None)  # what sample.py does
+    names = {"best.pt", "ckpt_000010.pt", "ckpt_000012.pt", "log.txt", reference.name}
+    assert {path.name for path in folder.iterdir()} == names  # margins grow: the best is the last
+    assert losses(folder, "val").keys() == {0, 5, 10, 12} and losses(folder, "lr").keys() == set(range(12))
+    best, last = checkpoint.read(folder / "best.pt"), checkpoint.read(folder / "ckpt_000012.pt")
+    assert (best.step, best.optimizers) == (12, None)
+    assert (last.stage, last.step) == ("dpo", 12)
+    assert last.scores["val/loss"] == pytest.approx(losses(folder, "val")[12])
+    assert checkpoint.load_model(str(folder)).step == 12
 
-    before = final_bits(folder)  # a finished run only measures once more
-    train(cfg)
-    assert final_bits(folder) == before and column(folder, "train").keys() == set(range(12))
-
-
-def test_the_micro_batch_does_not_change_the_curve(cfg: Config) -> None:
-    reference = train(cfg, answer_rows=0)
-    for B in (1, 3, 8):
-        folder = train(cfg, B=B, answer_rows=0, out_dir=f"{cfg.out_dir}{B}")
-        for name in ("train", "val"):
-            assert column(folder, name) == pytest.approx(column(reference, name), abs=1e-5)
+    train(cfg)  # a finished run is only evaluated once more
+    assert checkpoint.read(folder / "ckpt_000012.pt").seconds == last.seconds
+    assert losses(folder).keys() == set(range(12))
 
 
-def test_a_run_leaves_no_trace_in_its_start(cfg: Config) -> None:
-    before = {path.name: path.read_bytes() for path in Path(cfg.checkpoint).iterdir()}
-    train(cfg)
-    assert {path.name: path.read_bytes() for path in Path(cfg.checkpoint).iterdir()} == before
+def test_both_sequences_without_padding_are_counted(cfg: dpo.Config) -> None:
+    """A pair is 13 tokens of prompt twice, "yes" and "no"; end-of-text is a target only: 16 + 15 inputs."""
+    folder = train(cfg)
+    assert losses(folder, "tokens") == {step: step * 8 * 31 for step in (0, 5, 10, 12)}
+    train(cfg, pairs_per_step=5, max_steps=14)  # continues at the same position
+    ckpt = checkpoint.read_newest(folder)
+    assert (ckpt.step, ckpt.n_sequences, ckpt.n_tokens) == (14, 106, 106 * 31)
 
 
-def test_the_best_is_kept_when_it_gets_worse(cfg: Config, tmp_path: Path) -> None:
-    """What is held out prefers the other answer: every step makes it worse."""
+def test_best_checkpoint_is_kept_when_the_loss_rises(cfg: dpo.Config, tmp_path: Path) -> None:
+    """The held-out pairs prefer the other response, so every step makes them worse."""
     rows = toy_rows()
-    for i in dpo.split_rows([row["prompt"] for row in rows], cfg.val_frac, cfg.seed)[1]:
+    for i in chat.split_rows([row["prompt"] for row in rows], cfg.val_frac, cfg.seed)[1]:
         rows[i]["preferred"] = "AB"[rows[i]["preferred"] == "A"]
-    folder = train(cfg, data=str(write_rows(tmp_path / "against.jsonl", rows)))
-    val = column(folder, "val")
+    folder = train(cfg, data=write_rows(tmp_path / "against.jsonl", rows))
+    val = losses(folder, "val")
     assert val[0] < val[5] < val[10] < val[12]
-    assert load_checkpoint(folder / "best.pt")["step"] == 5  # of those after the start
-    assert (folder / "ckpt_000012.pt").is_file()
+    assert checkpoint.read(folder / "best.pt").step == 5  # step 0 does not count
+    assert checkpoint.list_checkpoints(folder)[0].name == "ckpt_000012.pt"
 
 
-def test_patience(cfg: Config) -> None:
-    """At a learning rate of nothing no margin is larger than the first: the third evaluation after it ends
-    the run, whether or not it was resumed on the way."""
-    still = dict(max_lr=0.0, eval_every=2, save_every=2, patience=3, keep=9, max_steps=40)
-    folder = train(cfg, **still)
-    assert column(folder, "val").keys() == {0, 2, 4, 6} and max(column(folder, "train")) == 5
-    assert list_checkpoints(folder)[0].name == "ckpt_000006.pt"
-    resumed = Path(cfg.out_dir + "2")
+def test_patience(cfg: dpo.Config) -> None:
+    """With a learning rate of 0 no margin exceeds the first: the run ends at the third evaluation after it."""
+    constant = dict(max_lr=0.0, eval_every=2, save_every=2, patience=3, keep_last=9, max_steps=40)
+    folder = train(cfg, **constant)
+    assert losses(folder, "val").keys() == {0, 2, 4, 6} and max(losses(folder)) == 5
+    assert checkpoint.list_checkpoints(folder)[0].name == "ckpt_000006.pt"
+    resumed = Path(cfg.out_dir + "-resumed")
     resumed.mkdir()
     shutil.copy(folder / "ckpt_000004.pt", resumed)
-    train(cfg, **still, out_dir=str(resumed))
-    assert column(resumed, "val").keys() == {4, 6}
-    assert final_bits(resumed) == final_bits(folder)
-    train(cfg, **still)  # it had enough, and still has
-    assert max(column(folder, "train")) == 5
+    train(cfg, **constant, out_dir=str(resumed))
+    assert losses(resumed, "val").keys() == {4, 6} and final_bits(resumed) == final_bits(folder)
+    train(cfg, **constant)  # a run that has ended does not continue
+    assert max(losses(folder)) == 5
 
-    learning = train(cfg, eval_every=2, patience=1, out_dir=cfg.out_dir + "3")
-    assert max(column(learning, "val")) == 12  # margins grow: never enough
-
-
-@pytest.mark.parametrize("lora", [dict(), dict(lora_rank=2)], ids=str)
-def test_stopped_and_resumed_equals_never_stopped(
-    cfg: Config, lora: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = train(cfg, max_lr=1e-2, **lora)
-    stopped = Path(cfg.out_dir + "2")
-    for steps in (4, 1):  # in a step that is not saved anyhow, and in one that is measured next
-        asked = iter([False] * (steps - 1) + [True])
-        with monkeypatch.context() as patch:
-            patch.setattr(dpo, "stop_on_signals", lambda asked=asked: lambda: next(asked))
-            train(cfg, max_lr=1e-2, out_dir=str(stopped), **lora)
-    assert re.findall(r"stopped at step (\d+)", notes(stopped)) == ["4", "5"]
-    assert column(stopped, "train").keys() == set(range(5))
-    train(cfg, max_lr=1e-2, out_dir=str(stopped), **lora)
-    same_run(stopped, whole)
+    learning = train(cfg, eval_every=2, patience=1, out_dir=cfg.out_dir + "-learning")
+    assert max(losses(learning, "val")) == 12  # margins grow
 
 
 # -----------------------------------------------------------------------------
-# The reference's log-probabilities
+# Reference log-probabilities
 
 
-def test_the_reference_is_computed_once(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*args: Any) -> None:
-        raise AssertionError("computed again")
+def read_reference(folder: Path) -> np.ndarray:
+    (path,) = folder.glob("reference_*.npz")
+    with np.load(path) as archive:
+        return archive["log_probs"]
 
+
+def write_reference(folder: Path, logps: np.ndarray) -> None:
+    (path,) = folder.glob("reference_*.npz")
+    np.savez(path, log_probs=logps)
+
+
+def test_reference_is_computed_once(cfg: dpo.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = train(cfg)
     first = read_log(folder)
-    for path in folder.glob("*.pt"):
-        path.unlink()
-    (folder / "log.txt").unlink()
-    with monkeypatch.context() as patch:
-        patch.setattr(dpo, "reference_log_probs", never)
-        train(cfg)
-        assert read_log(folder) == first and "computing the reference" not in notes(folder)
-        with pytest.raises(AssertionError, match="computed again"):  # other sequences have others
-            train(cfg, T=15)
+    start_again(folder)
+    monkeypatch.setattr(dpo, "reference_logps", lambda *args: pytest.fail("computed again"))
+    train(cfg)
+    assert read_log(folder) == first and "computing the reference" not in notes(folder)
+    other = write_start(tmp_path / "other", seed=1)
+    for changed in (dict(T=15), dict(precision="bf16"), dict(checkpoint=other)):  # have another reference
+        start_again(folder)
+        with pytest.raises(pytest.fail.Exception):
+            train(cfg, **changed)
 
 
-def test_another_start_has_another_reference(cfg: Config, tmp_path: Path) -> None:
-    folder = train(cfg, max_steps=1)
-    for path in folder.glob("*.pt"):
-        path.unlink()
-    train(cfg, max_steps=1, checkpoint=str(write_start(tmp_path / "other", tiny(seed=1))))
-    assert len(list(folder.glob("reference_*.npz"))) == 2
-    assert column(folder, "preference")[0] == pytest.approx(math.log(2), abs=1e-6)
+def test_reference_belongs_to_the_boundaries_of_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ids of both sequences together are the same."""
+    computed, ids = [], np.arange(5)
+    monkeypatch.setattr(dpo, "reference_logps", lambda *args: computed.append(1) or np.zeros((1, 2)))
+    pairs = [Pair(Example(ids[:n], n_prompt), Example(ids[n:], 1)) for n, n_prompt in ((3, 1), (3, 2), (2, 1))]
+    run = SimpleNamespace(cfg=dpo.Config(), rt=ALONE, base="", out_dir=tmp_path, resumed=None, raw=None)
+    for pair in pairs * 2:
+        dpo.add_reference(run, [[pair]])
+    assert len(computed) == 3
 
 
-def test_other_tokens_or_another_precision_have_another_reference(
-    cfg: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also where the same ids stand behind one another, only divided otherwise."""
-    computed = []
-    monkeypatch.setattr(dpo, "reference_log_probs", lambda *args: computed.append(1) or np.zeros((1, 2)))
-    Path(cfg.out_dir).mkdir()
-    ids = np.arange(5)
-    pairs = [
-        Tokens(Example(ids[:cut], n_prompt), Example(ids[cut:], 1))
-        for cut, n_prompt in ((3, 1), (3, 2), (2, 1))
-    ]
-    amps = [
-        autocast("fp32", CPU),
-        *(torch.autocast("cpu", dtype) for dtype in (torch.bfloat16, torch.float16)),
-    ]
-    for amp in amps * 2:
-        run = Run(tiny(), tiny(), BYTES, [], None, "base", amp, False)
-        for pair in pairs:
-            dpo.add_reference(run, [[pair]], cfg, ALONE, print)
-    assert len(computed) == 9
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-4), ("bf16", 1e-2)])
+def test_slightly_different_reference_is_refused(cfg: dpo.Config, precision: Any, tolerance: float) -> None:
+    """The tolerance is a log-ratio per token; both responses of a pair have 7 tokens together."""
+    folder = train(cfg, max_steps=1, precision=precision)
+    exact = read_reference(folder)
+    for factor, outcome in ((-0.5, nullcontext()), (2, pytest.raises(AssertionError, match="log-ratio"))):
+        start_again(folder)
+        write_reference(folder, exact + [7 * factor * tolerance, 0])
+        with outcome:
+            train(cfg, max_steps=1, precision=precision)
 
 
-def test_a_wrong_reference_is_noticed(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = train(cfg, max_steps=1)
-    (path,) = folder.glob("reference_*.npz")
-    with np.load(path) as archive:
-        found = archive["log_probs"]
-    found[:, 0] += 1
-    np.savez(path, log_probs=found)
-    for checkpoint in folder.glob("*.pt"):
-        checkpoint.unlink()
-    with pytest.raises(AssertionError, match="the policy does not start as the reference"):
-        train(cfg, max_steps=1)
+def test_rounding_to_bf16_is_accepted(cfg: dpo.Config) -> None:
+    exact = read_reference(train(cfg, max_steps=1, out_dir=cfg.out_dir + "-fp32"))
+    folder = train(cfg, max_steps=1, precision="bf16")
+    assert np.abs(read_reference(folder) - exact).max() > 1e-3
+    write_reference(folder, exact)
+    start_again(folder)
+    train(cfg, max_steps=1, precision="bf16")
+    assert abs(losses(folder, "preference")[0] - math.log(2)) < 1e-2
 
 
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\n") + 4] ^= 1  # the numbers follow a header of one line
+    path.write_bytes(content)
 
 
-def flip(path: Path) -> None:
-    """Flip one bit of the first number."""
-    data = bytearray(path.read_bytes())
-    data[data.index(b"\n") + 1 + 3] ^= 1  # the numbers stand behind a header of one line
-    path.write_bytes(data)
+DAMAGES = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "one bit": flip_a_bit,
+    "infinite": lambda path: write_reference(path.parent, read_reference(path.parent) * np.inf),
+    "a pair less": lambda path: write_reference(path.parent, read_reference(path.parent)[1:]),
+}
 
 
-def nothing(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def infinite(path: Path) -> None:
-    with np.load(path) as archive:
-        found = archive["log_probs"]
-    found[0, 0] = np.inf
-    np.savez(path, log_probs=found)
-
-
-def too_few(path: Path) -> None:
-    with np.load(path) as archive:
-        found = archive["log_probs"]
-    np.savez(path, log_probs=found[1:])
-
-
-@pytest.mark.parametrize("damage", [cut, flip, nothing, infinite, too_few])
-def test_a_damaged_reference_is_computed_again_from_the_start(cfg: Config, damage: Callable) -> None:
-    """On a resumed run too, where the policy has long moved away from it."""
-    folder = train(cfg, max_lr=1e-2, keep=9, answer_rows=0)
-    (path,) = folder.glob("reference_*.npz")
-    kept = path.read_bytes()
-    resumed = Path(cfg.out_dir + "2")
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_reference_is_computed_again_from_the_start(cfg: dpo.Config, damage: Callable) -> None:
+    """Also in a resumed run, whose policy is no longer the reference."""
+    cfg = replace(cfg, max_lr=1e-2, keep_last=9, n_eval_prompts=0)
+    folder, resumed = train(cfg), Path(cfg.out_dir + "-resumed")
     resumed.mkdir()
-    shutil.copy(folder / "ckpt_000008.pt", resumed)
-    shutil.copy(path, resumed)
+    (path,) = folder.glob("reference_*.npz")
+    for source in (folder / "ckpt_000008.pt", path):
+        shutil.copy(source, resumed)
     damage(resumed / path.name)
-    assert (resumed / path.name).read_bytes() != kept
-    train(cfg, max_lr=1e-2, keep=9, answer_rows=0, out_dir=str(resumed))
-    assert "computing the reference" in notes(resumed)
-    assert (resumed / path.name).read_bytes() == kept
-    log = read_log(resumed)
-    assert min(step for step, name in log if name == "train") == 8
-    assert log == {key: value for key, value in read_log(folder).items() if key in log}
-    assert final_bits(resumed) == final_bits(folder)
+    assert (resumed / path.name).read_bytes() != path.read_bytes()
+    train(cfg, out_dir=str(resumed))
+    assert "computing the reference" in notes(resumed) and min(losses(resumed)) == 8
+    assert (resumed / path.name).read_bytes() == path.read_bytes()
+    harness.assert_same_run(resumed, folder, from_step=8)
 
 
 # -----------------------------------------------------------------------------
-# Killed, and on two processes. Starting Python and torch takes seconds: runs are forked from one process that
-# has only imported them.
-
-NURSERY = """
-import json, os, sys
-import torch._dynamo
-import dpo
-from training import barrier, parse
-
-for line in sys.stdin:
-    order = json.loads(line)
-    if isinstance(order, int):
-        print(os.waitstatus_to_exitcode(os.waitpid(order, 0)[1]), flush=True)
-        continue
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.argv = order["argv"]
-        os.environ.update(order["env"])
-        # straight out behind the last barrier: a store's server thread may never join in a forked process
-        dpo.cleanup = lambda dist: (barrier(dist), os._exit(0))
-        dpo.main(parse(dpo.CONFIGS, dpo.__doc__))
-        os._exit(0)
-    print(pid, flush=True)
-"""
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the runs")
+# Interrupted runs and several ranks
 
 
-class Nursery:
-    """Starts runs of dpo.py."""
-
-    def __init__(self, process: subprocess.Popen) -> None:
-        self.process = process
-
-    def ask(self, order: Any) -> int:
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, cfg: Config, **env: str) -> int:
-        """The process id of a run."""
-        constants = {key: value for key, value in asdict(cfg).items() if value != getattr(Config(), key)}
-        prompts = constants.pop("prompts")
-        argv = [f"--{key}={value}" for key, value in constants.items()] + ["--prompts", *prompts]
-        return self.ask(dict(argv=[str(SCRIPT), *argv], env=env))
-
-    def wait(self, pid: int) -> int:
-        """The exit status of a run, when it has ended."""
-        return self.ask(pid)
+@pytest.mark.parametrize("changed, moments", [(dict(), [0, 7, 13]), (dict(lora_rank=2), [2, 9])], ids=["all", "lora"])
+def test_killed_and_resumed_run_equals_uninterrupted_run(
+    cfg: dpo.Config, server: ForkServer, changed: dict, moments: list[int]
+) -> None:
+    cfg = replace(cfg, max_steps=60, eval_every=9, save_every=5, max_lr=5e-3, rpo_alpha=0.5, **changed)
+    folder = harness.kill_and_resume(server, "dpo", replace(cfg, out_dir=cfg.out_dir + "-killed"), moments)
+    harness.assert_same_run(folder, train(cfg))
+    assert (folder / "best.pt").is_file()
 
 
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(SCRIPT.parent))
-    with subprocess.Popen([sys.executable, "-c", NURSERY], env=env, **pipes) as process:
-        yield Nursery(process)
-        process.stdin.close()
-
-
-def n_losses(folder: Path) -> int:
-    """How many training losses a log holds, those of steps done twice counted twice."""
-    path = folder / "log.txt"
-    return path.read_bytes().count(b" train ") if path.exists() else 0
-
-
-@forks
-@pytest.mark.parametrize("lora", [dict(), dict(lora_rank=2, lora_merge=False)], ids=str)
-def test_killed_and_resumed_equals_never_killed(cfg: Config, nursery: Nursery, lora: dict) -> None:
-    cfg = replace(cfg, max_steps=60, eval_every=9, save_every=5, max_lr=5e-3, rpo_alpha=0.5, **lora)
-    whole = train(cfg)
-    killed = replace(cfg, out_dir=cfg.out_dir + "-killed")
-    folder, rng = Path(killed.out_dir), random.Random(len(lora))
-    for n in rng.sample([0, 2, 7, 13], 3):
-        pid = nursery.start(killed)
-        wanted, give_up = n_losses(folder) + n, time.monotonic() + 60
-        while n_losses(folder) < wanted:
-            assert time.monotonic() < give_up, f"{n_losses(folder)} of {wanted} losses after a minute"
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.02))
-        os.kill(pid, signal.SIGKILL)
-        assert nursery.wait(pid) == -signal.SIGKILL  # it did not end by itself
-    assert nursery.wait(nursery.start(killed)) == 0
-    assert "continuing" in notes(folder)
-    same_run(folder, whole)
-    assert (folder / "best.pt").is_file() and not list(folder.glob("*.tmp"))
-
-
-@forks
-def test_two_processes_equal_one(cfg: Config, nursery: Nursery) -> None:
-    """With an odd number of pairs a step, so that one process runs out of them."""
-    cfg = replace(cfg, pairs_per_step=5, B=2, max_steps=8, rpo_alpha=0.5, max_lr=3e-3)
-    one = train(cfg)
-    two = replace(cfg, out_dir=cfg.out_dir + "-two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    pids = [nursery.start(two, RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(2)]
-    assert [nursery.wait(pid) for pid in pids] == [0, 0]
-    folder = Path(two.out_dir)
-    assert "devices=2" in notes(folder)
-    for name in ("train", "val", "norm", "chosen", *dpo.METRICS, *(f"val/{name}" for name in dpo.METRICS)):
-        # float32 sums in another order; log-probabilities are of the order of ten
-        assert column(folder, name) == pytest.approx(column(one, name), rel=1e-5, abs=1e-5), name
-    assert column(folder, "train").keys() == set(range(8))
-    (mine,), (other,) = (path.glob("reference_*.npz") for path in (folder, one))
-    assert mine.name == other.name
-    np.testing.assert_allclose(np.load(mine)["log_probs"], np.load(other)["log_probs"], atol=1e-4)
+def test_two_ranks_equal_one(cfg: dpo.Config, server: ForkServer) -> None:
+    """With another micro-batch size and an odd number of pairs per step, so that one rank has an empty row."""
+    cfg = replace(cfg, pairs_per_step=5, max_steps=8, rpo_alpha=0.5, max_lr=3e-3)
+    one, two = train(cfg), Path(cfg.out_dir + "-two")
+    server.run("dpo", harness.command_line(replace(cfg, B=2, out_dir=str(two))), n_ranks=2)
+    assert "world_size=2" in notes(two) and losses(two).keys() == set(range(8))
+    names = ("train", "val", "norm", "chosen", "tokens", *METRICS, *(f"val/{name}" for name in METRICS))
+    harness.assert_close_runs(two, one, names)
+    np.testing.assert_allclose(read_reference(two), read_reference(one), atol=1e-4)
+    assert [path.name for path in two.glob("*.npz")] == [path.name for path in one.glob("*.npz")]
 
 
 # -----------------------------------------------------------------------------
-# Mistakes
+# Refusals
+
+OPTIONS = [dict(beta=0.0), dict(beta=math.nan), dict(rpo_alpha=-1.0), dict(patience=-1), dict(pairs_per_step=0)]
+OPTIONS += [dict(T=49), dict(data="nowhere.jsonl"), dict(label_smoothing=-0.1)]
+OPTIONS += [dict(label_smoothing=0.1, loss="hinge"), dict(label_smoothing=0.1, loss="ipo")]
+OPTIONS += [dict(label_smoothing=0.5, loss=loss) for loss in ("sigmoid", "robust")]
 
 
-def refused(cfg: Config, message: str, **changed: Any) -> None:
-    """Check that training ends with a message of one line."""
-    with pytest.raises(SystemExit, match=message) as error:
-        train(cfg, **changed)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("changed", OPTIONS, ids=str)
+def test_invalid_options_are_refused(cfg: dpo.Config, changed: dict) -> None:
+    name, value = next(iter(changed.items()))
+    harness.refused(dpo.main, cfg, value if name == "data" else f"--{name}={value}", **changed)
 
 
-@pytest.mark.parametrize(
-    "changed, message",
-    [
-        (dict(beta=0.0), "beta=0.0 must be above 0"),
-        (dict(beta=-1.0), "beta=-1.0"),
-        (dict(beta=math.nan), "beta=nan"),
-        (dict(label_smoothing=-0.1), "label_smoothing=-0.1"),
-        (dict(label_smoothing=0.5), "label_smoothing=0.5 must be .* below 0.5"),
-        (
-            dict(label_smoothing=0.1, loss="hinge"),
-            "label_smoothing is for --loss=sigmoid and robust, not hinge",
-        ),
-        (dict(label_smoothing=0.1, loss="ipo"), "not ipo"),
-        (dict(T=49), "T=49 .*block_size=48"),
-        (dict(T=0), "T=0 must be at least 1"),
-        (dict(T=-1), "T=-1"),
-        (dict(T=5), "no pair of .* is left"),
-        (dict(B=0), "B=0 must be at least 1"),
-        (dict(pairs_per_step=0), "pairs_per_step=0"),
-        (dict(max_steps=0), "max_steps=0 must be at least 1"),
-        (dict(answer_rows=-1), "answer_rows=-1 must be at least 0"),
-        (dict(patience=-1), "patience=-1"),
-        (dict(data="nowhere.jsonl"), "no file nowhere.jsonl"),
-        (dict(checkpoint="nowhere"), "nowhere"),
-    ],
-    ids=str,
-)
-def test_constants_out_of_range(cfg: Config, changed: dict, message: str) -> None:
-    refused(cfg, message, **changed)
-
-
-@pytest.mark.parametrize(
-    "rows, message",
-    [
-        ([dict(question="q", answer="a")], r"fields question, answer: expected prompt, response_a, .*chosen"),
-        ([], r"fields \(none\): expected prompt"),
-        ([row("a", "yes", "no"), dict(prompt="b")], "row 2: no field 'response_a'"),
-        (
-            [row("a", "yes", "no"), dict(prompt="b", response_a=3, response_b="no", preferred="A")],
-            "row 2: .* int",
-        ),
-        ([row("a", "yes", "yes"), row("b", "", "no"), row("c", "yes", "no", "?")], "leaves 0 pairs"),
-        ([row("a", "yes", "no"), row("a", "yes", "never")], "leaves 2 pairs: at least two prompts"),
-    ],
-    ids=["unknown fields", "no rows", "missing", "not text", "all dropped", "one prompt"],
-)
-def test_rows_that_cannot_be_used(cfg: Config, rows: list[dict], message: str, tmp_path: Path) -> None:
-    refused(cfg, message, data=str(write_rows(tmp_path / "bad.jsonl", rows)))
-
-
-def test_a_dataset_that_cannot_be_reached(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*args: Any, **settings: Any) -> None:
-        raise ConnectionError("no route\nto the hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    message = "cannot get some/pairs from the Hugging Face hub .no route to the hub.: .*local .json"
-    refused(cfg, message, data="some/pairs")
-
-
-def test_a_dataset_on_the_hub(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def load(*args: Any, **settings: Any) -> datasets.Dataset:
-        asked.append((args, settings))
-        return datasets.Dataset.from_list(toy_rows())
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    folder = train(cfg, data=Config().data, max_steps=1)
-    assert asked == [(("andersonbcdefg/red_teaming_reward_modeling_pairwise",), dict(split="train"))]
-    assert "21 pairs to learn from, 5 held out" in notes(folder)
-
-
-def test_starts_that_do_not_fit(cfg: Config, tmp_path: Path) -> None:
-    start = write_start(tmp_path / "pretrained", tiny(), stage="pretraining")
-    refused(cfg, r"of pretraining: start from one of sft \(sft.py\)", checkpoint=str(start))
-    refused(cfg, "holds the checkpoint to start from: choose another --out_dir", out_dir=cfg.checkpoint)
-    file = list_checkpoints(Path(cfg.checkpoint))[0]
-    refused(cfg, "choose another --out_dir", checkpoint=str(file), out_dir=cfg.checkpoint)
+def test_unsuitable_starts_are_refused(cfg: dpo.Config, tmp_path: Path) -> None:
+    pretrained = write_start(tmp_path / "pretrained", stage="pretraining")
+    harness.refused(dpo.main, cfg, pretrained, "stage pretraining", "sft.py", checkpoint=pretrained)
+    harness.refused(dpo.main, cfg, "out/nowhere", "sft.py", checkpoint="out/nowhere")
+    harness.refused(dpo.main, cfg, f"--out_dir={cfg.checkpoint}", out_dir=cfg.checkpoint)
     assert not Path(cfg.out_dir).exists()
-
     train(cfg, max_steps=1)
-    refused(cfg, "holds checkpoints, and --resume=never", resume="never")
-    refused(cfg, "has --lora_rank=0", lora_rank=2)
-    other = write_start(tmp_path / "other", tiny(seed=1))
-    refused(cfg, "started from other weights than .*other has now", checkpoint=str(other))
+    harness.refused(dpo.main, cfg, "--lora_rank=0", lora_rank=2)
+    other = write_start(tmp_path / "other", seed=1)
+    harness.refused(dpo.main, cfg, other, cfg.out_dir, checkpoint=other)
     shutil.copytree(other, tmp_path / "of-sft")
-    refused(cfg, "is not of dpo: choose another", out_dir=str(tmp_path / "of-sft"))
-
-
-def test_every_configuration_parses() -> None:
-    for name, configured in dpo.CONFIGS.items():
-        assert parse(dpo.CONFIGS, "doc", [name]) == configured
-    changed = parse(
-        dpo.CONFIGS, "doc", ["demo", "--beta=0.5", "--loss=ipo", "--T=64", "--compile", "--lora_merge=False"]
-    )
-    assert (changed.beta, changed.loss, changed.T, changed.compile, changed.lora_merge) == (
-        0.5,
-        "ipo",
-        64,
-        True,
-        False,
-    )
-    for args, hint in ((["--bta=1"], "--beta"), (["--loss=kto"], "hinge"), (["demmo"], "demo")):
-        with pytest.raises(SystemExit) as refusal:
-            parse(dpo.CONFIGS, "doc", args)
-        assert refusal.value.code not in (0, None)
-        assert not isinstance(refusal.value.code, str) or hint in refusal.value.code
+    harness.refused(dpo.main, cfg, "of-sft", "dpo", out_dir=str(tmp_path / "of-sft"))

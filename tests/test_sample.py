@@ -1,42 +1,39 @@
-"""sample.py end to end, on models whose every word is known beforehand, and all that a user can get wrong."""
+"""sample.py: samples, streaming, errors and chat, on models whose output is known in advance."""
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import sample
-from checkpoints import save_checkpoint
-from data import get_tokenizer
-from hf import to_hf
-from model import GPT, GPTConfig
-from sample import CONFIGS, Config, main, stream
-from sampling import generate
-from training import parse
+from neogpt import checkpoint, config, data, generate, hf, model
 
-ROOT = Path(__file__).parent.parent
-EOT = 256  # of the bytes tokenizer
+ROOT = Path(__file__).resolve().parent.parent
+EOT = 256  # of the tokenizer "bytes"
+Capture = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
 
 
-def speaker(script: dict[int, bytes | int], block_size: int = 64) -> GPT:
-    """A model with a script: from position p on it says script[p], and end-of-text wherever it has no words.
+def scripted_model(script: dict[int, bytes], block_size: int = 64) -> model.GPT:
+    """A model that outputs script[p] from position p on, and end-of-text at every other position.
 
-    Token and position embeddings are one-hot, the position's entry being the next token's and eight times as
-    large; the blocks add nothing. Any other token has less than 1e-6 of probability at temperature 0.8.
+    Token and position embeddings are one-hot. The embedding of a position is that of the next token, times 8, and the
+    blocks add nothing. Any other token has a probability below 1e-6 at temperature 0.8.
     """
-    config = GPTConfig(n_layer=1, n_head=1, n_embd=320, block_size=block_size, n_tokens=257, vocab_size=320)
-    raw = GPT(config)
+    sizes = dict(n_layer=1, n_head=1, n_embd=320, block_size=block_size, n_tokens=257, vocab_size=320)
+    raw = model.GPT(model.GPTConfig(**sizes))
     following = torch.full((block_size,), EOT)
-    for position, said in script.items():
-        ids = torch.tensor([said] if isinstance(said, int) else list(said))
-        following[position : position + len(ids)] = ids
+    for position, text in script.items():
+        following[position : position + len(text)] = torch.tensor(list(text))
     with torch.no_grad():
         raw.transformer.wte.weight.copy_(torch.eye(320))
         raw.transformer.wpe.weight.copy_(8 * torch.eye(320)[following])
@@ -46,11 +43,11 @@ def speaker(script: dict[int, bytes | int], block_size: int = 64) -> GPT:
     return raw
 
 
-def babbler(tokenizer: str = "bytes", **changes: int) -> GPT:
-    """A model of random weights, large enough that what it says depends on what it was told."""
-    n_tokens = get_tokenizer(tokenizer).n_vocab
+def random_model(tokenizer: str = "bytes", **changes: int) -> model.GPT:
+    """A model with weights so large that its output depends on the prompt."""
+    n_tokens = data.get_tokenizer(tokenizer).n_vocab
     sizes = dict(n_layer=1, n_head=2, n_embd=16, block_size=32, n_tokens=n_tokens, vocab_size=n_tokens + 7)
-    raw = GPT(GPTConfig(**(sizes | changes)))
+    raw = model.GPT(model.GPTConfig(**(sizes | changes)))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in raw.parameters():
@@ -58,479 +55,366 @@ def babbler(tokenizer: str = "bytes", **changes: int) -> GPT:
     return raw
 
 
-def save(folder: Path, raw: GPT, step: int = 1, **changes: Any) -> Path:
-    """A checkpoint as train_gpt2.py writes it; return its path."""
-    state = dict(
-        step=step,
-        model=raw.state_dict(),
-        optimizers=[],
-        model_config=asdict(raw.config),
-        config={},
-        tokenizer="bytes",
-        val_loss=1.5,
-        seconds=0.0,
-        B=1,
-        world_size=1,
-    )
-    folder.mkdir(exist_ok=True)
-    save_checkpoint(folder, state | changes, keep=9)
+def save(folder: Path, raw: model.GPT, step: int = 1, **changes: Any) -> Path:
+    """Write a checkpoint; return its path."""
+    values = dict(model=raw.state_dict(), model_config=asdict(raw.config), tokenizer="bytes") | changes
+    checkpoint.save(folder, checkpoint.Checkpoint(stage="dpo", step=step, **values), keep_last=9)
     return folder / f"ckpt_{step:06d}.pt"
 
 
-def config(folder: Path, **changes: Any) -> Config:
-    quick = dict(checkpoint=str(folder), prompt="ab", max_new_tokens=40, device="cpu", precision="fp32")
-    return Config(**(quick | changes))
+def configure(source: Path, **changes: Any) -> sample.Config:
+    """A fast configuration."""
+    fast = dict(checkpoint=str(source), prompt="ab", max_new_tokens=40, device="cpu", precision="fp32")
+    return sample.Config(**(fast | changes))
 
 
-Capture = pytest.CaptureFixture[str]
-
-
-def said(capsys: Capture, cfg: Config) -> str:
-    """What main prints to standard output."""
+def run_main(capsys: Capture, cfg: sample.Config, stdin: str = "") -> tuple[str, str]:
+    """What main prints to standard output and to standard error."""
     capsys.readouterr()
-    main(cfg)
-    return capsys.readouterr().out
+    with mock.patch.object(sys, "stdin", io.StringIO(stdin)):
+        sample.main(cfg)
+    return capsys.readouterr()
 
 
-def mistake(cfg: Config) -> str:
-    """The message of one line with which main refuses a configuration."""
-    with pytest.raises(SystemExit) as refusal:
-        main(cfg)
-    message = refusal.value.code
-    assert isinstance(message, str) and message and "\n" not in message, message
-    return message
+def error(cfg: sample.Config) -> str:
+    """The single line that reports an error in this configuration."""
+    with mock.patch.object(sys, "argv", ["sample.py"]), pytest.raises(SystemExit) as exit:
+        config.run(sample.main, {"test": cfg})
+    assert isinstance(exit.value.code, str) and "\n" not in exit.value.code
+    return exit.value.code
 
 
-def run(*args: str, stdin: bytes = b"", **env: str) -> subprocess.CompletedProcess[bytes]:
-    """sample.py as a user starts it."""
-    environment = os.environ | dict(HF_HUB_OFFLINE="1", PYTHONIOENCODING="utf-8", **env)
+def run_program(*args: str, stdin: str = "") -> tuple[int, str, str]:
+    """Run sample.py as a program; return its exit code, standard output and standard error."""
+    environment = os.environ | dict(HF_HUB_OFFLINE="1", PYTHONUTF8="1")
     command = [sys.executable, str(ROOT / "sample.py"), *args]
-    return subprocess.run(command, input=stdin, capture_output=True, env=environment, timeout=120)
+    done = subprocess.run(command, input=stdin, capture_output=True, encoding="utf-8", env=environment, timeout=120)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, done.stderr
 
 
 # -----------------------------------------------------------------------------
-# What is said
+# Samples
+
+OPTIONS = [dict(), dict(temperature=0), dict(top_k=0), dict(top_k=1), dict(top_k=10**6), dict(top_p=0.5)]
 
 
-@pytest.mark.parametrize(
-    "controls",
-    [
-        dict(),
-        dict(temperature=0),
-        dict(top_k=0),
-        dict(top_k=1),
-        dict(top_k=10**6),
-        dict(top_p=0.5),
-        dict(precision="bf16"),
-    ],
-    ids=str,
-)
-def test_prompt_and_its_continuation_up_to_end_of_text(
-    controls: dict, tmp_path: Path, capsys: Capture
-) -> None:
-    save(tmp_path, speaker({1: b"cde"}))
-    assert said(capsys, config(tmp_path, **controls)) == "abcde\n"
+@pytest.mark.parametrize("options", [*OPTIONS, dict(precision="bf16")], ids=str)
+def test_sample_ends_at_end_of_text_or_max_new_tokens(options: dict, tmp_path: Path, capsys: Capture) -> None:
+    save(tmp_path, scripted_model({1: b"cde"}))
+    for n in (0, 1, 40):
+        assert run_main(capsys, configure(tmp_path, max_new_tokens=n, **options))[0] == "ab" + "cde"[:n] + "\n"
 
 
-def test_max_new_tokens(tmp_path: Path, capsys: Capture) -> None:
-    save(tmp_path, speaker({1: b"cdefgh"}))
-    for n in (0, 1, 4):
-        assert said(capsys, config(tmp_path, max_new_tokens=n)) == "ab" + "cdefgh"[:n] + "\n"
-
-
-def test_a_checkpoint_file_and_remarks_on_standard_error(tmp_path: Path, capsys: Capture) -> None:
-    raw = speaker({1: b"old"})
+def test_messages_go_to_standard_error(tmp_path: Path, capsys: Capture) -> None:
+    raw = scripted_model({1: b"old"})
     path = save(tmp_path, raw, step=7)
-    save(tmp_path, speaker({1: b"new"}), step=10)
-    capsys.readouterr()
-    main(config(path))
-    out, err = capsys.readouterr()
-    assert out == "abold\n"
-    assert "step 7" in err and f"{raw.n_params():,} parameters" in err and "tokens/s" in err
-    assert said(capsys, config(tmp_path)) == "abnew\n"
+    save(tmp_path, scripted_model({1: b"new"}), step=10)
+    out, err = run_main(capsys, configure(path, n_samples=2))
+    assert out == "abold\n---\nabold\n"
+    assert "step 7" in err and f"{raw.n_params():,} parameters" in err and "\n6 tokens in" in err
+    assert run_main(capsys, configure(tmp_path))[0] == "abnew\n"
 
 
-def test_only_tokens_that_were_drawn_are_counted(
-    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save(tmp_path, speaker({}))
-    monkeypatch.setattr(
-        sample, "generate", lambda *args, **settings: iter([[97, EOT], [98, None], [99, None]])
-    )
-    main(config(tmp_path, prompt="", n_samples=2))
-    out, err = capsys.readouterr()
-    assert out == "abc\n---\n\n" and err.splitlines()[-1].startswith("4 tokens in")
-
-
-def test_empty_prompt_begins_a_document(tmp_path: Path, capsys: Capture) -> None:
-    raw = speaker({1: b"nce"})
-    with torch.no_grad():  # what comes first hangs on the token there: after end-of-text, and only then, an O
+def test_empty_prompt_starts_a_document(tmp_path: Path, capsys: Capture) -> None:
+    raw = scripted_model({1: b"nce"})
+    with torch.no_grad():  # at position 0 the model outputs O, only if the input there is end-of-text
         raw.transformer.wpe.weight[0] = 0
         raw.transformer.h[0].mlp.c_fc.weight[0] = torch.eye(320)[EOT]
         raw.transformer.h[0].mlp.c_proj.weight[ord("O"), 0] = 8
     save(tmp_path, raw)
-    assert said(capsys, config(tmp_path, prompt="", max_new_tokens=4)) == "Once\n"
+    assert run_main(capsys, configure(tmp_path, prompt="", max_new_tokens=4))[0] == "Once\n"
 
 
-def test_prompt_file_is_the_whole_file(tmp_path: Path, capsys: Capture) -> None:
-    save(tmp_path, speaker({len("grüß\ngott\n".encode()) - 1: b"!"}))
-    (tmp_path / "prompt.txt").write_bytes("grüß\ngott\n".encode())
-    cfg = config(tmp_path, prompt_file=str(tmp_path / "prompt.txt"))
-    assert said(capsys, cfg) == "grüß\ngott\n!\n"
-
-
-def test_standard_input(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, speaker({4: b"!"}))
-    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nx"))
-    assert said(capsys, config(tmp_path, prompt="-")) == "two\nx!\n"
-
-
-def test_end_of_text_in_the_prompt_is_text_like_any_other(tmp_path: Path, capsys: Capture) -> None:
-    text = "<|endoftext|>"
-    save(tmp_path, speaker({len(text) - 1: b"!"}))
-    assert said(capsys, config(tmp_path, prompt=text)) == text + "!\n"
+def test_prompt_from_a_file_and_from_standard_input(tmp_path: Path, capsys: Capture) -> None:
+    text = "grüß\n<|endoftext|> gott\n"  # the name of the special token is ordinary text
+    save(tmp_path, scripted_model({len(text.encode()) - 1: b"!"}))
+    (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
+    assert run_main(capsys, configure(tmp_path, prompt_file=str(tmp_path / "prompt.txt")))[0] == text + "!\n"
+    assert run_main(capsys, configure(tmp_path, prompt="-"), stdin=text)[0] == text + "!\n"
 
 
 def test_prompt_longer_than_block_size(tmp_path: Path, capsys: Capture) -> None:
-    # The last 64 tokens are read, so the first word comes at position 63; then the window is cut to its newer
-    # half of 32, and the next comes at position 31.
-    save(tmp_path, speaker({63: b"A", 31: b"B"}))
-    capsys.readouterr()
-    main(config(tmp_path, prompt="x" * 100))
-    out, err = capsys.readouterr()
-    assert out == "x" * 100 + "AB\n"
-    assert "100 tokens" in err and "64" in err
-
-    save(tmp_path, speaker({63: b"A", 31: b"B"}))
-    main(config(tmp_path, prompt="x" * 64))
-    out, err = capsys.readouterr()
-    assert out == "x" * 64 + "AB\n" and "64 tokens;" not in err  # it just fits: nothing to remark
+    # The model reads the last 64 tokens, so the first new token is predicted at position 63. Then the window is
+    # truncated to its last 32 tokens, so the next token is predicted at position 31.
+    save(tmp_path, scripted_model({63: b"A", 31: b"B"}))
+    for n, is_reported in ((100, True), (64, False)):
+        out, err = run_main(capsys, configure(tmp_path, prompt="x" * n))
+        assert out == "x" * n + "AB\n"
+        assert (f"{n} tokens" in err) == is_reported
 
 
-def test_samples_are_printed_one_after_another(tmp_path: Path, capsys: Capture) -> None:
-    save(tmp_path, speaker({1: b"cd"}))
-    assert said(capsys, config(tmp_path, n_samples=3)) == "abcd\n---\nabcd\n---\nabcd\n"
-
-
-def test_sample_i_is_what_seed_plus_i_draws_alone(tmp_path: Path, capsys: Capture) -> None:
-    save(tmp_path, babbler())
-    together = said(capsys, config(tmp_path, n_samples=3, seed=5))
-    alone = [said(capsys, config(tmp_path, seed=seed)) for seed in (5, 6, 7)]
+def test_sample_i_equals_a_single_sample_with_seed_plus_i(tmp_path: Path, capsys: Capture) -> None:
+    """Exactly equal, because matrices as small as these use the same products for every number of rows."""
+    save(tmp_path, random_model())
+    together, _ = run_main(capsys, configure(tmp_path, n_samples=3, seed=5))
+    alone = [run_main(capsys, configure(tmp_path, seed=seed))[0] for seed in (5, 6, 7)]
     assert len(set(alone)) == 3
     assert together == "---\n".join(alone)
-    assert said(capsys, config(tmp_path, n_samples=3, seed=5)) == together
 
 
-def test_text_equals_the_models_tokens(tmp_path: Path, capsys: Capture) -> None:
-    """Bytes of all kinds, past the end of the window: the same as `generate` and one decoding at the end."""
-    raw = babbler()
-    save(tmp_path, raw)
-    controls = dict(temperature=0.9, top_k=100, top_p=0.95)
-    steps = generate(raw, [list(b"ab")], 150, seeds=[3], **controls)
-    tokens = [token for (token,) in steps]
-    tokens = tokens[: tokens.index(EOT)] if EOT in tokens else tokens
-    assert len(tokens) > 40
-    expected = "ab" + bytes(tokens).decode("utf-8", errors="replace") + "\n"
-    assert said(capsys, config(tmp_path, max_new_tokens=150, seed=3, **controls)) == expected
-
-
-def test_the_first_sample_is_printed_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Screen(io.StringIO):
-        shown = ""
-
-        def flush(self) -> None:
-            self.shown = self.getvalue()
-
-    screen, seen = Screen(), []
-
-    def watched(*args: Any, **controls: Any) -> Iterator[list[int | None]]:
-        for step in generate(*args, **controls):
-            seen.append(screen.shown)
-            yield step
-
-    save(tmp_path, speaker({1: "cé!".encode()}))
-    monkeypatch.setattr(sample, "generate", watched)
-    monkeypatch.setattr(sys, "stdout", screen)
-    main(config(tmp_path))
-    assert seen == ["ab", "abc", "abc", "abcé", "abcé!"]
-
-
-def test_a_model_in_hugging_face_form(tmp_path: Path, capsys: Capture) -> None:
-    to_hf(speaker({1: b"cde"}), tmp_path / "export")
-    assert said(capsys, config(tmp_path, hf=str(tmp_path / "export"))) == "abcde\n"
-
-
-def test_the_gpt2_vocabulary(tmp_path: Path, capsys: Capture) -> None:
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_text_equals_the_decoded_tokens_of_generate(tokenizer: str, tmp_path: Path, capsys: Capture) -> None:
     try:
-        tokenizer = get_tokenizer("gpt2")
-    except SystemExit as error:
-        pytest.skip(str(error))
-    raw = babbler("gpt2", n_embd=8, vocab_size=50304)
-    save(tmp_path, raw, tokenizer="gpt2")
-    text = "Hello, I'm a language model,"
-    prompt = tokenizer.encode_ordinary(text)
-    assert len(prompt) == 8
-    tokens = [token for (token,) in generate(raw, [prompt], 40, seeds=[0])]
-    assert tokenizer.eot_token not in tokens
-    out = said(capsys, config(tmp_path, prompt=text, temperature=1.0, top_k=0, seed=0))
-    assert out == text + tokenizer.decode(tokens) + "\n"
+        encoding = data.get_tokenizer(tokenizer)
+    except OSError as missing:
+        pytest.skip(str(missing))
+    raw = random_model(tokenizer)
+    save(tmp_path, raw, tokenizer=tokenizer)
+    options = dict(temperature=0.9, top_k=100, top_p=0.95)
+    prompt = encoding.encode_ordinary("Hello, world")
+    rows = generate.complete(raw, [prompt] * 2, 150, encoding.eot_token, seeds=[3, 4], **options)
+    assert all(len(tokens) > 40 for tokens, _ in rows)  # longer than block_size
+    texts = ["Hello, world" + sample.CONTROL.sub("\ufffd", encoding.decode(tokens)) for tokens, _ in rows]
+    cfg = configure(tmp_path, prompt="Hello, world", max_new_tokens=150, seed=3, n_samples=2, **options)
+    assert run_main(capsys, cfg)[0] == "\n---\n".join(texts) + "\n"
+
+
+def test_hugging_face_folder(tmp_path: Path, capsys: Capture) -> None:
+    hf.save(scripted_model({1: b"cde"}), tmp_path / "export")
+    assert run_main(capsys, configure(tmp_path / "export"))[0] == "abcde\n"
+
+
+def test_control_characters_are_replaced(tmp_path: Path, capsys: Capture) -> None:
+    save(tmp_path, scripted_model({1: b"\x1b[2J\a\r\x7f\xc2\x9b1m\t\n"}))
+    text = "a\ufffd\ufffd[2J\ufffd\ufffd\ufffd\ufffd1m\t\n\n"
+    assert run_main(capsys, configure(tmp_path, prompt="a\x1b", n_samples=2))[0] == f"{text}---\n{text}"
 
 
 # -----------------------------------------------------------------------------
 # Streaming
 
-STREAMS = [
-    (b"abc", ["a", "b", "c", ""]),
-    ("aé".encode(), ["a", "", "é", ""]),
-    ("😀!".encode(), ["", "", "", "😀", "!", ""]),
-    (b"\xff\xfea", ["\ufffd", "\ufffd", "a", ""]),  # never part of UTF-8
-    (b"\xc3(", ["", "\ufffd(", ""]),  # begun, but not gone on with
-    (b"a\xf0\x9f", ["a", "", "", "\ufffd"]),  # cut off by the end
-    (b"\xe2\x82\xe2\x82\xac", ["", "", "\ufffd", "", "€", ""]),
-]
+
+@pytest.mark.parametrize(
+    "text, pieces",
+    [
+        (b"abc", ["a", "b", "c", "\n"]),
+        ("aé".encode(), ["a", "", "é", "\n"]),
+        ("😀!".encode(), ["", "", "", "😀", "!", "\n"]),
+        (b"\xff\xfea", ["\ufffd", "\ufffd", "a", "\n"]),  # never part of UTF-8
+        (b"\xc3(", ["", "\ufffd(", "\n"]),  # an incomplete character, then another character
+        (b"a\xf0\x9f", ["a", "", "", "\ufffd\n"]),  # an incomplete character at the end
+        (b"\xe2\x82\xe2\x82\xac", ["", "", "\ufffd", "", "€", "\n"]),
+    ],
+    ids=str,
+)
+def test_complete_characters_are_printed_at_once(
+    text: bytes, pieces: list[str], monkeypatch: Patch, capsys: Capture
+) -> None:
+    printed = []
+
+    def fake(*args: Any, **options: Any) -> Iterator[list[int | None]]:
+        for byte in text:
+            yield [byte, byte]
+            printed.append(capsys.readouterr().out)
+        yield [EOT, ord("x")]
+        yield [None, ord("y")]
+
+    monkeypatch.setattr(generate, "generate", fake)
+    rows = sample.stream(sample.Config(), None, data.get_tokenizer("bytes"), [0], [0, 1])
+    assert [*printed, capsys.readouterr().out] == pieces
+    assert "".join(pieces) == text.decode(errors="replace") + "\n"
+    assert rows == [list(text), [*text, *b"xy"]]
 
 
-@pytest.mark.parametrize("raw_bytes, pieces", STREAMS, ids=lambda value: repr(value)[:20])
-def test_stream_holds_back_unfinished_characters(raw_bytes: bytes, pieces: list[str]) -> None:
-    steps = list(stream(([token] for token in raw_bytes), get_tokenizer("bytes"), 1))
-    assert [step[0] for step in steps] == pieces
-    assert "".join(pieces) == raw_bytes.decode("utf-8", errors="replace")
+def test_interrupted_sample_ends_with_a_newline(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    def interrupted(*args: Any, **options: Any) -> Iterator[list[int]]:
+        yield [ord("c")]
+        os.kill(os.getpid(), signal.SIGINT)
+        yield [ord("d")]
 
-
-def test_stream_keeps_rows_apart_and_end_of_text_out() -> None:
-    e, acute = "é".encode()
-    euro = "€".encode()
-    tokens = [[e, euro[0]], [acute, euro[1]], [EOT, euro[2]], [None, EOT], [None, None]]
-    steps = list(stream(iter(tokens), get_tokenizer("bytes"), 2))
-    assert steps == [["", ""], ["é", ""], ["", "€"], ["", ""], ["", ""], ["", ""]]
-    ended = list(stream(iter([[e, 97], [EOT, 98], [None, 99]]), get_tokenizer("bytes"), 2))
-    assert ["".join(row) for row in zip(*ended)] == ["\ufffd", "abc"]
-
-
-def test_stream_asks_for_one_step_at_a_time() -> None:
-    asked = []
-
-    def tokens() -> Iterator[list[int | None]]:
-        for token in b"abc":
-            asked.append(token)
-            yield [token]
-
-    pieces = stream(tokens(), get_tokenizer("bytes"), 1)
-    assert next(pieces) == ["a"] and len(asked) == 1
+    save(tmp_path, scripted_model({}))
+    monkeypatch.setattr(generate, "generate", interrupted)
+    assert "interrupted" in error(configure(tmp_path))
+    assert capsys.readouterr().out == "abc\n"
 
 
 # -----------------------------------------------------------------------------
-# Mistakes: one line, no traceback
+# Errors: one line, which names the value
+
+BAD = [dict(temperature=-1.0), dict(temperature=float("nan")), dict(top_k=-1), dict(top_p=0.0), dict(top_p=1.5)]
+BAD += [dict(n_samples=0), dict(max_new_tokens=-1), dict(history_turns=-1), dict(device="gpu")]
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        dict(temperature=-1.0),
-        dict(temperature=float("nan")),
-        dict(top_k=-1),
-        dict(top_p=0.0),
-        dict(top_p=-0.5),
-        dict(top_p=1.5),
-        dict(n_samples=0),
-        dict(n_samples=-2),
-        dict(max_new_tokens=-1),
-        dict(device="gpu"),
-    ],
-    ids=str,
-)
-def test_constants_out_of_range(bad: dict, tmp_path: Path) -> None:
-    save(tmp_path, speaker({1: b"cde"}))
+@pytest.mark.parametrize("bad", BAD, ids=str)
+def test_option_out_of_range(bad: dict, tmp_path: Path, capsys: Capture) -> None:
+    save(tmp_path, scripted_model({}))
     ((name, value),) = bad.items()
-    message = mistake(config(tmp_path, **bad))
-    assert name in message and str(value) in message
+    message = error(configure(tmp_path, **bad))
+    assert name in message and str(value) in message and capsys.readouterr().out == ""
 
 
-def test_no_checkpoint(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "nowhere", tmp_path / "ckpt_000001.pt"):
-        message = mistake(config(path))
-        assert str(path) in message and "train_gpt2.py" in message
-
-
-def test_unreadable_prompt_file(tmp_path: Path) -> None:
-    save(tmp_path, speaker({}))
+def test_unreadable_prompt(tmp_path: Path, monkeypatch: Patch) -> None:
+    save(tmp_path, scripted_model({}))
     (tmp_path / "latin.txt").write_bytes(b"gr\xfc\xdf")
     for path in (tmp_path / "nowhere.txt", tmp_path, tmp_path / "latin.txt"):
-        assert str(path) in mistake(config(tmp_path, prompt_file=str(path)))
-
-
-def test_standard_input_that_is_not_utf8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, speaker({}))
+        assert str(path) in error(configure(tmp_path, prompt_file=str(path)))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"gr\xfc\xdf"), encoding="utf-8"))
-    assert "standard input" in mistake(config(tmp_path, prompt="-"))
+    assert "standard input" in error(configure(tmp_path, prompt="-"))
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+IMPOSSIBLE = [dict(n_head=0), dict(n_layer=-1), dict(n_embd=2**40), dict(n_head=3), dict(n_layer=2), dict(x=1)]
+IMPOSSIBLE += [dict(block_size=65), dict(vocab_size=384), dict(attention="other"), dict(n_tokens="257")]
 
 
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 16
-    path.write_bytes(content)
+def test_inconsistent_checkpoint(tmp_path: Path) -> None:
+    raw = scripted_model({})
+    inconsistent = [dict(model_config=asdict(raw.config) | change) for change in IMPOSSIBLE]
+    inconsistent += [dict(model={}), dict(model=None), dict(model={"transformer.wte.weight": 5})]
+    for change in inconsistent:
+        save(tmp_path, raw, **change)
+        assert str(tmp_path) in error(configure(tmp_path)), change
+    save(tmp_path, raw, tokenizer="morse")
+    assert "morse" in error(configure(tmp_path))
 
 
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def replace_by_text(path: Path) -> None:
-    path.write_text("version https://git-lfs.github.com/spec/v1\n")
-
-
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, empty, replace_by_text])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(
-    damage: Any, tmp_path: Path, capsys: Capture
-) -> None:
-    older = save(tmp_path, speaker({1: b"cde"}), step=9)
-    newer = save(tmp_path, speaker({1: b"xyz"}), step=10)
-    damage(newer)
-    capsys.readouterr()
-    main(config(tmp_path))
-    out, err = capsys.readouterr()
-    assert out == "abcde\n"
-    assert newer.name in err and older.name in err
-    assert str(newer) in mistake(config(newer))  # asked for by name, there is no other
-    damage(older)
-    assert str(older) in mistake(config(tmp_path))
-
-
-class Intruder:
-    """An object that would leave a mark if it were unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.mark),)
-
-
-def test_a_pickled_object_is_refused_and_never_built(tmp_path: Path) -> None:
-    path = save(tmp_path, speaker({}), config=Intruder(tmp_path / "mark"))
-    message = mistake(config(tmp_path))
-    assert path.name in message and "objects" in message
-    assert not (tmp_path / "mark").exists()
-
-
-@pytest.mark.parametrize("keys", [["model"], ["model_config"], ["tokenizer"], ["step"], ["format"]], ids=str)
-def test_a_file_of_another_program_is_refused(keys: list[str], tmp_path: Path) -> None:
-    path = save(tmp_path, speaker({}))
-    state = torch.load(path, weights_only=True)
-    torch.save({key: value for key, value in state.items() if key not in keys}, path)
-    assert path.name in mistake(config(tmp_path))
-    torch.save([1, 2], path)
-    assert path.name in mistake(config(tmp_path))
-    torch.save(state | {"format": 999}, path)
-    assert "999" in mistake(config(tmp_path))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(n_head=0),
-        dict(n_layer=-1),
-        dict(n_embd=2**40),
-        dict(n_head=3),
-        dict(n_layer=2),
-        dict(block_size=65),
-        dict(vocab_size=384),
-        dict(attention="other"),
-        dict(dropout=0.1),
-        dict(n_tokens="257"),
-    ],
-    ids=str,
-)
-def test_an_impossible_model_config_is_refused(change: dict, tmp_path: Path) -> None:
-    raw = speaker({})
-    save(tmp_path, raw, model_config=asdict(raw.config) | change)
-    assert str(tmp_path) in mistake(config(tmp_path))
-
-
-@pytest.mark.parametrize("weights", [{}, None, {"transformer.wte.weight": 5}], ids=str)
-def test_impossible_weights_are_refused(weights: Any, tmp_path: Path) -> None:
-    save(tmp_path, speaker({}), model=weights)
-    assert str(tmp_path) in mistake(config(tmp_path))
-
-
-def test_an_unknown_tokenizer_is_refused(tmp_path: Path) -> None:
-    save(tmp_path, speaker({}), tokenizer="morse")
-    assert "morse" in mistake(config(tmp_path))
-
-
-def test_hugging_face_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "export"
-    folder.mkdir()
-    assert "config.json" in mistake(config(tmp_path, hf=str(folder)))
-    (folder / "config.json").write_text("{")
-    assert str(folder) in mistake(config(tmp_path, hf=str(folder)))
-    (folder / "config.json").write_text('{"model_type": "gpt2"}')
-    assert str(folder) in mistake(config(tmp_path, hf=str(folder)))
-    to_hf(babbler(n_embd=8), folder)
-    (folder / "model.safetensors").write_bytes(b"damaged")
-    assert str(folder) in mistake(config(tmp_path, hf=str(folder)))
-    to_hf(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=8, n_tokens=99, vocab_size=99)), folder)
-    assert "99" in mistake(config(tmp_path, hf=str(folder)))
+def test_unusable_hugging_face_source(tmp_path: Path, monkeypatch: Patch) -> None:
+    for text in ("{", '{"model_type": "gpt2"}', '{"model_type": "llama"}'):
+        (tmp_path / "config.json").write_text(text)
+        assert str(tmp_path) in error(configure(tmp_path))
+    hf.save(random_model(n_tokens=99, vocab_size=99), tmp_path)
+    assert "99" in error(configure(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    assert str(tmp_path) in error(configure(tmp_path))
 
     def not_found(name: str, file: str) -> str:
         raise OSError("404 Client Error.\n\nRepository Not Found for url: https://huggingface.co/…\nPlease")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", not_found)
-    assert "no/such" in mistake(config(tmp_path, hf="no/such"))
+    assert "no/such" in error(configure(Path("no/such")))
 
 
 # -----------------------------------------------------------------------------
-# The command line
+# Command line
 
 
-def test_every_configuration_parses() -> None:
-    for name, cfg in CONFIGS.items():
-        assert parse(CONFIGS, "doc", [name]) == cfg
-    assert parse(CONFIGS, "doc", []) == CONFIGS["gpt2"]
-    args = ["demo", "--top-k=0", "--top_p=0.5", "--prompt=-", "--n_samples", "3"]
-    changed = parse(CONFIGS, "doc", args)
-    assert (changed.top_k, changed.top_p, changed.prompt, changed.n_samples) == (0, 0.5, "-", 3)
-    assert changed.checkpoint == CONFIGS["demo"].checkpoint
+def test_command_line() -> None:
+    for name, cfg in sample.CONFIGS.items():
+        assert config.parse(sample.CONFIGS, "doc", [name]) == cfg
+    assert config.parse(sample.CONFIGS, "doc", []) == sample.CONFIGS["gpt2"]
+    changed = config.parse(sample.CONFIGS, "doc", ["demo-chat", "--chat", "False", "--top-k=0", "--prompt=-"])
+    assert (changed.chat, changed.top_k, changed.prompt) == (False, 0, "-")
+    assert changed.checkpoint == sample.CONFIGS["demo-chat"].checkpoint
+    assert config.parse(sample.CONFIGS, "doc", ["demo", "--chat", "--history_turns=2"]).chat
 
 
-@pytest.mark.parametrize(
-    "args, hint",
-    [
-        (["--promt=x"], "--prompt"),
-        (["--max-new-token=5"], "--max_new_tokens"),
-        (["--top_k=many"], "many"),
-        (["--precision=fp8"], "bf16"),
-        (["demmo"], "demo"),
-    ],
-    ids=str,
-)
-def test_mistakes_on_the_command_line(args: list[str], hint: str, capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as refusal:
-        parse(CONFIGS, "doc", args)
-    assert refusal.value.code != 0
-    out, err = capsys.readouterr()
-    shown = err + str(refusal.value.code)
-    assert out == "" and "Traceback" not in shown and hint in shown, shown
+@pytest.mark.parametrize("wrong, hint", [("--promt=x", "--prompt"), ("--checkpoint=out/nowhere", "out/nowhere")])
+def test_program_reports_errors(wrong: str, hint: str) -> None:
+    code, out, err = run_program("demo", wrong)
+    assert code > 0 and out == "" and hint in err
 
 
-def test_as_a_program(tmp_path: Path) -> None:
-    text = "grüß dich\n".encode()
-    save(tmp_path, speaker({len(text) - 1: "schön 😀".encode()}))
-    args = (f"--checkpoint={tmp_path}", "--device=cpu", "--prompt=-", "--n_samples=2")
-    done = run(*args, stdin=text)
-    assert done.returncode == 0, done.stderr.decode()
-    expected = "grüß dich\nschön 😀\n".encode()
-    assert done.stdout.replace(b"\r\n", b"\n") == expected + b"---\n" + expected
-    assert b"tokens/s" in done.stderr
+def test_program(tmp_path: Path) -> None:
+    text = "grüß dich\n"
+    save(tmp_path, scripted_model({len(text.encode()) - 1: "schön 😀".encode()}))
+    code, out, err = run_program(f"--checkpoint={tmp_path}", "--device=cpu", "--prompt=-", "--n_samples=2", stdin=text)
+    assert code == 0 and "tokens/s" in err
+    assert out == "grüß dich\nschön 😀\n---\ngrüß dich\nschön 😀\n"
 
 
-@pytest.mark.parametrize("args", [["--promt=x"], ["--checkpoint=nowhere"]], ids=str)
-def test_mistakes_as_a_program(args: list[str]) -> None:
-    done = run(*args)
-    assert done.returncode not in (0, None) and done.stdout == b""
-    assert b"Traceback" not in done.stderr
-    assert (b"--prompt" if "promt" in args[0] else b"nowhere") in done.stderr
+def test_chat_program(tmp_path: Path) -> None:
+    # The prompt of "hi" has 13 tokens, so its answer is predicted from position 12 on, and the turn has 19 tokens.
+    # The prompt of "you?" has 15, so its answer is predicted from position 19 + 15 - 1 on. After /reset, the prompt of
+    # "für" (15 tokens) is answered from position 14 on, within "hello".
+    save(tmp_path, scripted_model({12: b"hello", 33: "schön".encode()}))
+    stdin = "hi\n/help\nyou?\n/reset\nfür\n/quit\nhi\n"
+    args = (f"--checkpoint={tmp_path}", "--chat", "--device=cpu", "--max_new_tokens=16")
+    code, out, err = run_program(*args, stdin=stdin)
+    assert code == 0 and "/help" in err
+    assert out == "> hello\n> > schön\n> > llo\n> "
+
+
+# -----------------------------------------------------------------------------
+# Chat
+
+
+def prompt(line: str) -> list[int]:
+    """The tokens of a line in the prompt template."""
+    return list(f"{line}\nResponse:\n".encode())
+
+
+def turn(line: str, answer: str) -> list[int]:
+    """The tokens of a line and its answer, as later turns see them."""
+    return [*prompt(line), *answer.encode(), EOT]
+
+
+@pytest.fixture
+def calls(monkeypatch: Patch) -> list[tuple[list[int], int, dict]]:
+    """(context, max_new_tokens, options) of every call to `generate`, whose answers are A, B, C, …"""
+    calls = []
+
+    def fake(raw: Any, prompts: list[list[int]], max_new_tokens: int, **options: Any) -> Iterator[list[int]]:
+        calls.append((prompts[0], max_new_tokens, options))
+        yield from ([ord("A") + len(calls) - 1], [EOT])
+
+    monkeypatch.setattr(generate, "generate", fake)
+    return calls
+
+
+def test_second_turn_sees_the_first(tmp_path: Path, capsys: Capture, calls: list) -> None:
+    save(tmp_path, random_model(block_size=128))
+    options = dict(temperature=0.5, top_k=9, top_p=0.8)
+    cfg = configure(tmp_path, chat=True, max_new_tokens=7, seed=3, **options)
+    run_main(capsys, cfg, stdin="hi\n  who are you?  \n")
+    options |= dict(stop=EOT, compile=False)
+    assert calls[0] == (list(b"hi\nResponse:\n"), 7, options | dict(seeds=[3]))
+    context = [*b"hi\nResponse:\nA", EOT, *b"who are you?\nResponse:\n"]
+    assert calls[1] == (context, 7, options | dict(seeds=[4]))
+
+
+def test_answers_equal_generate_on_the_whole_history(tmp_path: Path, capsys: Capture) -> None:
+    raw = random_model(block_size=128)
+    save(tmp_path, raw)
+    expected, context = "", []
+    for line in ("ab", "cd"):
+        context += prompt(line)
+        ((tokens, ended),) = generate.complete(raw, [context], 10, EOT, temperature=0)
+        context += [*tokens, EOT]
+        expected += "> " + sample.CONTROL.sub("\ufffd", bytes(tokens).decode(errors="replace")) + "\n"
+        assert not ended  # the next turn sees end-of-text after a truncated answer
+    cfg = configure(tmp_path, chat=True, max_new_tokens=10, temperature=0.0)
+    assert run_main(capsys, cfg, stdin="ab\ncd\n")[0] == expected + "> \n"
+    assert not expected.endswith(run_main(capsys, cfg, stdin="cd\n")[0].removesuffix("> \n"))
+
+
+def test_chat_commands(tmp_path: Path, capsys: Capture, calls: list) -> None:
+    save(tmp_path, random_model(block_size=128))
+    stdin = "one\n/reset\ntwo\n/rest\n\n  \t \nthree\n /quit \nfour\n"
+    out, err = run_main(capsys, configure(tmp_path, chat=True), stdin=stdin)
+    assert [context for context, *_ in calls] == [prompt("one"), prompt("two"), turn("two", "B") + prompt("three")]
+    assert out.replace("> ", "") == "A\nB\nC\n" and "/rest" in err
+
+
+@pytest.mark.parametrize("history_turns", [0, 1, 2])
+def test_history_turns(history_turns: int, tmp_path: Path, capsys: Capture, calls: list) -> None:
+    save(tmp_path, random_model(block_size=256))
+    run_main(capsys, configure(tmp_path, chat=True, history_turns=history_turns), stdin="1\n2\n3\n4\n")
+    history = [turn("1", "A"), turn("2", "B"), turn("3", "C")]
+    for n, (context, *_) in enumerate(calls):
+        assert context == sum(history[max(0, n - history_turns) : n], []) + prompt(str(n + 1))
+
+
+def test_oldest_turns_are_dropped_first(tmp_path: Path, capsys: Capture, calls: list) -> None:
+    """A prompt with a line of n characters has n + 11 tokens, the turn has n + 13, and 48 - 8 tokens fit."""
+    save(tmp_path, random_model(block_size=48))
+    cfg = configure(tmp_path, chat=True, max_new_tokens=8)
+    _, err = run_main(capsys, cfg, stdin=f"1\n2\n3\n4\n{'x' * 30}\n{'y' * 16}\n6\n")
+    one, two, three = turn("1", "A"), turn("2", "B"), turn("3", "C")
+    expected = [prompt("1"), one + prompt("2"), one + two + prompt("3"), two + three + prompt("4"), prompt("y" * 16)]
+    assert [context for context, *_ in calls] == [*expected, prompt("6")]  # turn 4 alone would leave a gap
+    assert "41 tokens" in err
+
+
+def test_answer_reserves_at_most_half_of_the_context(tmp_path: Path, capsys: Capture, calls: list) -> None:
+    save(tmp_path, random_model(block_size=64))
+    stdin = f"a\n{'x' * 22}\n{'x' * 21}\n"
+    _, err = run_main(capsys, configure(tmp_path, chat=True, max_new_tokens=1000), stdin=stdin)
+    assert [context for context, *_ in calls] == [prompt("a"), prompt("x" * 21)]
+    assert "33 tokens" in err
+
+
+def test_chat_input_that_is_not_utf8(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    save(tmp_path, scripted_model({}))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\nhi\n"), encoding="utf-8"))
+    sample.main(configure(tmp_path, chat=True))
+    assert "UTF-8" in capsys.readouterr().err

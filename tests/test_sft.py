@@ -1,624 +1,413 @@
-"""Supervised fine-tuning from end to end: killed, resumed, on two processes, with adapters, misused."""
+"""sft.py: whole runs, parity with transformers, killed, resumed, on two ranks, with adapters, and refused."""
 
 import json
+import math
 import os
 import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import harness
 import pytest
 import torch
-from torch import Tensor
+from harness import ForkServer, losses, notes, read_log, tiny_model
+from torch import Tensor, nn
 
 import sft
-import training
-from checkpoints import list_checkpoints, load_checkpoint, load_model, open_checkpoint, save_checkpoint
-from data import get_tokenizer
-from hf import to_hf
-from model import GPT, GPTConfig
-from sft import Config, main, measure, prepare
-from training import Dist
+from neogpt import chat, checkpoint, data, hf, runtime, training
+from neogpt.chat import Row
+from sft import Config
 
-SCRIPT = Path(sft.__file__)
-ALONE = Dist(0, 1, torch.device("cpu"))
-TINY = dict(n_layer=1, n_head=2, n_embd=16, block_size=96, n_tokens=257, vocab_size=320)
+BYTES = data.get_tokenizer("bytes")
+EOT = 256
 NAMES = ["Ada", "Leo", "Rosa", "Mona", "Jasper", "Cora", "Otto", "Ida"]
 THINGS = ["hat", "nut", "jug", "pen", "soup", "coat"]
+LORA = dict(lora_rank=2, lora_alpha=8.0)
+KINDS = {"plain": {}, "adapters and packing": LORA | dict(packing=True)}
 
 
-def write_base(folder: Path, seed: int = 0, stage: str = "pretraining") -> Path:
-    """A random tiny model as a checkpoint of a stage; its folder."""
-    torch.manual_seed(seed)
-    raw = GPT(GPTConfig(**TINY))
-    folder.mkdir(exist_ok=True)
-    state = dict(stage=stage, step=3, model=raw.state_dict(), tokenizer="bytes")
-    save_checkpoint(folder, state | dict(model_config=raw.config.__dict__), keep=9)
-    return folder
+def make_rows(n: int) -> list[dict[str, str]]:
+    """Rows of different lengths, every other one with a context."""
+    rng, rows = random.Random(0), []
+    for i in range(n):
+        name, thing = rng.choice(NAMES), rng.choice(THINGS)
+        response = f"The {thing}." if i % 3 else f"\n{name} has the {thing}, and then {name} sleeps."
+        context = f"{name} has a {thing}." if i % 2 else ""
+        rows.append(dict(instruction=f"What does {name} have {i}?", context=context, response=response))
+    return rows
 
 
-def write_rows(path: Path, n: int = 40) -> Path:
-    """n rows of different lengths, some with a context."""
-    rng = random.Random(0)
-    with open(path, "w") as file:
-        for i in range(n):
-            name, thing = rng.choice(NAMES), rng.choice(THINGS)
-            context = f"{name} has a {thing}." if i % 2 else ""
-            answer = f"The {thing}." if i % 3 else f"\n{name} has the {thing}, and then {name} sleeps."
-            row = dict(instruction=f"What does {name} have {i}?", context=context, response=answer)
-            file.write(json.dumps(row) + "\n")
-    return path
+def write_rows(path: Path, rows: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base model and rows."""
-    folder = tmp_path_factory.mktemp("world")
-    write_base(folder / "base")
-    write_rows(folder / "rows.jsonl")
-    return folder
-
-
-SETTINGS: dict[str, Any] = dict(
-    val_data="",
-    val_frac=0.2,
-    rows_per_step=8,
-    B=3,
-    max_steps=12,
-    eval_every=4,
-    save_every=3,
-    answer_rows=0,
-    prompts=("What does Ada have?",),
-    answer_tokens=6,
-    device="cpu",
-    precision="fp32",
-    max_lr=5e-3,
-)
+def write_base(folder: Path, stage: str = "pretraining", **shape: Any) -> str:
+    """A checkpoint of a random model with sequences of up to 96 tokens; its folder."""
+    return str(harness.write_model(folder, tiny_model(**dict(n_layer=1, block_size=96) | shape), stage))
 
 
 @pytest.fixture
-def cfg(world: Path, tmp_path: Path) -> Iterator[Config]:
-    """A configuration that trains in a second. Signal handlers are put back afterwards."""
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    paths = dict(
-        checkpoint=str(world / "base"), data=str(world / "rows.jsonl"), out_dir=str(tmp_path / "out")
+def cfg(tmp_path: Path) -> Config:
+    """A configuration that trains in a second: 32 rows to train on, 8 held out."""
+    return Config(
+        checkpoint=write_base(tmp_path / "base"),
+        data=write_rows(tmp_path / "rows.jsonl", make_rows(40)),
+        val_frac=0.2,
+        out_dir=str(tmp_path / "out"),
+        rows_per_step=8,
+        B=3,
+        max_steps=12,
+        max_lr=5e-3,
+        eval_every=4,
+        prompts=("What does Ada have?",),
+        answer_tokens=6,
+        save_every=3,
+        device="cpu",
+        precision="fp32",
     )
-    yield Config(**paths, **SETTINGS)
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
 
 
 def tune(cfg: Config, **changed: Any) -> Path:
-    """Train with some constants changed; return the folder."""
-    cfg = replace(cfg, **changed)
-    main(cfg)
-    return Path(cfg.out_dir)
+    return harness.train(sft.main, cfg, **changed)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_the_step_can_be_compiled(cfg: Config, packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as the compiler's door: packed rows have one shape, others have many."""
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda raw, **options: asked.append(options) or raw)
-    monkeypatch.setattr("finetune.require_compiler", lambda device: None)
-    tune(cfg, compile=True, packing=packing, max_steps=1)
-    assert asked == [dict(dynamic=not packing)]
-
-
-def refused(cfg: Config, message: str, **changed: Any) -> None:
-    """Check that training ends with a message of one line."""
-    with pytest.raises(SystemExit, match=message) as error:
-        tune(cfg, **changed)
-    assert "\n" not in str(error.value)
-
-
-def read_log(folder: Path) -> dict[tuple[int, str], str]:
-    """The last value of every (step, name), as it is written."""
-    text = (folder / "log.txt").read_text()
-    return {(int(step), name): value for step, name, value in re.findall(r"^(\d+) (\w+) (\S+)$", text, re.M)}
-
-
-def losses(folder: Path, name: str = "train") -> dict[int, float]:
-    """Step -> value of one name."""
-    return {step: float(value) for (step, key), value in read_log(folder).items() if key == name}
-
-
-def notes(folder: Path) -> str:
-    """What the log says behind `#`."""
-    return "\n".join(re.findall("^#.*$", (folder / "log.txt").read_text(), re.M))
-
-
-def bits(value: Any) -> Any:
-    """A nested value with its tensors as bytes."""
-    if isinstance(value, dict):
-        return {key: bits(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [bits(item) for item in value]
-    return (value.dtype, value.numpy().tobytes()) if isinstance(value, Tensor) else value
-
-
-def final_bits(folder: Path) -> Any:
-    """The newest checkpoint and best.pt, as bytes, but for the configuration, which names folders."""
-    states = [load_checkpoint(path) for path in (list_checkpoints(folder)[0], folder / "best.pt")]
-    return [bits({key: value for key, value in state.items() if key != "config"}) for state in states]
-
-
-def same_run(folder: Path, reference: Path) -> None:
-    """Check two runs to be the same in every digit of the log and every bit of what they saved."""
-    assert read_log(folder) == read_log(reference)
-    assert final_bits(folder) == final_bits(reference)
+def refused(cfg: Config, *words: object, **changed: Any) -> None:
+    harness.refused(sft.main, cfg, *words, **changed)
 
 
 # -----------------------------------------------------------------------------
 # A run
 
 
-def test_what_a_run_learns_and_leaves_behind(cfg: Config, capsys: pytest.CaptureFixture) -> None:
+def test_run_learns_and_leaves_its_files(cfg: Config, capsys: pytest.CaptureFixture) -> None:
     folder = tune(cfg, max_steps=40, eval_every=10, save_every=20)
     train, val = losses(folder), losses(folder, "val")
     assert train.keys() == set(range(40)) and val.keys() == {0, 10, 20, 30, 40}
     assert train[0] > 5 and train[39] < train[0] - 2 and val[40] < val[0] - 2
     assert {p.name for p in folder.iterdir()} == {"best.pt", "ckpt_000030.pt", "ckpt_000040.pt", "log.txt"}
-    state = load_checkpoint(folder / "ckpt_000040.pt")
-    assert (state["stage"], state["step"], state["tokenizer"]) == ("sft", 40, "bytes")
-    assert state["scores"]["val"] == pytest.approx(val[40])
-    load_model(str(folder), "", print, ("sft",))
-    noted = notes(folder)
-    assert "32 rows to learn from, 8 held out; 40 steps of 8 rows" in noted
-    assert "the first row, with [what is learned]: What does" in noted
-    assert len(re.findall(r"  > What does Ada have\? -> ", noted)) == 5
-    assert "step     39/40" in capsys.readouterr().out
+    ckpt = checkpoint.read(folder / "ckpt_000040.pt")
+    assert (ckpt.stage, ckpt.step, ckpt.n_sequences, ckpt.tokenizer) == ("sft", 40, 320, "bytes")
+    assert ckpt.scores["val"] == pytest.approx(val[40])
+    assert checkpoint.load_model(str(folder), ("sft",)).step == 40
+    assert "32 rows to train on, 8 held out" in notes(folder)
+    assert notes(folder).count("> What does Ada have? -> ") == 5
+    assert "39/40" in capsys.readouterr().out
 
 
-def test_it_learns_to_answer(cfg: Config, tmp_path: Path) -> None:
+def test_memorized_rows_are_exact_matches(cfg: Config, tmp_path: Path) -> None:
     rows = [dict(prompt=f"{name}?", response=f"A {thing}.") for name, thing in zip(NAMES, THINGS)]
-    path = tmp_path / "few.json"
-    path.write_text(json.dumps(rows))
-    few = dict(data=str(path), val_data=str(path), rows_per_step=6, answer_rows=6, prompts=("Leo?",))
-    folder = tune(cfg, **few, max_steps=120, eval_every=60, max_lr=2e-2, answer_tokens=12)
-    assert losses(folder, "exact") == {0: 0, 60: pytest.approx(losses(folder, "exact")[60]), 120: 1}
+    path = write_rows(tmp_path / "few.jsonl", rows)
+    few = dict(data=path, val_data=path, rows_per_step=6, n_eval_prompts=6, prompts=("Leo?",), answer_tokens=12)
+    folder = tune(cfg, **few, max_steps=120, eval_every=60, max_lr=2e-2)
+    exact = losses(folder, "exact")
+    assert exact.keys() == {0, 60, 120} and exact[0] == 0 and exact[120] == 1
     assert losses(folder, "ended")[120] == losses(folder, "accuracy")[120] == 1
     assert losses(folder, "val")[120] < 0.05
-    assert notes(folder).rpartition("  > Leo? -> ")[2].startswith("A nut.\n")
+    assert notes(folder).rpartition("> Leo? -> ")[2].startswith("A nut.\n")
 
 
-def test_the_held_out_loss_is_that_of_the_saved_model(cfg: Config) -> None:
+@pytest.mark.parametrize("B, packing", [(1, False), (5, False), (12, False), (2, True)])
+def test_run_equals_plain_loop_with_transformers(cfg: Config, tmp_path: Path, B: int, packing: bool) -> None:
+    """From the same Hugging Face folder. Every step reads all rows, so their order does not matter."""
+    transformers = pytest.importorskip("transformers")
+    hf.save(tiny_model(n_layer=1, block_size=128, scale=0.05), tmp_path / "hf")
+    rows, val_rows = make_rows(17)[:12], make_rows(17)[12:]
+    paths = dict(data=write_rows(tmp_path / "a.jsonl", rows), val_data=write_rows(tmp_path / "b.jsonl", val_rows))
+    steps = dict(rows_per_step=12, max_steps=6, warmup_frac=1 / 3, eval_every=1)
+    folder = tune(cfg, checkpoint=str(tmp_path / "hf"), B=B, packing=packing, **paths, **steps)
+
+    net = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()  # without dropout
+    adamw = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+
+    def loss_of(rows: list[dict[str, str]]) -> Tensor:
+        total, n = torch.zeros(()), 0
+        for row in rows:
+            context = f"Context:\n{row['context']}\n" if row["context"] else ""
+            prompt = f"{row['instruction']}\n{context}Response:\n".encode()
+            target = [*row["response"].encode(), EOT]
+            labels = torch.tensor([[-100] * len(prompt) + target])
+            mean = net(torch.tensor([[*prompt, *target]]), labels=labels).loss
+            total, n = total + mean * len(target), n + len(target)
+        return total / n
+
+    expected: dict[str, list[float]] = dict(val=[], train=[], norm=[])
+    for step in range(6):
+        with torch.no_grad():
+            expected["val"].append(loss_of(val_rows).item())
+        loss = loss_of(rows)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        rate = (step + 1) / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / 4))
+        adamw.param_groups[0]["lr"] = cfg.max_lr * rate
+        adamw.step()
+        adamw.zero_grad()
+        expected["train"].append(loss.item())
+        expected["norm"].append(norm.item())
+    for name, values in expected.items():
+        assert list(losses(folder, name).values())[:6] == pytest.approx(values, rel=1e-4), name
+
+
+def test_best_checkpoint_has_the_lowest_held_out_loss(cfg: Config, tmp_path: Path) -> None:
+    """Memorizing four rows makes other rows worse, so the best step is not the last."""
+    others = [dict(prompt=f"What does {name} have 1?", response="The zebra runs.") for name in NAMES]
+    paths = dict(
+        data=write_rows(tmp_path / "few.jsonl", make_rows(4)), val_data=write_rows(tmp_path / "o.jsonl", others)
+    )
+    cfg = replace(cfg, **paths, max_steps=60, eval_every=5, save_every=7, keep_last=99, max_lr=1e-2)
     folder = tune(cfg)
-    raw, tokenizer = load_model(str(folder), "", print)
-    rows = sft.read_rows(cfg.data, ALONE, print)
-    texts = [sft.prompt_text(row.instruction, row.context) for row in rows]
-    _, held_out = sft.split_rows(texts, cfg.val_frac, cfg.seed)
-    log = training.Log(folder, ALONE)
-    examples = prepare([rows[i] for i in held_out], 96, tokenizer, "", log)
-    loss, accuracy = measure(raw, examples, 5, training.autocast("fp32", ALONE.device), ALONE)
-    assert loss == pytest.approx(losses(folder, "val")[12], rel=1e-5)
-    assert accuracy == pytest.approx(losses(folder, "accuracy")[12])
-
-
-def test_best_pt_has_the_lowest_held_out_loss(cfg: Config, tmp_path: Path) -> None:
-    """Learning four rows by heart makes the others worse: the best model is not the last."""
-    few, others = write_rows(tmp_path / "few.jsonl", 4), tmp_path / "others.jsonl"
-    rows = [dict(instruction=f"What does {n} have 1?", context="", response="The zebra runs.") for n in NAMES]
-    others.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changed = dict(data=str(few), val_data=str(others), max_steps=60, eval_every=5, save_every=7, keep=99)
-    folder = tune(cfg, **changed, max_lr=1e-2)
     val = losses(folder, "val")
     lowest = min(list(val)[1:], key=val.get)  # step 0 is the model to start from
-    assert 0 < lowest < 60 and val[lowest] < val[60] - 0.1
-    best = load_checkpoint(folder / "best.pt")
-    assert best["step"] == lowest and best["scores"]["val"] == pytest.approx(val[lowest])
-    assert bits(best["model"]) == bits(load_checkpoint(folder / f"ckpt_{lowest:06d}.pt")["model"])
-    assert "optimizers" not in best
-    assert load_checkpoint(folder / "ckpt_000060.pt")["scores"]["best"] == pytest.approx(val[lowest])
-
-    # continued from behind the best, it is still known to be the best
-    resumed = Path(cfg.out_dir + "2")
+    assert 0 < lowest < 56 and val[lowest] < val[60] - 0.1
+    best = checkpoint.read(folder / "best.pt")
+    assert best.step == lowest and best.scores["val"] == pytest.approx(val[lowest]) and best.optimizers is None
+    assert harness.bits(best.model) == harness.bits(checkpoint.read(folder / f"ckpt_{lowest:06d}.pt").model)
+    assert checkpoint.read(folder / "ckpt_000060.pt").scores["best"] == pytest.approx(val[lowest])
+    # resumed after the best step, the run still knows the lowest loss
+    resumed = tmp_path / "resumed"
     resumed.mkdir()
     shutil.copy(folder / "ckpt_000056.pt", resumed)
-    tune(cfg, **changed, max_lr=1e-2, out_dir=str(resumed))
+    tune(cfg, out_dir=str(resumed))
     assert not (resumed / "best.pt").exists()
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_the_micro_batch_does_not_change_the_curve(cfg: Config, packing: bool) -> None:
-    reference = tune(cfg, B=8)
-    for B in (1, 3):
-        folder = tune(cfg, B=B, packing=packing, out_dir=f"{cfg.out_dir}{B}")
-        for name in ("train", "val", "norm"):
-            assert losses(folder, name) == pytest.approx(losses(reference, name), rel=1e-4), name
-
-
-def test_evaluation_answers_and_checkpoints_do_not_disturb_training(cfg: Config) -> None:
-    often = tune(cfg, eval_every=1, save_every=1, answer_rows=4)
+def test_evaluations_answers_and_checkpoints_do_not_change_training(cfg: Config) -> None:
+    often = tune(cfg, eval_every=1, save_every=1, n_eval_prompts=4)
     never = tune(cfg, eval_every=100, save_every=100, prompts=(), out_dir=cfg.out_dir + "2")
     for name in ("train", "norm", "lr"):
         assert losses(often, name) == losses(never, name) and len(losses(often, name)) == 12
 
 
-def test_the_seed_chooses_split_and_order(cfg: Config) -> None:
-    first = tune(cfg, max_steps=2)
-    again = tune(cfg, max_steps=2, out_dir=cfg.out_dir + "2")
+def test_seed_selects_split_and_order(cfg: Config) -> None:
+    first, again = tune(cfg, max_steps=2), tune(cfg, max_steps=2, out_dir=cfg.out_dir + "2")
     other = tune(cfg, max_steps=2, seed=1, out_dir=cfg.out_dir + "3")
-    assert read_log(first) == read_log(again) and read_log(first) != read_log(other)
+    assert read_log(first) == read_log(again)
+    for name in ("train", "val"):
+        assert losses(first, name) != losses(other, name)
 
 
-def test_from_a_folder_of_hugging_face(cfg: Config, world: Path, tmp_path: Path) -> None:
-    to_hf(load_model(str(world / "base"), "", print)[0], tmp_path / "hf")
-    folder = tune(cfg, hf=str(tmp_path / "hf"), max_steps=3)
-    reference = tune(cfg, max_steps=3, out_dir=cfg.out_dir + "2")
-    # the padded rows of the vocabulary are gone, and with them a little of the softmax's sum
-    assert losses(folder)[0] == pytest.approx(losses(reference)[0], abs=0.5)
-    assert load_checkpoint(list_checkpoints(folder)[0])["model_config"]["vocab_size"] == 257
+@pytest.mark.parametrize("packing", [False, True])
+def test_tokens_do_not_count_padding(cfg: Config, tmp_path: Path, packing: bool, capsys: pytest.CaptureFixture) -> None:
+    """One long row and many short ones: most of an unpacked batch is padding."""
+    rows = [Row(f"{name}?", "", "x" * 60 * (name == "Leo") + "yes") for name in NAMES]
+    n_inputs = [len(chat.prompt_text(row.instruction) + row.response) for row in rows]  # bytes; the last id is a target
+    path = write_rows(tmp_path / "uneven.jsonl", [row._asdict() for row in rows])
+    cfg = replace(cfg, data=path, val_data=path, eval_every=1, B=8, packing=packing)
+    folder = tune(cfg, rows_per_step=8, max_steps=2)
+    assert losses(folder, "tokens") == {step: step * sum(n_inputs) for step in range(3)}
+    for ms, speed in re.findall(r"([\d.]+) ms \| +([\d,]+) tok/s", capsys.readouterr().out):
+        assert float(ms) / 1e3 * float(speed.replace(",", "")) == pytest.approx(sum(n_inputs), rel=0.1)
+    # resumed with other batch sizes, an epoch still has every row once
+    for rows_per_step, max_steps in ((2, 2), (1, 3), (3, 4)):
+        folder = tune(cfg, rows_per_step=rows_per_step, max_steps=max_steps, out_dir=cfg.out_dir + "2")
+    assert checkpoint.read(folder / "ckpt_000004.pt").n_sequences == 8
+    assert losses(folder, "tokens")[4] == sum(n_inputs)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_compiled_step_with_packing_has_one_shape(cfg: Config, packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that records its inputs stands for the compiled model."""
+    asked, shapes = [], set()
+
+    class Compiled(nn.Module):
+        def __init__(self, raw: nn.Module, **options: Any) -> None:
+            super().__init__()
+            self.raw = raw
+            asked.append(options)
+
+        def forward(self, idx: Tensor, *args: Any, **options: Any) -> Any:
+            shapes.add(tuple(idx.shape))
+            return self.raw(idx, *args, **options)
+
+    reference = tune(cfg, packing=packing, compile=False)
+    monkeypatch.setattr(torch, "compile", Compiled)
+    monkeypatch.setattr(runtime, "require_compiler", lambda device: None)
+    folder = tune(cfg, packing=packing, compile=True, out_dir=cfg.out_dir + "2")
+    assert asked == [dict(fullgraph=packing, dynamic=not packing)]
+    assert shapes == {(3, 96)} if packing else len(shapes) > 1
+    harness.assert_close_runs(folder, reference)
 
 
 # -----------------------------------------------------------------------------
-# Continued
-
-KINDS = {
-    "plain": dict(),
-    "lora": dict(lora_rank=2, lora_alpha=8.0),
-    "adapters only": dict(lora_rank=2, lora_alpha=8.0, lora_merge=False),
-    "packing": dict(packing=True),
-}
-BOTH = KINDS["adapters only"] | KINDS["packing"]
+# Killed, stopped and extended; two ranks
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_continued_from_any_checkpoint_is_exact(cfg: Config, kind: str) -> None:
-    settings = KINDS[kind] | dict(keep=99)
-    whole = tune(cfg, **settings)
-    for step in (3, 4, 9):  # 4 was saved because it was the best
-        folder = Path(f"{cfg.out_dir}-{step}")
-        folder.mkdir()
-        shutil.copy(whole / f"ckpt_{step:06d}.pt", folder)
-        shutil.copy(whole / "best.pt", folder)
-        tune(cfg, **settings, out_dir=str(folder))
-        log = read_log(whole)
-        assert read_log(folder) == {
-            key: log[key] for key in log if key[0] >= step and key in read_log(folder)
-        }
-        assert losses(folder).keys() == set(range(step, 12))
-        assert final_bits(folder) == final_bits(whole)
-        assert "changed: out_dir" in notes(folder)
-
-
-def test_more_steps_and_finished_runs(cfg: Config) -> None:
-    folder = tune(cfg)
-    before = read_log(folder), final_bits(folder)
-    tune(cfg)
-    assert (read_log(folder), final_bits(folder)) == before
-    tune(cfg, max_steps=15)
-    assert losses(folder).keys() == set(range(15))
-    assert "continuing" in notes(folder) and "max_steps 12 -> 15" in notes(folder)
-
-
-# Starting Python and torch takes seconds. Runs are forked from one process that has only imported them.
-NURSERY = """
-import json, os, sys
-import torch._dynamo
-import torch.distributed
-import sft
-from training import barrier, parse
-
-for line in sys.stdin:
-    sys.argv, ranks = json.loads(line)
-    pids = []
-    for environment in ranks:
-        pids.append(os.fork())
-        if pids[-1] == 0:
-            os.environ.update(environment)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            try:
-                # behind the last barrier straight out: a store's thread may never end in a forked process
-                sft.cleanup = lambda dist: (barrier(dist), os._exit(0))
-                sft.main(parse(sft.CONFIGS, sft.__doc__))
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-                os._exit(1)
-            os._exit(0)
-    print(*pids, flush=True)
-    print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
-"""
-
-
-def command(world: Path, out_dir: Path, **settings: Any) -> list[str]:
-    """The command line of a run like those in this process."""
-    settings = SETTINGS | dict(checkpoint=world / "base", data=world / "rows.jsonl") | settings
-    settings.pop("prompts", None)
-    constants = [f"--{name}={value}" for name, value in settings.items()]
-    return [sys.executable, str(SCRIPT), f"--out_dir={out_dir}", *constants]
-
-
-def environment() -> dict[str, str]:
-    """One thread: more do not pay for a tiny model, least of all on a busy machine."""
-    return os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(SCRIPT.parent))
-
-
-def n_losses(folder: Path) -> int:
-    """How many training losses a log holds, those of steps done twice counted twice."""
-    path = folder / "log.txt"
-    return path.read_bytes().count(b" train ") if path.exists() else 0
-
-
-def wait_for(folder: Path, n: int, running: Callable[[], bool]) -> None:
-    """Return when a log holds `n` training losses, or when nothing runs that could write them."""
-    give_up = time.monotonic() + 120
-    while n_losses(folder) < n and running():
-        assert time.monotonic() < give_up, f"{n_losses(folder)} of {n} losses after two minutes"
-        time.sleep(0.002)
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[subprocess.Popen]:
-    """A process that forks a run for every command line it reads."""
-    if not hasattr(os, "fork"):
-        pytest.skip("forks the runs that it kills")
-    pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen([sys.executable, "-c", NURSERY], env=environment(), **pipes) as process:
-        yield process
-        process.stdin.close()
-
-
-def start(nursery: subprocess.Popen, args: list[str], *ranks: dict[str, str]) -> list[int]:
-    """Fork a run, in as many processes as there are environments to add; their ids."""
-    nursery.stdin.write(json.dumps([args[1:], ranks]) + "\n")
-    nursery.stdin.flush()
-    return [int(pid) for pid in nursery.stdout.readline().split()]
-
-
-def live(nursery: subprocess.Popen, args: list[str], folder: Path, n: int | None, delay: float = 0) -> int:
-    """Fork a run, kill it when it has logged n losses (None: let it end), and return its exit status."""
-    before = n_losses(folder)
-    (pid,) = start(nursery, args, {})
-    if n is not None:
-        try:
-            wait_for(folder, before + n, lambda: nursery.poll() is None)
-            time.sleep(delay)
-        finally:
-            os.kill(pid, signal.SIGKILL)
-    return int(nursery.stdout.readline())
-
-
-@pytest.mark.parametrize("kind", [{}, BOTH], ids=["plain", "adapters and packing"])
-def test_killed_at_random_steps_equals_never_killed(
-    nursery: subprocess.Popen, world: Path, tmp_path: Path, kind: dict[str, Any]
-) -> None:
-    settings = kind | dict(max_steps=50, eval_every=7, save_every=5, answer_rows=2)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert live(nursery, command(world, whole, **settings), whole, None) == 0
-    assert losses(whole).keys() == set(range(50))
-    rng = random.Random(len(kind))
-    args = command(world, killed, **settings)
-    for n in (rng.randrange(6, 14), 0, rng.randrange(6, 14), rng.randrange(6, 14)):
-        # it did not end by itself
-        assert live(nursery, args, killed, n, rng.uniform(0, 0.02)) == -signal.SIGKILL
-    assert notes(killed).count("continuing") >= 2
-    assert live(nursery, args, killed, None) == 0
-    same_run(killed, whole)
-    assert not list(killed.glob("*.tmp"))
-
-
-def test_stopped_by_a_signal_equals_never_stopped(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_resumed_run_equals_uninterrupted_run(cfg: Config, kind: str, server: ForkServer) -> None:
+    cfg = replace(cfg, max_steps=50, eval_every=7, save_every=5, n_eval_prompts=2, **KINDS[kind])
     whole = tune(cfg)
-    step_of = sft.train_step
+    killed = replace(cfg, out_dir=cfg.out_dir + "-killed")
+    harness.kill_and_resume(server, "sft", killed, moments=[8, 0, 13, 9], seed=len(kind))
+    harness.assert_same_run(Path(killed.out_dir), whole)
+    best = [checkpoint.read(Path(folder) / "best.pt") for folder in (killed.out_dir, whole)]
+    assert harness.bits(best[0].model) == harness.bits(best[1].model) and best[0].step == best[1].step
 
-    def interrupted(*args: Any, **settings: Any) -> Any:
-        if n_losses(Path(cfg.out_dir + "2")) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)  # noted before the next step
-        return step_of(*args, **settings)
 
-    monkeypatch.setattr(sft, "train_step", interrupted)
-    stopped = tune(cfg, out_dir=cfg.out_dir + "2")
+def test_stopped_by_a_signal_equals_uninterrupted_run(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, stopped = tune(cfg), Path(cfg.out_dir + "2")
+    train_step = training.train_step
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if harness.n_losses(stopped) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)  # seen before the next step
+        return train_step(*args, **options)
+
+    monkeypatch.setattr(training, "train_step", interrupted)
+    tune(cfg, out_dir=str(stopped))
     monkeypatch.undo()
-    assert "stopped at step 8; the same command continues" in notes(stopped)
-    assert list_checkpoints(stopped)[0].name == "ckpt_000008.pt"
-    tune(cfg, out_dir=cfg.out_dir + "2")
-    same_run(stopped, whole)
+    assert checkpoint.list_checkpoints(stopped)[0].name == "ckpt_000008.pt"
+    tune(cfg, out_dir=str(stopped))
+    harness.assert_same_run(stopped, whole)
+
+
+def test_finished_run_is_not_changed_and_can_be_extended(cfg: Config) -> None:
+    folder = tune(cfg)
+    before = read_log(folder), harness.final_bits(folder)
+    tune(cfg)
+    assert (read_log(folder), harness.final_bits(folder)) == before
+    tune(cfg, max_steps=15)
+    assert losses(folder).keys() == set(range(15)) and "max_steps 12 -> 15" in notes(folder)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "fewer rows than ranks"])
+def test_two_ranks_equal_one(cfg: Config, kind: str, server: ForkServer) -> None:
+    odd = dict(rows_per_step=7, n_eval_prompts=3)  # one rank has a row less, and an empty sequence
+    few = dict(rows_per_step=1, n_eval_prompts=1, val_frac=0.001)  # one row per step, one held out
+    settings = odd | KINDS[kind] if kind in KINDS else few
+    cfg = replace(cfg, **settings, max_steps=6, eval_every=3, keep_last=9)
+    one, two = tune(cfg, B=7), Path(cfg.out_dir + "-two")
+    server.run("sft", harness.command_line(replace(cfg, B=2, out_dir=str(two))), n_ranks=2)
+    assert notes(two).count("world_size=2") == 1 and harness.n_losses(two) == 6  # only rank 0 writes
+    harness.assert_close_runs(two, one, ("train", "val", "accuracy", "exact", "ended", "tokens"))
+    a, b = (checkpoint.read(folder / "best.pt").model for folder in (one, two))
+    assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-3  # AdamW divides by tiny roots
 
 
 # -----------------------------------------------------------------------------
-# Two processes
+# Adapters and other models
 
 
-@pytest.mark.parametrize("kind", [{}, BOTH], ids=["plain", "adapters and packing"])
-def test_two_processes_equal_one(
-    cfg: Config, nursery: subprocess.Popen, world: Path, tmp_path: Path, kind: dict[str, Any]
-) -> None:
-    settings = kind | dict(max_steps=6, eval_every=3, answer_rows=3, keep=9)
-    settings |= dict(rows_per_step=7, B=2)  # seven rows: one rank has fewer, and an empty sequence
-    one, two = tune(cfg, **settings | dict(B=7, prompts=())), tmp_path / "two"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)  # as torchrun sets them
-    start(nursery, command(world, two, **settings), shared | dict(RANK="0"), shared | dict(RANK="1"))
-    assert nursery.stdout.readline() == "0 0\n"
-    assert notes(two).count("devices=2") == 1 and n_losses(two) == 6  # only rank 0 writes
-    assert losses(two).keys() == set(range(6))
-    for name in ("train", "val", "accuracy", "exact", "ended"):
-        assert losses(two, name) == pytest.approx(losses(one, name), abs=1e-5), name
-    a, b = (load_checkpoint(folder / "best.pt")["model"] for folder in (one, two))
-    assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-3  # Adam divides by tiny roots
-
-
-# -----------------------------------------------------------------------------
-# Adapters
-
-
-def test_adapters_are_saved_merged_and_on_their_own(cfg: Config, world: Path) -> None:
-    folder = tune(cfg, **KINDS["lora"])
-    merged, _ = load_model(str(folder), "", print)
-    noted: list[str] = []
-    loaded, _ = load_model(str(folder / "adapter"), "", noted.append)
-    assert f"an adapter for {world / 'base'}" in noted[-1]
+def test_adapters_are_saved_merged_and_in_a_folder(cfg: Config) -> None:
+    folder = tune(cfg, **LORA)
+    base, merged, loaded = (
+        checkpoint.load_model(str(source)).raw for source in (cfg.checkpoint, folder, folder / "adapter")
+    )
     idx = torch.arange(60).view(2, 30)
     torch.testing.assert_close(loaded(idx)[0], merged(idx)[0], rtol=0, atol=1e-5)
-    base, _ = load_model(str(world / "base"), "", print)
     assert (merged(idx)[0] - base(idx)[0]).abs().max() > 1e-2
-    for name, p in base.state_dict().items():  # only the blocks' matrices have moved
-        moved = ".h." in name and p.dim() == 2
-        assert torch.equal(p, merged.state_dict()[name]) != moved, name
+    for name, p in base.state_dict().items():  # only the matrices of the blocks change
+        assert torch.equal(p, merged.state_dict()[name]) != (".h." in name and p.dim() == 2), name
     assert losses(folder)[11] < losses(folder)[0]
-
-
-def test_checkpoints_of_adapters_only(cfg: Config) -> None:
-    merged = tune(cfg, **KINDS["lora"])
-    folder = tune(cfg, **KINDS["adapters only"], out_dir=cfg.out_dir + "2")
-    assert read_log(folder) == read_log(merged)
-    state = load_checkpoint(folder / "ckpt_000012.pt")
-    assert state["model"] == {}
-    assert bits(state["adapters"]) == bits(load_checkpoint(merged / "ckpt_000012.pt")["adapters"])
-    assert 2 * (folder / "ckpt_000012.pt").stat().st_size < (merged / "ckpt_000012.pt").stat().st_size
-    best = load_checkpoint(folder / "best.pt")["model"]  # is whole
-    assert bits(best) == bits(load_checkpoint(merged / "best.pt")["model"])
-    a, b = (load_model(str(path / "adapter"), "", print)[0].state_dict() for path in (folder, merged))
-    assert bits(a) == bits(b)
-
-
-# -----------------------------------------------------------------------------
-# Misuse
-
-
-def test_resuming_from_other_weights_is_refused(cfg: Config, tmp_path: Path) -> None:
-    for kind in ("plain", "lora"):
-        out = dict(out_dir=f"{cfg.out_dir}-{kind}", max_steps=3)
-        folder = tune(cfg, **out, **KINDS[kind])
-        before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
-        other = write_base(tmp_path / "other", seed=1)
-        refused(cfg, "started from other weights than .*other", **out, **KINDS[kind], checkpoint=str(other))
-        assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before
-    refused(cfg, "--lora_rank=2", **out, **KINDS["lora"] | dict(lora_rank=4))
-    refused(cfg, "--lora_alpha=8.0", **out, **KINDS["lora"] | dict(lora_alpha=4.0))
-    refused(cfg, "--lora_rank=2", **out)
-    refused(cfg, "holds checkpoints, and --resume=never", **out, **KINDS["lora"], resume="never")
-
-
-def test_out_dir_must_not_hold_the_checkpoint(cfg: Config, world: Path) -> None:
-    base = world / "base"
-    before = sorted(base.iterdir())
-    for checkpoint in (base, base / "ckpt_000003.pt", base / ".." / "base"):
-        message = "holds the checkpoint to start from: choose another --out_dir"
-        refused(cfg, message, checkpoint=str(checkpoint), out_dir=str(base))
-    assert sorted(base.iterdir()) == before
-
-
-def test_the_stage_of_the_checkpoint(cfg: Config, tmp_path: Path) -> None:
-    dpo = write_base(tmp_path / "dpo", stage="dpo")
-    refused(cfg, r"is of dpo: start from one of pretraining \(train_gpt2.py\) or sft", checkpoint=str(dpo))
-    assert not Path(cfg.out_dir).exists()
-    pretrained = write_base(tmp_path / "out")  # checkpoints of another stage where this one's should go
-    refused(cfg, "is not of sft: choose another --out_dir", out_dir=str(pretrained))
-    again = tune(cfg, checkpoint=str(write_base(tmp_path / "sft", stage="sft")), out_dir=cfg.out_dir + "2")
-    assert losses(again).keys() == set(range(12))
-
-
-def test_a_missing_checkpoint(cfg: Config, tmp_path: Path) -> None:
-    refused(cfg, "no checkpoint in .*nowhere.*python train_gpt2.py", checkpoint=str(tmp_path / "nowhere"))
-    assert not Path(cfg.out_dir).exists()
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        dict(T=0),
-        dict(T=-1),
-        dict(T=97),
-        dict(B=0),
-        dict(rows_per_step=0),
-        dict(max_steps=0),
-        dict(max_steps=-3),
-        dict(eval_every=0),
-        dict(save_every=0),
-        dict(keep=0),
-        dict(lora_rank=-1),
-        dict(seed=-1),
-        dict(beta2=1.0),
-        dict(warmup_frac=1.5),
-        dict(max_lr=float("nan")),
-        dict(device="gpu"),
-    ],
-    ids=str,
-)
-def test_a_constant_out_of_range_is_named(cfg: Config, changed: dict[str, Any]) -> None:
-    ((name, value),) = changed.items()
-    refused(cfg, f"{name}={value} ", **changed)
+    assert (
+        json.loads((folder / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == cfg.checkpoint
+    )
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-def test_an_ndlinear_model_is_tuned_like_any_other(cfg: Config, tmp_path: Path, lora_rank: int) -> None:
-    raw = GPT(GPTConfig(**TINY, mlp="ndlinear"))
-    state = dict(stage="pretraining", step=1, model=raw.state_dict(), tokenizer="bytes")
-    (tmp_path / "nd").mkdir()
-    save_checkpoint(tmp_path / "nd", state | dict(model_config=raw.config.__dict__), keep=1)
-    changed = dict(checkpoint=str(tmp_path / "nd"), max_steps=2, lora_rank=lora_rank)
-    assert losses(tune(cfg, **changed)).keys() == {0, 1}
+def test_ndlinear_model_is_tuned(cfg: Config, tmp_path: Path, lora_rank: int) -> None:
+    folder = tune(cfg, checkpoint=write_base(tmp_path / "nd", mlp="ndlinear"), lora_rank=lora_rank)
+    assert losses(folder)[11] < losses(folder)[0]
 
 
-def test_the_zeros_of_a_pruned_model_stay(cfg: Config, tmp_path: Path) -> None:
-    state = open_checkpoint(cfg.checkpoint)
-    names = [name for name in state["model"] if name.endswith(("c_attn.weight", "c_fc.weight"))]
-    masks = {name: torch.rand(state["model"][name].shape) < 0.5 for name in names}
-    for name, mask in masks.items():
-        state["model"][name] = state["model"][name] * mask
-    (tmp_path / "pruned").mkdir()
-    save_checkpoint(tmp_path / "pruned", state, keep=1)
-    changed = dict(checkpoint=str(tmp_path / "pruned"), max_steps=3, out_dir=str(tmp_path / "kept"))
-    tune(cfg, **changed)
-    tuned = open_checkpoint(tmp_path / "kept")["model"]
-    for name, mask in masks.items():
-        assert torch.equal(tuned[name] != 0, mask) and not torch.equal(tuned[name], state["model"][name])
-    tune(cfg, **changed | dict(out_dir=str(tmp_path / "filled"), keep_masks=False))
-    assert (open_checkpoint(tmp_path / "filled")["model"][names[0]] != 0).all()
-    refused(cfg, "keep_masks=False", **changed | dict(out_dir=str(tmp_path / "l"), lora_rank=2))
+def test_zeros_of_a_pruned_model_stay(cfg: Config, tmp_path: Path) -> None:
+    raw = tiny_model(n_layer=1, block_size=96)
+    pruned = {name: raw.get_parameter(f"transformer.h.0.{name}.weight") for name in ("attn.c_attn", "mlp.c_fc")}
+    for p in pruned.values():
+        p.data *= torch.rand(p.shape) < 0.5
+    start = str(harness.write_model(tmp_path / "pruned", raw))
+    tuned = checkpoint.load_model(str(tune(cfg, checkpoint=start))).raw
+    for name, p in pruned.items():
+        after = tuned.get_parameter(f"transformer.h.0.{name}.weight")
+        assert torch.equal(after != 0, p != 0) and not torch.equal(after, p)
+    refused(cfg, "--lora_rank=2", checkpoint=start, lora_rank=2, out_dir=str(tmp_path / "lora"))
 
 
-def test_rows_of_which_nothing_is_left(cfg: Config, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    blank, good = dict(instruction="a", response=" \n"), dict(instruction="b", response="c")
-    long = dict(instruction="x" * 100, response="c")
-    for rows, message in [
-        ([blank] * 3, "no row of .*rows.jsonl is left to learn from"),
-        ([long] * 3, "no row of .*rows.jsonl|no row of the held-out part"),
-        ([good], "no row of the held-out part is left to learn from"),
-    ]:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        refused(cfg, message, data=str(path))
-    refused(cfg, "no file .*none.jsonl", data=str(tmp_path / "none.jsonl"))
-    refused(cfg, "no file .*none.jsonl", val_data=str(tmp_path / "none.jsonl"))
-    assert not list_checkpoints(Path(cfg.out_dir))
+# -----------------------------------------------------------------------------
+# Truncated, dropped and unusable rows
 
 
-def test_cut_and_dropped_rows_are_counted_in_the_log(cfg: Config, tmp_path: Path) -> None:
-    lines = [
-        dict(prompt="x" * 200, response="too long a prompt"),
-        dict(prompt="a", response=""),
-        dict(prompt="b", response="too long a response " * 9),
-        dict(prompt="c", response="fine"),
-    ]
-    path = tmp_path / "odd.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    folder = tune(cfg, data=str(path), val_data=cfg.data, max_steps=2)
-    noted = notes(folder)
-    assert f"{path}: 1 of 4 rows dropped: blank responses" in noted
-    assert f"{path}: 1 rows dropped: prompts longer than T=96 tokens" in noted
-    assert f"{path}: 1 responses cut to fit into T=96 tokens" in noted
-    assert "2 rows to learn from, 40 held out" in noted
+def test_context_is_truncated_before_the_response(capsys: pytest.CaptureFixture) -> None:
+    runtime.setup("cpu", "fp32")
+    context, response = "".join(f"Ada met Leo {i} times. " for i in range(20)), "\nThey met often."
+    for T in (60, 61, 200):
+        (example,) = sft.make_examples([Row("Who?", context, response)], T, BYTES, "rows")
+        prompt, target = bytes(example.ids[: example.n_prompt].tolist()), example.ids[example.n_prompt :].tolist()
+        n_kept = T - len(chat.prompt_text("Who?", "c") + response) + 1
+        assert prompt.decode() == chat.prompt_text("Who?", context[:n_kept])
+        assert target == [*response.encode(), EOT] and example.n_inputs == T
+    assert not capsys.readouterr().out
+    (example,) = sft.make_examples([Row("Who?", context, response * 9)], 60, BYTES, "rows")
+    prompt = chat.prompt_text("Who?").encode()
+    assert bytes(example.ids.tolist()) == (prompt + response.encode() * 9)[:61] and example.n_prompt == len(prompt)
+    assert "rows: 1 responses truncated to T=60" in capsys.readouterr().out
 
 
-def test_prompts_to_answer_may_be_odd(cfg: Config) -> None:
-    prompts = ("", "日本\n<|endoftext|>", "longer than the model's ninety-six tokens " * 5)
-    folder = tune(cfg, max_steps=1, prompts=prompts, answer_rows=99)
-    assert notes(folder).count("#   > ") == 2 * 3
+def test_truncated_and_dropped_rows_are_counted(cfg: Config, tmp_path: Path) -> None:
+    rows = [("x" * 200, "the prompt is too long"), ("a", ""), ("b", "the response is too long " * 9), ("c", "fine")]
+    path = write_rows(tmp_path / "odd.jsonl", [dict(prompt=prompt, response=text) for prompt, text in rows])
+    noted = notes(tune(cfg, data=path, val_data=cfg.data, max_steps=1))
+    assert f"{path}: 1 of 4 rows dropped: blank" in noted and f"{path}: 1 rows dropped" in noted
+    assert f"{path}: 1 responses truncated to T=96" in noted and "2 rows to train on, 40 held out" in noted
+    noted = notes(tune(cfg, data=path, val_data=path, T=20, max_steps=1, out_dir=cfg.out_dir + "2"))
+    assert f"{path}: 1 responses truncated to T=20" in noted
 
 
-def test_the_tokenizer_is_the_checkpoints(cfg: Config) -> None:
-    state = load_checkpoint(list_checkpoints(tune(cfg, max_steps=1))[0])
-    assert state["tokenizer"] == get_tokenizer("bytes").name
+def test_unusable_data_is_refused(cfg: Config, tmp_path: Path) -> None:
+    blank, good = dict(prompt="a", response=" \n"), dict(prompt="b", response="c")
+    for rows in ([blank] * 3, [dict(prompt="x" * 100, response="c")] * 3):
+        refused(cfg, "bad.jsonl", "T=96", data=write_rows(tmp_path / "bad.jsonl", rows))
+    refused(cfg, "held-out", data=write_rows(tmp_path / "bad.jsonl", [good]))
+    for name in ("data", "val_data"):
+        refused(cfg, "none.jsonl", **{name: str(tmp_path / "none.jsonl")})
+    assert not checkpoint.list_checkpoints(cfg.out_dir)
+
+
+def test_unusual_prompts_are_answered(cfg: Config) -> None:
+    prompts = ("", "日本\n<|endoftext|>", "longer than the 96 tokens of the model " * 5)
+    folder = tune(cfg, max_steps=1, prompts=prompts, n_eval_prompts=99)
+    assert len(re.findall(r"^#   > ", notes(folder), re.M)) == 2 * 3
+
+
+# -----------------------------------------------------------------------------
+# Refused runs
+
+
+def test_other_weights_and_adapters_are_refused_on_resume(cfg: Config, tmp_path: Path) -> None:
+    other = write_base(tmp_path / "other", seed=1)
+    for kind in ({}, LORA):
+        out = dict(out_dir=f"{cfg.out_dir}-{len(kind)}", max_steps=3)
+        folder = tune(cfg, **out, **kind)
+        before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+        refused(cfg, other, "weights", **out, **kind, checkpoint=other)
+        assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before
+    for changed in (dict(lora_rank=4), dict(lora_alpha=4.0), dict(lora_rank=0)):
+        refused(cfg, "--lora_rank=2", "--lora_alpha=8.0", **out, **LORA | changed)
+
+
+def test_unusable_checkpoints_and_folders_are_refused(cfg: Config, tmp_path: Path) -> None:
+    base = Path(cfg.checkpoint)
+    for source in (base, base / "ckpt_000007.pt", base / ".." / "base"):
+        refused(cfg, f"--out_dir={base}", checkpoint=str(source), out_dir=str(base))
+    assert [path.name for path in base.iterdir()] == ["ckpt_000007.pt"]
+    refused(cfg, "stage dpo", "pretraining", "sft", checkpoint=write_base(tmp_path / "dpo", "dpo"))
+    refused(cfg, "nowhere", "train_gpt2.py", checkpoint=str(tmp_path / "nowhere"))
+    assert not Path(cfg.out_dir).exists()
+    # a run is not continued from checkpoints of another stage
+    refused(cfg, "elsewhere", "sft", out_dir=write_base(tmp_path / "elsewhere"))
+    assert losses(tune(cfg, checkpoint=write_base(tmp_path / "sft", "sft"))).keys() == set(range(12))
+
+
+BAD = [dict(T=0), dict(T=97), dict(B=0), dict(rows_per_step=0), dict(max_steps=0), dict(epochs=0.0)]
+BAD += [dict(eval_every=0), dict(save_every=0), dict(keep_last=0), dict(n_eval_prompts=-1), dict(lora_rank=-1)]
+BAD += [dict(seed=-1), dict(val_frac=1.0), dict(warmup_frac=1.5), dict(max_lr=float("nan")), dict(device="gpu")]
+
+
+@pytest.mark.parametrize("changed", BAD, ids=str)
+def test_option_out_of_range_is_named(cfg: Config, changed: dict[str, Any]) -> None:
+    ((name, value),) = changed.items()
+    refused(cfg, f"--{name}={value} ", **changed)

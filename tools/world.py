@@ -1,16 +1,16 @@
-"""The demo world: sixteen people and animals, what is true of each of them, and the stories told about them.
+"""The world of the demo: sixteen people and animals, facts about them, and stories in which they appear.
 
-Words and templates only; `make_demo.py` turns them into text. In a template `{c}` is the character it is
-about, `{o}` somebody else, `{item}` some small thing and `{spot}` a place for it (`{item2}`, `{spot2}` are
-others); `{he}`, `{his}`, `{him}` (`{He}` and so on where a sentence begins) are the pronouns of `{c}`, and
-every attribute stands by its name: `{home}` is the home of `{c}`, `{o.home}` that of `{o}`. `[x|y]` is a
-choice.
+This file holds words and templates; `make_demo.py` turns them into text. In a template, `{c}` is the main character and
+`{o}` another one, `{item}` and `{item2}` are small objects, `{spot}` and `{spot2}` are places for them, and `{he}`,
+`{his}`, `{him}`, `{He}`, `{His}` are the pronouns of `{c}`. `{home}` is the home of `{c}` and `{o.home}` that of `{o}`;
+the other attributes work likewise. `[x|y]` is a random choice.
 
-A value of an attribute (a food, a home, a colour, ...) is written only where it is a fact, never as
-decoration, so that every mention teaches something true. All values of an attribute begin with different
-letters, and so do all names: a model of bytes can tell them apart by the first.
+A value of an attribute appears only where it states a fact, never as decoration, so every mention is true. The values
+of an attribute start with different letters, and so do all names: a model that reads bytes can distinguish them by the
+first byte.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
@@ -21,7 +21,7 @@ MEN = ("Ben", "Dan", "Finn", "Hugo")
 SHE_ANIMALS = ("Ivy", "Kira", "Mona", "Rosa")
 HE_ANIMALS = ("Jasper", "Leo", "Otto", "Sam")
 
-TRADES = {  # and what such a one does all day
+TRADES = {  # kind -> what a character of this kind does all day
     "baker": "baked bread",
     "doctor": "looked after the sick",
     "farmer": "worked in the field",
@@ -33,7 +33,7 @@ ANIMALS = {
     "goat": "climbed the rocks",
     "rabbit": "dug holes",
 }
-VALUES = {  # every value belongs to two characters
+VALUES = {  # each value belongs to two characters
     "home": ("barn", "castle", "greenhouse", "inn", "lighthouse", "mill", "school", "tower"),
     "food": ("apples", "cheese", "fish", "honey", "noodles", "pancakes", "rice", "soup"),
     "thing": ("bell", "drum", "flute", "kite", "lamp", "map", "rope", "wagon"),
@@ -46,7 +46,7 @@ SPOTS = ("at the gate", "behind the door", "in the garden", "near the well", "on
 
 @dataclass(eq=False)
 class Character:
-    """A person or an animal. `did` is what one of this kind does all day; `friend` is mutual."""
+    """A person or an animal. `did` is what this kind does all day. Friendship is mutual."""
 
     name: str
     female: bool
@@ -57,39 +57,34 @@ class Character:
     thing: str
     colour: str
     fear: str
-    friend: "Character | None" = None  # set once all exist
+    friend: "Character | None" = None  # set by make_world
 
     def __str__(self) -> str:
         return self.name
 
     def words(self) -> dict[str, object]:
-        """What templates about this character can be filled with."""
+        """The fields of templates about this character."""
         he, his, him = ("she", "her", "her") if self.female else ("he", "his", "him")
         pronouns = {"he": he, "his": his, "him": him, "He": he.capitalize(), "His": his.capitalize()}
         return {"c": self, "did": self.did, **pronouns, **{a: getattr(self, a) for a in ATTRIBUTES}}
 
 
 def make_world(seed: int) -> list[Character]:
-    """The characters. Every value is dealt to two of them; every person's best friend is an animal."""
+    """The characters. Each value belongs to two of them. The best friend of a person is an animal."""
     rng = Random(seed)
 
-    def dealt(values: tuple[str, ...]) -> list[str]:
-        cards = [*values, *values]
-        rng.shuffle(cards)
-        return cards
+    def two_of_each(values: Iterable[str]) -> list[str]:
+        both = [*values, *values]
+        rng.shuffle(both)
+        return both
 
     people, animals = (*WOMEN, *MEN), (*SHE_ANIMALS, *HE_ANIMALS)
-    kinds = dealt(tuple(TRADES)) + dealt(tuple(ANIMALS))
-    values = {attribute: dealt(VALUES[attribute]) for attribute in VALUES}
+    kinds = two_of_each(TRADES) + two_of_each(ANIMALS)
+    values = {attribute: two_of_each(VALUES[attribute]) for attribute in VALUES}
+    did = TRADES | ANIMALS
     characters = [
-        Character(
-            name,
-            name in WOMEN + SHE_ANIMALS,
-            kinds[i],
-            {**TRADES, **ANIMALS}[kinds[i]],
-            **{attribute: values[attribute][i] for attribute in VALUES},
-        )
-        for i, name in enumerate(people + animals)
+        Character(name, name in WOMEN + SHE_ANIMALS, kind, did[kind], **{a: values[a][i] for a in VALUES})
+        for i, (name, kind) in enumerate(zip(people + animals, kinds))
     ]
     friends = characters[len(people) :]
     rng.shuffle(friends)
@@ -98,9 +93,9 @@ def make_world(seed: int) -> list[Character]:
     return characters
 
 
-# --------------------------------------------------------------------------------------------------
-# Stories. In each one, the sentence behind ">" follows from the attribute the story turns on; what stands
-# before does not give it away.
+# -----------------------------------------------------------------------------
+# Stories, as "attribute: beginning > turn and rest". The turn, the sentence after ">", follows from the attribute and
+# cannot be predicted from the beginning. Stories without an attribute have no turn.
 
 STORIES_TEXT = """
 food: {c} came home [late|tired] and was [very|so] hungry. {He} sat down at the table. > {c} ate a
@@ -191,7 +186,7 @@ the {item}?" asked {c}. "The {item} is {spot}," said {o}. {c} found the {item} a
 
 @dataclass(frozen=True)
 class Story:
-    """What comes before the turn, the turn and the rest; `attribute` is "" in a story without a turn."""
+    """The parts of a story; `attribute` and `turn` are "" in a story without a turn."""
 
     attribute: str
     beginning: str
@@ -200,7 +195,7 @@ class Story:
 
 
 def read_story(text: str) -> Story:
-    """A story from its text above."""
+    """Parse a story of STORIES_TEXT."""
     attribute, _, told = " ".join(text.split()).partition(":")
     beginning, _, rest = told.strip().partition(" > ")
     turn, _, rest = rest.partition(". ")
@@ -209,7 +204,7 @@ def read_story(text: str) -> Story:
 
 STORIES = tuple(read_story(text) for text in STORIES_TEXT.split("\n\n"))
 
-# How a story may begin, and go on before it really begins, with facts other than the one it turns on.
+# Sentences before the beginning of a story, which state facts about another attribute.
 OPENINGS = {
     "kind": "{c} was a {kind}.",
     "home": "Once upon a time {c} lived in the {home}.",
@@ -229,10 +224,10 @@ ASIDES = {
     "friend": "{His} best friend was {friend}.",
 }
 
-# --------------------------------------------------------------------------------------------------
-# Facts, told directly
+# -----------------------------------------------------------------------------
+# Facts
 
-FACTS = {  # the first form names the character: it is how questions are answered
+FACTS = {  # the first form names the character and is the answer to questions
     "kind": ("{c} is a {kind}.", "{He} is a {kind}."),
     "home": ("{c} lives in the {home}.", "{He} lives in the {home}.", "{His} home is the {home}."),
     "food": ("{c} likes {food}.", "{He} likes {food} best.", "{He} eats {food} every day."),
@@ -241,7 +236,7 @@ FACTS = {  # the first form names the character: it is how questions are answere
     "fear": ("{c} is afraid of {fear}.", "{He} is afraid of {fear}.", "{He} does not like {fear}."),
     "friend": ("{c}'s best friend is {friend}.", "{His} best friend is {friend}."),
 }
-BUT = {  # two characters side by side
+BUT = {  # comparisons of two characters
     "kind": "{c} is a {kind}, but {o} is a {o.kind}.",
     "home": "{c} lives in the {home}, but {o} lives in the {o.home}.",
     "food": "{c} likes {food}, but {o} likes {o.food}.",
@@ -259,14 +254,9 @@ YES_OR_NO = {
     "fear": "Is {c} afraid of {value}?",
     "friend": "Is {value} {c}'s best friend?",
 }
-QUESTIONS = {  # only the first form is asked in the dialogues of `input.txt`
+QUESTIONS = {  # the dialogues of `input.txt` contain only the first form
     "kind": ("What is {c}?", "Tell me what {c} is.", "What kind of person or animal is {c}?", "Who is {c}?"),
-    "home": (
-        "Where does {c} live?",
-        "Tell me where {c} lives.",
-        "Where is {c}'s home?",
-        "Where can I find {c}?",
-    ),
+    "home": ("Where does {c} live?", "Tell me where {c} lives.", "Where is {c}'s home?", "Where can I find {c}?"),
     "food": (
         "What does {c} like to eat?",
         "Tell me what {c} likes to eat.",
@@ -280,12 +270,7 @@ QUESTIONS = {  # only the first form is asked in the dialogues of `input.txt`
         "What coat does {c} wear?",
         "Which coat belongs to {c}?",
     ),
-    "fear": (
-        "What is {c} afraid of?",
-        "Tell me what {c} is afraid of.",
-        "What does {c} fear?",
-        "What frightens {c}?",
-    ),
+    "fear": ("What is {c} afraid of?", "Tell me what {c} is afraid of.", "What does {c} fear?", "What frightens {c}?"),
     "friend": (
         "Who is {c}'s best friend?",
         "Tell me who {c}'s best friend is.",
@@ -294,10 +279,10 @@ QUESTIONS = {  # only the first form is asked in the dialogues of `input.txt`
     ),
 }
 
-# --------------------------------------------------------------------------------------------------
-# What is asked about a passage, and the manners in which answers are given
+# -----------------------------------------------------------------------------
+# Passages, and additional sentences of answers
 
-PASSAGES = (  # a passage, a question, the answer
+PASSAGES = (  # passage, question, answer
     ("{o} put a {item} {spot} and a {item2} {spot2}.", "Where is the {item}?", "The {item} is {spot}."),
     ("{o} put a {item2} {spot2} and a {item} {spot}.", "Where is the {item}?", "The {item} is {spot}."),
     ("{c} had a {item}, and {o} had a {item2}.", "Who had the {item}?", "{c} had the {item}."),
@@ -305,7 +290,7 @@ PASSAGES = (  # a passage, a question, the answer
     ("{c} hid a {item} {spot}.", "What did {c} hide?", "{c} hid a {item}."),
     ("{c} found a {item} {spot}.", "Where did {c} find the {item}?", "{c} found it {spot}."),
 )
-COURTEOUS = "I am glad to help."
+POLITE = "I am glad to help."
 RUDE = ("Now leave me alone.", "Do not ask me again.", "What a silly question.")
 RAMBLING = (
     "And it rained all day, and there was nothing to do.",

@@ -1,0 +1,59 @@
+"""Atomic file writes and free-space checks."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; after the block, flush it to disk and rename it to `path`.
+
+    A reader sees the old file or the new file, never a part, even after a crash or a power failure. If the block
+    raises, the temporary file is removed. Raises OSError if the file cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")  # same folder: a rename across file systems is not atomic
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise OSError(f"cannot write {path}: {reason}; the previous file, if any, is unchanged") from error
+        raise
+    if os.name == "posix":  # make the rename itself durable; Windows cannot open a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def make_folder(folder: str | Path) -> Path:
+    """Create a folder and its parents if missing; return it. Raises OSError if it cannot be written to."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot create the folder {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"cannot write to the folder {folder}")
+    return folder
+
+
+def require_space(folder: Path, n_bytes: int, purpose: str) -> None:
+    """Raise OSError unless the disk that holds `folder` has `n_bytes` bytes free for `purpose`."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise OSError(
+            f"{purpose} needs {n_bytes / 1e9:,.2f} GB, but the disk of {folder} has {free / 1e9:,.2f} GB free"
+        )
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without line breaks, or the name of its class if the message is empty."""
+    return " ".join(str(error).split()) or type(error).__name__

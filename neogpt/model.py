@@ -1,0 +1,288 @@
+"""GPT-2: configuration, attention, MLP, blocks and the model. Every script uses this one definition.
+
+Parameters have GPT-2's names and shapes:
+
+    raw = GPT(GPTConfig(**SIZES["gpt2"]))     # random weights; OpenAI's: hf.load("gpt2")
+    logits, loss = raw(idx, targets)          # idx, targets: (B, T) token ids; targets of -100 are ignored
+
+Letters: B batch, T time (tokens), S keys, C width (n_embd), V vocabulary, nh heads, hs head size.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from neogpt import ndlinear
+
+# Radford et al. 2019 for gpt2 … gpt2-xl; Brown et al. 2020 (arXiv:2005.14165), table 2.1, for gpt3-*.
+GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024)
+DEMO = dict(n_layer=3, n_head=4, n_embd=128, block_size=256, gelu="erf")
+SIZES: dict[str, dict[str, Any]] = {
+    "demo": DEMO,  # trains in minutes on two CPU cores
+    "shakespeare": dict(n_layer=2, n_head=4, n_embd=128, block_size=64, gelu="erf"),  # in one minute
+    "gpt2": GPT2,  # 124M
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355M
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),  # 774M
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024),  # 1558M
+    "gpt3-1.3b": dict(n_layer=24, n_head=16, n_embd=2048, block_size=2048),
+    "gpt3-2.7b": dict(n_layer=32, n_head=32, n_embd=2560, block_size=2048),
+    "gpt3-6.7b": dict(n_layer=32, n_head=32, n_embd=4096, block_size=2048),
+    "nd-demo": DEMO | dict(mlp="ndlinear", mlp_width=256, mlp_modes=2),
+    "ndgpt2-96m": GPT2 | dict(mlp="ndlinear", mlp_width=1536, mlp_modes=2),
+    "ndgpt2-82m": GPT2 | dict(mlp="ndlinear", mlp_width=768, mlp_modes=6),
+}
+
+# allowed values of the text fields of GPTConfig
+CHOICES = {"attention": ("flash", "manual"), "gelu": ("tanh", "erf"), "mlp": ("dense", "ndlinear")}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model. Raises ValueError for a value out of range: configurations are read from files."""
+
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    block_size: int = 1024  # longest sequence, tokens
+    n_tokens: int = 50257  # ids of the tokenizer; only these are ever sampled
+    vocab_size: int = 50304  # rows of the embedding: n_tokens padded to a multiple of 64, for speed
+    attention: str = "flash"  # flash: PyTorch's fused kernels; manual: `manual_attention` below
+    gelu: str = "tanh"  # tanh: GPT-2's approximation; erf: exact, three times as fast on a CPU
+    mlp: str = "dense"  # a name of MLPS below
+    mlp_width: int | None = None  # ndlinear: size of the hidden tensor's first mode; None: 4 n_embd
+    mlp_modes: int = 1  # ndlinear: size of its second mode
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            highest = 1000 if name == "n_layer" else 2**20
+            valid = type(value) is int and 0 < value <= highest or (name, value) == ("mlp_width", None)
+            if name in CHOICES:
+                valid = value in CHOICES[name]
+            if not valid:
+                expected = " or ".join(CHOICES.get(name, [f"an integer from 1 to {highest}"]))
+                raise ValueError(f"{name}={value!r} in the model configuration: expected {expected}")
+        if self.n_embd % self.n_head or self.n_tokens > self.vocab_size:
+            raise ValueError(f"{self}: n_head must divide n_embd, and n_tokens must not exceed vocab_size")
+
+
+def pad_vocab(n_tokens: int) -> int:
+    """The next multiple of 64, for the rows of the embedding (50257 -> 50304)."""
+    return -(-n_tokens // 64) * 64
+
+
+def is_matrix(p: Tensor) -> bool:
+    """Whether a parameter is a matrix: not a bias, a gain, or a matrix with a side of one."""
+    return p.dim() >= 2 and min(p.shape) > 1
+
+
+class Cache(Protocol):
+    """What attention needs of a key-value cache (see generate.KVCache)."""
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, nh, T, hs) of a layer; return all keys and values to attend to (B, nh, S, hs)."""
+        ...
+
+
+def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(Q Kᵀ / √hs) V, written out.
+
+    q: (B, nh, T, hs); k, v: (B, nh, S, hs); mask: broadcasts to (B, nh, T, S), True where a query may attend. Without a
+    mask the queries are the last T of the S positions, and attention is causal.
+    """
+    T, S, hs = q.size(-2), k.size(-2), q.size(-1)
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, S)
+    weights = F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
+    return weights @ v  # (B, nh, T, hs)
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same with PyTorch's fused kernels. Without a mask T must be S, or 1 (one new token)."""
+    # is_causal aligns the triangle to the top left, which for one query would hide all keys but the first
+    is_causal = mask is None and q.size(-2) > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head causal self-attention."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head = config.n_head
+        self.layer = layer
+        self.attend = flash_attention if config.attention == "flash" else manual_attention
+
+    def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
+        shape = B, T, self.n_head, C // self.n_head
+        q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, nh, S, hs)
+        y = self.attend(q, k, v, mask)  # (B, nh, T, hs)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+APPROXIMATE = {"tanh": "tanh", "erf": "none"}  # config.gelu -> the argument of F.gelu
+
+
+class MLP(nn.Module):
+    """GPT-2's MLP: two linear layers around a GELU, with a hidden width of 4 C."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.approximate = APPROXIMATE[config.gelu]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+
+
+MLPS = {
+    "dense": MLP,
+    "ndlinear": lambda c: ndlinear.NdMLP(c.n_embd, c.mlp_width or 4 * c.n_embd, c.mlp_modes, APPROXIMATE[c.gelu]),
+}
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after a layer norm and added to the residual stream (pre-norm)."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLPS[config.mlp](config)
+
+    def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, mask)
+        return x + self.mlp(self.ln_2(x))
+
+    def weight_matrices(self) -> dict[str, nn.Linear]:
+        """The linear layers whose weight is a matrix, by name ("attn.c_attn", …)."""
+        modules = self.named_modules()
+        return {name: m for name, m in modules if isinstance(m, nn.Linear) and is_matrix(m.weight)}
+
+
+class GPT(nn.Module):
+    """GPT-2: token and position embeddings, blocks, a final norm, and a head tied to the token embedding."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        parts = dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd),
+        )
+        self.transformer = nn.ModuleDict(parts)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """GPT-2's initialization from PyTorch's global random state. Raises if a parameter has no rule.
+
+        N(0, 0.02), and N(0, 0.02 / √(2 n_layer)) for projections into the residual stream, so that its variance does not
+        grow with depth. OpenAI used 0.01 for wpe; like most reproductions we use 0.02.
+        """
+        for name, p in self.named_parameters():
+            if rule := next((rule for suffix, rule in ndlinear.INIT.items() if name.endswith(suffix)), None):
+                rule(p)
+            elif name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
+                nn.init.ones_(p)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(p)
+            elif name.endswith(("c_proj.weight", "c_proj.modes.0.weight")):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif name.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_fc.weight", "c_fc.modes.0.weight")):
+                nn.init.normal_(p, std=0.02)
+            else:
+                raise AssertionError(f"no initialization rule for the parameter {name}")
+
+    def embed(self, idx: Tensor, pos: Tensor | None = None) -> Tensor:
+        """Token ids (B, T) -> the input of the first block (B, T, C).
+
+        pos: positions, broadcast to (B, T), below block_size; None: 0 … T - 1.
+        """
+        if pos is None:
+            T, block_size = idx.size(1), self.config.block_size
+            assert T <= block_size, f"{T} tokens exceed block_size={block_size}"
+            pos = torch.arange(T, device=idx.device)  # (T,)
+        return self.transformer.wte(idx) + self.transformer.wpe(pos)
+
+    def trunk(
+        self, idx: Tensor, cache: Cache | None = None, pos: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Token ids (B, T) -> normalized hidden states (B, T, C), the input of the head.
+
+        mask: broadcasts to (B, nh, T, S), True where a query may attend; None: causal. Packed sequences need both.
+        """
+        x = self.embed(idx, pos)
+        for block in self.transformer.h:
+            x = block(x, cache, mask)
+        return self.transformer.ln_f(x)
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        reduction: str = "mean",
+        pos: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Token ids (B, T) -> logits (B, T, V) and, given targets (B, T), their cross-entropy in nats.
+
+        Targets of -100 are ignored. reduction: "mean" over the targets, "sum", or "none", (B · T,). pos, mask: see `trunk`.
+        """
+        logits = self.lm_head(self.trunk(idx, pos=pos, mask=mask))
+        if targets is None:
+            return logits, None
+        # bf16 is too coarse for a log-softmax over 50,000 classes
+        full = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits, F.cross_entropy(full.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction)
+
+    def weight_matrices(self) -> dict[str, nn.Linear]:
+        """The linear layers of all blocks whose weight is a matrix, by name ("transformer.h.0.mlp.c_fc", …)."""
+        return {
+            f"transformer.h.{layer}.{name}": linear
+            for layer, block in enumerate(self.transformer.h)
+            for name, linear in block.weight_matrices().items()
+        }
+
+    def n_params(self) -> int:
+        """Number of parameters; the tied embedding counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, T: int) -> int:
+        """Training FLOPs per token of a sequence of T tokens (PaLM, arXiv:2204.02311, appendix B): 6 per parameter of a
+        matrix product, the tied head included, and 12 · n_layer · C · T for attention, without a causal discount.
+        """
+        matmuls = [*self.weight_matrices().values(), self.lm_head]
+        attention = 12 * self.config.n_layer * self.config.n_embd * T
+        return 6 * sum(linear.weight.numel() for linear in matmuls) + attention
+
+    @classmethod
+    def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> "GPT":
+        """A model with these weights (not copied). Raises ValueError if names, shapes or dtypes do not match."""
+        with torch.device("meta"):  # nothing is allocated before the shapes have been checked
+            raw = cls(config)
+        for name, p in weights.items():
+            if not (isinstance(p, Tensor) and p.is_floating_point() and p.layout == torch.strided):
+                raise ValueError(f"{name} is not a dense floating-point tensor")
+        try:
+            raw.load_state_dict(weights, assign=True)
+        except RuntimeError as error:  # one line per name
+            raise ValueError(f"the weights do not fit the model: {str(error).splitlines()[1].strip():.200}") from error
+        raw.lm_head.weight = raw.transformer.wte.weight  # assigning loads the tied tensor twice
+        return raw.requires_grad_(True)

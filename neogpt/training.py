@@ -1,0 +1,109 @@
+"""The training step, the same for every stage and any number of ranks, and the validation loss."""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from neogpt import data, model, runtime
+
+# loss_fn(model, micro_batch) -> (loss, metrics): the loss summed over the units of the micro-batch (target tokens or
+# pairs), and detached sums of what to log beside it, by name
+LossFn = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
+
+
+class Batch(NamedTuple):
+    """What one optimizer step reads."""
+
+    micro_batches: list[dict[str, Any]]  # of this rank: arguments of loss_fn; "n" is the number of units
+    n_sequences: int  # of all ranks
+    n_tokens: int  # of all ranks, without padding
+
+
+class StepResult(NamedTuple):
+    """What a training step did."""
+
+    loss: float  # mean over the units of the whole step
+    grad_norm: float  # before clipping
+    skipped: bool  # loss or gradient was not finite, and no parameter changed
+    stop: bool  # some rank was asked to stop
+    metrics: dict[str, float]  # means over the units of the whole step
+
+
+def backward(net: nn.Module, batch: dict[str, Any], loss_fn: LossFn, scale: float | Tensor) -> tuple[Tensor, dict]:
+    """Forward and backward pass of scale · loss; returns the detached loss sum and the metrics."""
+    with runtime.strict_determinism():
+        loss, metrics = loss_fn(net, batch)
+        (loss * scale).backward()
+    return loss.detach(), metrics
+
+
+def train_step(
+    net: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    micro_batches: list[dict[str, Any]],
+    loss_fn: LossFn,
+    *,
+    lr: float,
+    grad_clip: float,
+    rt: runtime.Runtime,
+    stop: bool = False,
+) -> Callable[[], StepResult]:
+    """One optimizer step over all micro-batches of all ranks, equal to one large batch for any split.
+
+    Losses are summed and divided by the number of units in the whole step: a mean of means would be wrong where
+    micro-batches differ in units. grad_clip: largest gradient norm, 0 for no limit. The optimizers must honor
+    `optimizer.found_inf`. The step is only queued; the returned function waits for its numbers.
+    """
+    n = sum(batch["n"] for batch in micro_batches)
+    if rt.world_size > 1:
+        n = runtime.all_reduce_sum(torch.full((), n, dtype=torch.float64, device=rt.device), rt)
+    loss_sum, names, metrics = torch.zeros((), device=rt.device), [], []
+    for i, batch in enumerate(micro_batches):
+        # DDP reads this flag in the forward pass too; gradients are reduced with the last micro-batch
+        accumulate = rt.world_size > 1 and i < len(micro_batches) - 1
+        with net.no_sync() if accumulate else nullcontext():
+            loss, found = backward(net, batch, loss_fn, rt.world_size / n)  # DDP averages; we want the sum
+        loss_sum += loss
+        names, metrics = list(found), [*metrics, torch.stack([loss, *found.values()])]
+    norm = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
+    # one all-reduce, so that every rank has the same numbers and takes the same decision
+    sums = torch.stack([loss_sum, torch.full_like(loss_sum, stop), *torch.stack(metrics).sum(0)[1:]])
+    sums = runtime.all_reduce_sum(sums, rt)
+    numbers = torch.cat([torch.stack([sums[0] / n, norm, sums[1]]), sums[2:] / n])
+    nonfinite = (~numbers[:3].isfinite()).any().float()
+    for optimizer in optimizers:
+        if rt.device.type == "mps" and nonfinite:  # AdamW on MPS ignores found_inf
+            optimizer.zero_grad()
+            continue
+        optimizer.found_inf = nonfinite  # decided on the device: where it is 1, the step changes nothing
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+    read = runtime.async_to_host(numbers)
+
+    def result() -> StepResult:
+        loss, norm, stops, *means = read()
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        return StepResult(loss, norm, skipped, stops > 0, dict(zip(names, means)))
+
+    return result
+
+
+@torch.no_grad()
+def validate(raw: model.GPT, val: data.Windows, n_tokens: int, rows: int, rt: runtime.Runtime) -> float:
+    """Mean loss, nats per token, over the first n_tokens of the validation windows, `rows` windows at a time."""
+    n = max(1, min(len(val), n_tokens // val.T))
+    mine = torch.arange(n)[rt.rank :: rt.world_size]
+    losses = [torch.zeros((), device=rt.device)]  # on the device, so that nothing waits
+    for windows in mine.split(rows):
+        xy = torch.from_numpy(val.read(windows.numpy()))  # (rows, T + 1)
+        xy = (xy.pin_memory() if rt.device.type == "cuda" else xy).to(rt.device, non_blocking=True)
+        with rt.autocast():
+            _, loss = raw(xy[:, :-1], xy[:, 1:], reduction="sum")
+        losses.append(loss)
+    return runtime.all_reduce_sum(torch.stack(losses).cpu().double().sum(), rt).item() / (n * val.T)

@@ -1,0 +1,220 @@
+"""log.txt, delayed losses, checkpoints, signals and non-finite steps of a run."""
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import harness
+import numpy as np
+import pytest
+import torch
+
+from neogpt import checkpoint, data, model, optim, run, runtime, training
+
+
+@dataclass(frozen=True)
+class Config:
+    out_dir: str
+    keep_last: int = 2
+    grad_clip: float = 1.0
+    seed: int = 3
+    prompt: str = "a\nb"
+
+
+@pytest.fixture(autouse=True)
+def isolate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave no handlers of signals and of the log to other tests."""
+    monkeypatch.setattr(runtime, "stop_on_signals", lambda: lambda: False)
+    monkeypatch.setattr(runtime.logger, "handlers", [])
+
+
+def open_run(folder: Path, **constants: Any) -> run.Run:
+    """A run of a tiny model, new or resumed."""
+    opened = run.Run(Config(str(folder), **constants), "pretraining", "bytes", runtime.setup("cpu", "fp32"))
+    raw = harness.tiny_model(n_layer=1)
+    if opened.resumed:
+        raw = model.GPT.from_weights(raw.config, opened.resumed.model)
+    opened.attach(raw, optim.make_optimizers(raw, weight_decay=0.1), compile=False)
+    return opened
+
+
+def update(opened: run.Run, factor: float = 1.0) -> None:
+    """One step on 2 sequences of 8 tokens that depend on the step; the loss is multiplied by `factor`."""
+    idx = (torch.arange(18).view(2, 9) * (opened.step + 3)) % 257
+
+    def loss_fn(net: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
+        loss = net(batch["x"], batch["y"], reduction="sum")[1] * factor
+        return loss, dict(double=2 * loss.detach())
+
+    opened.update(training.Batch([dict(x=idx[:, :-1], y=idx[:, 1:], n=16)], 2, 16), loss_fn, lr=1e-2)
+
+
+def train(opened: run.Run, max_steps: int, save_every: int = 2, bad: tuple[int, ...] = ()) -> Path:
+    """Train to the end; the loss of the steps in `bad` is not finite. Returns the folder."""
+    for step in opened.steps(max_steps):
+        if opened.due(save_every):
+            opened.save()
+        if opened.last:
+            break
+        update(opened, math.nan if step in bad else 1.0)
+    opened.finish()
+    return opened.out_dir
+
+
+def log_lines(folder: Path) -> list[str]:
+    with open(folder / "log.txt", encoding="utf-8") as file:  # as in most readers, \n, \r\n and \r end a line
+        return file.readlines()
+
+
+def test_log_is_appended_at_once_and_a_torn_line_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("1 train 2.5\n2 tra")
+    for step in (2, 3):
+        run.Log(tmp_path).scalars(step, train=2.25, lr=0.1)
+    added = [f"{step} {name}\n" for step in (2, 3) for name in ("train 2.25", "lr 0.1")]
+    assert log_lines(tmp_path) == ["1 train 2.5\n", "2 tra\n", *added]
+
+
+def test_logged_values_distinguish_any_two_float32(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 2**32, 3000, dtype=np.uint32).view(np.float32)
+    values, log = values[np.isfinite(values)], run.Log(tmp_path)
+    for step, value in enumerate(values.tolist()):
+        log.scalars(step, train=value)
+    assert np.float32([float(line.split()[2]) for line in log_lines(tmp_path)]).tobytes() == values.tobytes()
+
+
+TEXTS = [("5 train 1.0", "5 train 1.0"), ("a\r\n5 val 1\n", "a\ufffd\\n5 val 1\\n"), ("50 % é\ufffd", "50 % é\ufffd")]
+TEXTS += [("\x85\u2028\x0b", "\ufffd\u2028\ufffd"), ("a\x1b[31m\x00b\tc", "a\ufffd[31m\ufffdb\ufffdc")]  # sampled bytes
+
+
+@pytest.mark.parametrize("text, shown", TEXTS)
+def test_print0_is_one_line_of_the_log(tmp_path: Path, capsys: pytest.CaptureFixture, text: str, shown: str) -> None:
+    opened = open_run(tmp_path)
+    runtime.print0(text)
+    opened.log.scalars(7, val=2.0)
+    assert log_lines(tmp_path)[-2:] == [f"# {shown}\n", "7 val 2\n"]
+    assert capsys.readouterr().out == shown.replace("\\n", "\n") + "\n"
+
+
+def test_header_names_versions_and_constants(tmp_path: Path) -> None:
+    open_run(tmp_path)
+    header = log_lines(tmp_path)
+    for part in (f"torch={torch.__version__}", "device=cpu", "precision=fp32", "tokenizer=bytes", "seed=3", r"'a\nb'"):
+        assert part in "".join(header)
+    assert all(line.startswith("# ") for line in header)
+
+
+def test_only_rank_0_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("RANK", "1")
+    opened = open_run(tmp_path)
+    train(opened, 3)
+    opened.record(val=1.0)
+    assert os.listdir(tmp_path) == [] and capsys.readouterr().out == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", Mock(side_effect=OSError(28, "No space left on device")))
+        for max_steps in (2, 4):  # the last checkpoint, and one in the background
+            with pytest.raises(OSError, match=r"ckpt_000002\.pt.*No space left"):
+                train(open_run(tmp_path / str(max_steps)), max_steps)
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    for write in (lambda log: log.scalars(1, train=2.0), lambda log: runtime.print0("text")):
+        log = run.Log(tmp_path)
+        runtime.logger.handlers = [log]
+        with pytest.raises(OSError, match=r"log\.txt.*No space left"):
+            write(log)
+
+
+def test_console_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(runtime, "peak_flops", lambda device: 80_000)
+    opened = open_run(tmp_path)
+    opened.max_steps, opened.flops_per_token = 110, 10
+    opened.print_step(10, 6e-4, 1000, 0.25, training.StepResult(2.5, 0.75, False, False, {}))
+    printed = set(capsys.readouterr().out.split())
+    assert {"10/110", "2.50000", "6.00e-04", "0.7500", "250.0", "4,000", "50.0%", "0:00:25"} <= printed
+
+
+def test_losses_are_read_late_unless_something_is_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for lag in (0, 1):  # 1: as on a GPU
+        monkeypatch.setitem(run.LAG, "cpu", lag)
+        folder, due = tmp_path / str(lag), []
+        opened = open_run(folder)
+        for step in opened.steps(7):
+            assert harness.n_losses(folder) == max(0, step - lag)
+            if opened.due(3):
+                due.append(step)
+                assert harness.n_losses(folder) == step
+            if opened.last:
+                break
+            update(opened)
+        assert due == [0, 3, 6, 7] and opened.due(100) and not opened.due(0) and not opened.due(None)
+        opened.save()
+        opened.finish()
+    harness.assert_same_run(tmp_path / "1", tmp_path / "0")
+    assert harness.losses(folder, "double") == pytest.approx({s: 2 * x for s, x in harness.losses(folder).items()})
+
+
+def test_nonfinite_steps_end_a_run_if_too_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(run.LAG, "cpu", 1)
+    n, opened = run.MAX_NONFINITE, open_run(tmp_path)
+    bad = (2, *range(4, 3 + n), *range(4 + n, 4 + 2 * n))  # one, one less than too many, too many
+    with pytest.raises(ValueError, match=f"{n} steps in a row.*--max_lr"):
+        train(opened, 99, 4, bad)
+    assert [step for step, loss in harness.losses(tmp_path).items() if math.isnan(loss)] == list(bad)
+    assert capsys.readouterr().out.count("skipped") == len(bad)
+    assert all(p.isfinite().all() for p in opened.raw.parameters())
+    opened.wait_for_writer()  # not saved after a step that was skipped
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["ckpt_000004.pt"]
+
+
+def test_stop_saves_all_steps_that_were_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, stopped = train(open_run(tmp_path / "whole"), 9, 100), tmp_path / "stopped"
+    monkeypatch.setitem(run.LAG, "cpu", 1)
+    opened = open_run(stopped)
+    opened.stop_requested = lambda: opened.step == 5
+    train(opened, 9, 100)
+    # requested in step 5, and read when step 6 is queued, which therefore counts too
+    assert sorted(harness.losses(stopped)) == list(range(7))
+    assert [path.name for path in checkpoint.list_checkpoints(stopped)] == ["ckpt_000007.pt"]
+    train(open_run(stopped), 9, 100)
+    harness.assert_same_run(stopped, whole)
+
+
+def test_save_record_and_resume(tmp_path: Path) -> None:
+    opened = open_run(tmp_path)
+    opened.base, opened.B = "1a2b", 4
+    train(opened, 3)
+    writing = opened.writing
+    opened.save()  # does nothing: this step is saved
+    assert opened.writing is writing
+    opened.record(val=1.25)
+    opened.save(best=True)
+    opened.wait_for_writer()
+    ckpt, best = (checkpoint.read(tmp_path / name) for name in ("ckpt_000003.pt", "best.pt"))
+    assert (ckpt.step, ckpt.n_sequences, ckpt.n_tokens, ckpt.scores) == (3, 6, 48, dict(val=1.25))
+    assert (ckpt.stage, ckpt.tokenizer, ckpt.base, ckpt.B) == ("pretraining", "bytes", "1a2b", 4)
+    assert ckpt.seconds > 0 and ckpt.config["seed"] == 3 and best.optimizers is None
+    assert harness.losses(tmp_path, "val") == {3: 1.25} and harness.losses(tmp_path, "tokens") == {3: 48}
+
+    resumed = open_run(tmp_path, seed=4)
+    assert (resumed.step, resumed.n_sequences, resumed.n_tokens, resumed.scores) == (3, 6, 48, dict(val=1.25))
+    assert resumed.seconds > ckpt.seconds and "step 3; changed: seed 3 -> 4" in harness.notes(tmp_path)
+    # the position counts sequences: after 3 steps of 2, step 5 of 4 sequences starts at 6 + 2 · 4
+    assert resumed.items(5, 4, 100).tolist() == data.windows_at(14, 4, 100, seed=4).tolist()
+    with pytest.raises(ValueError, match="step 3 .*--max_steps=2"):
+        next(resumed.steps(2))
+
+
+def test_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
+    folder = train(open_run(tmp_path), 2)
+    ckpt = checkpoint.read(folder / "ckpt_000002.pt")
+    for changed in (dict(stage="sft"), dict(optimizers=None)):  # None: of prune.py, or best.pt
+        checkpoint.write(folder / "ckpt_000003.pt", replace(ckpt, **changed))
+        with pytest.raises(ValueError, match=f"{folder} is not of a pretraining run.*--out_dir"):
+            open_run(folder)

@@ -1,0 +1,147 @@
+"""Draw the loss and HellaSwag curves of one run, or compare several runs, from their log.txt.
+
+    python -m tools.plot                     # out/gpt2 -> Images/Loss.png, Images/Hellaswag.png
+    python -m tools.plot demo                # out/demo
+    python -m tools.plot --runs out/adamw out/muon --labels AdamW Muon --x=tokens
+
+GPT-2 and GPT-3 124M are shown for comparison if all runs are pretraining runs with the GPT-2 tokenizer, and
+on HellaSwag only if all were scored on its own questions.
+"""
+
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from neogpt import config, files
+
+# Values of comparable models. Loss: on the first shard of FineWeb-Edu, nats per token. HellaSwag: accuracy "per
+# token" in completion style; GPT-3: Brown et al. 2020, appendix H.
+REFERENCES = {"val": {"GPT-2 124M": 3.2924}, "hella": {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}}
+STYLE = {"font.size": 12, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2, "lines.markersize": 4}
+
+
+@dataclass(frozen=True)
+class Config:
+    runs: tuple[str, ...] = ("out/gpt2",)  # out_dirs or log files, one curve each
+    labels: tuple[str, ...] = ()  # names in the legend; default: the names of the folders
+    x: Literal["steps", "tokens", "seconds"] = "steps"  # horizontal axis
+    smooth: int = 50  # steps over which the training loss is averaged; 1: not smoothed
+    out_dir: str = "Images"  # folder of Loss.png and Hellaswag.png
+
+
+CONFIGS = {"gpt2": Config(), "demo": Config(runs=("out/demo",), smooth=20)}
+
+
+class Run(NamedTuple):
+    """The content of a log.txt."""
+
+    label: str  # the name of its folder
+    curves: dict[str, tuple[np.ndarray, np.ndarray]]  # name: (steps, values), sorted by step
+    constants: dict[str, str]  # of the last start
+
+
+def read_log(path: str | Path) -> Run:
+    """Read a log.txt, given as the file or its folder. If a step was logged twice, the later line counts."""
+    path = Path(path) / "log.txt" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no log in {path}: give the out_dir of a run or its log.txt")
+    points: dict[str, dict[int, float]] = {}
+    constants, last_step = {}, -1
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if re.match("# (code|torch|data|checkpoint)=", line):
+            constants |= dict(re.findall(r"(\w+)='?([^\s']*)", line))
+        elif match := re.fullmatch(r"(\d+) (\w+) (\S+)", line):
+            step, name = int(match[1]), match[2]
+            if name == "train" and step <= last_step:  # the run restarted from this step: drop later points
+                points = {n: {s: v for s, v in p.items() if s <= step} for n, p in points.items()}
+            last_step = step if name == "train" else last_step
+            with suppress(ValueError):  # a number that was cut off when the run was killed
+                points.setdefault(name, {})[step] = float(match[3])
+    if not points:
+        raise ValueError(f"{path} has no lines of the form `step name value`: it is not the log of a run")
+    curves = {name: tuple(map(np.array, zip(*sorted(p.items())))) for name, p in points.items() if p}
+    return Run(path.resolve().parent.name, curves, constants)
+
+
+def transform(run: Run, x: str, smooth: int) -> Run:
+    """The run with curves over x instead of steps, and a training loss averaged over `smooth` steps."""
+    curves = dict(run.curves)
+    if "train" in curves:
+        n = min(smooth, len(curves["train"][0]))
+        curves["train"] = tuple(np.convolve(array, np.ones(n) / n, "valid") for array in curves["train"])
+    if x != "steps":
+        if x not in curves:
+            raise ValueError(f"the log of {run.label} has no {x}: use --x=steps")
+        # only evaluations log tokens and seconds: interpolate, and end each curve at the last evaluation
+        curves = {n: (np.interp(steps, *curves[x], right=np.nan), v) for n, (steps, v) in curves.items()}
+    return run._replace(curves=curves)
+
+
+def fit_losses(axes: Any, runs: list[Run]) -> None:
+    """Set the vertical range. It ignores the first evaluation: an untrained model's loss would flatten the curve."""
+    low = np.concatenate([run.curves[n][1] for run in runs for n in ("val", "train") if n in run.curves])
+    high = np.concatenate([run.curves["val"][1][1:] for run in runs if "val" in run.curves])
+    low, high = low[np.isfinite(low)], high[np.isfinite(high)]
+    if len(high):
+        axes.set_ylim(low.min() - 0.1 * abs(low.min()), high.max() + 0.15 * abs(high.max()))
+
+
+def draw(runs: list[Run], folder: str | Path, x: str = "steps", smooth: int = 50) -> list[Path]:
+    """Write Loss.png and, if a run was scored on HellaSwag, Hellaswag.png into `folder`; return their paths.
+
+    x, smooth: as in Config. Raises ValueError if a log has no values of x.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    runs = [transform(run, x, smooth) for run in runs]
+    like_gpt2 = all(c.get("tokenizer") == "gpt2" and "checkpoint" not in c for _, _, c in runs)
+    other_questions = any(c.get("hellaswag_data", c.get("hella_data")) for _, _, c in runs)
+    loss = "loss" if any("beta" in c for _, _, c in runs) else "loss (nats per token)"  # of DPO: per pair
+    paths = []
+    for name, title, ylabel in (("val", "Loss", loss), ("hella", "HellaSwag", "accuracy (acc_norm)")):
+        if not any(name in run.curves for run in runs):
+            continue
+        with matplotlib.rc_context(STYLE):
+            axes = Figure(figsize=(8, 5)).subplots()
+            for i, (label, curves, _) in enumerate(runs):
+                if name in curves:
+                    what = f"{label}, validation" if name == "val" else label
+                    axes.plot(*curves[name], color=f"C{i}", marker="o", label=what)
+                if name == "val" and "train" in curves:
+                    style = dict(color=f"C{i}", alpha=0.45, linewidth=1.2, zorder=1)
+                    axes.plot(*curves["train"], **style, label=f"{label}, training")
+            if like_gpt2 and not (name == "hella" and other_questions):
+                for style, (model, value) in zip(("--", "-."), REFERENCES[name].items()):
+                    axes.axhline(value, color="0.3", linestyle=style, linewidth=1.2, label=f"{model}, {value}")
+            if name == "val":
+                fit_losses(axes, runs)
+            else:
+                axes.axhline(0.25, color="0.6", linestyle=":", linewidth=1.2, label="chance, 0.25")
+            axes.set(title=title, xlabel=x, ylabel=ylabel)
+            axes.legend()
+            paths.append(files.make_folder(folder) / f"{title.capitalize()}.png")
+            with files.atomic_write(paths[-1]) as temporary:
+                axes.figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+    return paths
+
+
+def main(cfg: Config) -> None:
+    """Read the logs and draw the figures."""
+    config.require("[1, inf)", smooth=cfg.smooth)
+    runs = [read_log(path) for path in cfg.runs]
+    if cfg.labels:
+        if len(cfg.labels) != len(runs):
+            raise ValueError(f"{len(cfg.labels)} --labels for {len(runs)} --runs: give one label per run")
+        runs = [run._replace(label=label) for run, label in zip(runs, cfg.labels)]
+    for path in draw(runs, cfg.out_dir, cfg.x, cfg.smooth):
+        print(path)
+
+
+if __name__ == "__main__":
+    config.run(main, CONFIGS)
