@@ -55,7 +55,6 @@ class Config:
     pairs_per_step: int = 32  # pairs per optimizer step over all devices
     epochs: float = 1.0  # passes over the data
     max_steps: int | None = None  # optimizer steps, instead of epochs
-    patience: int = 0  # stop after this many evaluations without a larger held-out margin; 0: never
     max_lr: float = 2e-6  # peak learning rate; about ten times as much with LoRA
     warmup_frac: float = 0.1  # fraction of the steps for linear warmup; then a cosine to 0
     weight_decay: float = 0.0  # on matrices and embeddings
@@ -192,23 +191,18 @@ Questions = list[tuple[list[int], str]]  # prompt ids and reference response
 
 def evaluate_and_report(
     run: Run, pairs: Sequence[Pair], chosen: Questions, questions: Questions, tokenizer: tiktoken.Encoding
-) -> tuple[bool, bool]:
-    """Evaluate on held-out pairs, log and print the results; return whether the loss is the lowest so far, and whether
-    the margin has not increased for `patience` evaluations.
-    """
+) -> bool:
+    """Evaluate on held-out pairs, log and print the results; return whether the loss is the lowest so far."""
     cfg, rt, step = run.cfg, run.rt, run.step
     means = evaluate(run.raw, pairs, cfg, rt)
-    best_loss, best_margin, best_step = run.scores.get("best", (math.inf, -math.inf, 0))
+    best = step > 0 and means["loss"] < run.scores.get("best", math.inf)
     if step == 0:  # the policy is the reference: only rounding may differ, of bf16, TF32 or fp32
         n_targets = sum(len(e.ids) - e.n_prompt for pair in pairs for e in pair[:2]) / len(pairs)
         logratio = (abs(means["rewards/chosen"]) + abs(means["rewards/rejected"])) / cfg.beta / n_targets
         tolerance = 1e-2 if rt.precision == "bf16" or rt.device.type == "cuda" else 1e-4
         assert logratio <= tolerance, f"the policy does not start as the reference: log-ratio {logratio} per token"
-    margin, best = means["rewards/margins"], step > 0 and means["loss"] < best_loss
-    if margin > best_margin:
-        best_margin, best_step = margin, step
     scores = {f"val/{name}": value for name, value in means.items()}
-    text = f"step {step}: held-out loss {means['loss']:.4f}, reward margin {margin:.3f}, "
+    text = f"step {step}: held-out loss {means['loss']:.4f}, reward margin {means['rewards/margins']:.3f}, "
     text += f"reward accuracy {means['rewards/accuracies']:.1%}, "
     text += f"log-probabilities {means['logps/chosen']:.2f} and {means['logps/rejected']:.2f}"
     if chosen:
@@ -218,18 +212,18 @@ def evaluate_and_report(
         scores["right"] = chat.score_answers(run.raw, questions, cfg.answer_tokens, tokenizer, rt).begins
         text += f"; {len(questions)} answers begin correctly {scores['right']:.1%}"
     run.record(val=means["loss"], **scores)
-    run.scores["best"] = (means["loss"] if best else best_loss, best_margin, best_step)
+    if best:
+        run.scores["best"] = means["loss"]
     runtime.print0(text)
     chat.show_answers(run.raw, cfg.prompts, cfg.answer_tokens, tokenizer, rt)
-    # counted in steps, because a resumed run repeats the evaluation where it continues
-    return best, 0 < cfg.patience * cfg.eval_every <= step - best_step
+    return best
 
 
 def main(cfg: Config) -> None:
     """Optimize preferences; evaluate, answer and save in between."""
     finetune.check(cfg)
     config.require("[1, inf)", pairs_per_step=cfg.pairs_per_step)
-    config.require("[0, inf)", rpo_alpha=cfg.rpo_alpha, patience=cfg.patience)
+    config.require("[0, inf)", rpo_alpha=cfg.rpo_alpha)
     config.require("(0, inf)", beta=cfg.beta)
     smoothing = "[0, 0.5)" if cfg.loss in ("sigmoid", "robust") else "[0, 0]"
     config.require(smoothing, label_smoothing=cfg.label_smoothing)
@@ -259,12 +253,10 @@ def main(cfg: Config) -> None:
     lr_at = optim.schedule("cosine", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr)
     batches = data.prefetch(read, run.step, max_steps)
     for step in run.steps(max_steps):
-        best = enough = False
-        if run.due(cfg.eval_every):
-            best, enough = evaluate_and_report(run, val, chosen, questions, tokenizer)
-        if best or enough or run.due(cfg.save_every):
+        best = run.due(cfg.eval_every) and evaluate_and_report(run, val, chosen, questions, tokenizer)
+        if best or run.due(cfg.save_every):
             run.save(best)
-        if run.last or enough:
+        if run.last:
             break
         run.update(next(batches), loss_fn, lr=lr_at(step))
     run.finish()

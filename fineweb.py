@@ -78,12 +78,13 @@ def ask_hub(call: Callable[..., Any], *args: str, **options: object) -> Any:
 
 def find_source(url: str, manifest: dict | None) -> tuple[dict, list[Path]]:
     """The files of --data: the entry `source` of the manifest, and their paths, [] if they are on the hub."""
+    paths, revision = [], None
     if url.startswith(HUB):
         if manifest and manifest["source"]["data"] == url:
             return manifest["source"], []  # the dataset can have changed: keep the commit of the first run
         from huggingface_hub import HfApi
 
-        parts, paths = url.removeprefix(HUB).strip("/").split("/"), []
+        parts = url.removeprefix(HUB).strip("/").split("/")
         repo, folder = "/".join(parts[:2]), "/".join(parts[2:])
         revision = ask_hub(HfApi().dataset_info, repo).sha
         options = {"recursive": True, "revision": revision, "repo_type": "dataset"}
@@ -93,7 +94,6 @@ def find_source(url: str, manifest: dict | None) -> tuple[dict, list[Path]]:
         names = glob.glob(os.path.join(url, "*") if os.path.isdir(url) else url, recursive=True)
         paths = sorted(Path(name) for name in names if name.endswith(SUFFIXES))
         found = [(path.name, path.stat().st_size) for path in paths]
-        revision = None
     if not found:
         raise ValueError(f"no .parquet or .jsonl file in --data={url}: give a path or {HUB}OWNER/NAME/FOLDER")
     entries = [{"name": name, "size": size} for name, size in found]
@@ -291,13 +291,14 @@ def write_shards(documents: Iterable[tuple[int, int, np.ndarray]], folder: Path,
 def open_manifest(cfg: Config, source: dict, manifest: dict | None) -> dict:
     """The manifest to continue from, the folder's or a new one. ValueError if the folder has other shards."""
     settings = {"tokenizer": cfg.tokenizer, "shard_size": cfg.shard_size, "max_tokens": cfg.max_tokens or 0}
-    settings["source"] = source
     if manifest is None or not manifest["shards"]:
-        counts = {"n_tokens": 0, "n_documents": 0, "n_skipped": 0, "shards": []}
-        return {"complete": False, **settings, **counts, "next": {"file": 0, "document": 0, "token": 0}}
-    for name, value in settings.items():
+        empty = {"source": source, "n_tokens": 0, "n_documents": 0, "n_skipped": 0, "shards": []}
+        return {"complete": False, **settings, **empty, "next": {"file": 0, "document": 0, "token": 0}}
+    for name, value in {**settings, "source": source}.items():
         if manifest[name] != value:
             raise ValueError(f"{cfg.out_dir} was begun with {name}={manifest[name]}, not {value}: change --out_dir")
+    for entry in manifest["shards"]:
+        data.open_shard(Path(cfg.out_dir, entry["file"]))  # raises if it is missing or truncated
     return manifest
 
 
@@ -322,12 +323,11 @@ def main(cfg: Config) -> None:
 
 def write_missing(cfg: Config, folder: Path, manifest: dict, paths: list[Path]) -> None:
     """Write the shards that are missing. `paths`: the source files, [] if they are on the hub."""
-    sizes, n_done = [entry["size"] for entry in manifest["source"]["files"]], manifest["n_tokens"]
+    sizes = [entry["size"] for entry in manifest["source"]["files"]]
+    n_done = manifest["n_tokens"]
     n_tokens = int(min(TOKENS_PER_BYTE[cfg.tokenizer] * sum(sizes), cfg.max_tokens or 2**63))
     n_bytes = 2 * max(0, n_tokens - n_done) + (0 if paths else 2 * max(sizes))
-    print(
-        f"{cfg.data}: about {n_tokens / 1e6:,.1f}M tokens, {n_done / 1e6:,.1f}M done; {n_bytes / 1e9:,.2f} GB of disk"
-    )
+    print(f"estimate: {n_tokens / 1e6:,.1f}M tokens ({n_done / 1e6:,.1f}M done), {n_bytes / 1e9:,.2f} GB of disk")
     files.require_space(files.make_folder(folder), n_bytes, f"--out_dir={folder}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cfg = replace(cfg, workers=cfg.workers or min(cores, 60))  # Windows allows 61

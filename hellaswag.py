@@ -9,9 +9,8 @@
 Two scoring conventions are in use. `completion` (build-nanogpt, llm.c) continues `ctx` with " " + ending. `harness`
 (lm-evaluation-harness, task hellaswag) prepends the activity, capitalizes ctx_b and removes WikiHow's markup. In both,
 acc selects the ending with the largest summed log-probability; acc_norm divides the sum by the number of tokens
-(completion) or characters (harness). Published acc_norm, completion style: GPT-2 350M … 1558M 0.3752, 0.4320, 0.4889,
-GPT-3 350M … 1.3B 0.436, 0.510, 0.547. For the smallest models see PUBLISHED below, which a run prints too. One
-standard error is 0.0046 for the 10,042 validation rows; chance is 0.25.
+(completion) or characters (harness). Published acc_norm in completion style: GPT-2 350M … 1558M 0.3752, 0.4320, 0.4889;
+GPT-3 350M … 1.3B 0.436, 0.510, 0.547. One standard error is 0.0046 for the 10,042 validation rows.
 """
 
 import json
@@ -64,10 +63,7 @@ class Row(NamedTuple):
 
 
 def read_rows(source: str, limit: int | None, rt: runtime.Runtime) -> list[Row]:
-    """The first `limit` rows with a label; source: a file, or "" for the validation set on the Hugging Face hub.
-
-    Raises ValueError that names an invalid row.
-    """
+    """The first `limit` rows with a label. source: a file, or "" for the hub's validation set. Raises ValueError."""
     rows, source = [], source or HUB
     for index, fields in enumerate(chat.load_rows(source, rt, "validation")):
         where, endings = f"{source}, row {index + 1}", fields.get("endings")
@@ -145,9 +141,8 @@ def prepare(rows: list[Row], tokenizer: tiktoken.Encoding, style: Style, block_s
     for i, row in enumerate(rows):
         context, endings = texts(row, style)
         head, tails = encode(context, endings, style, tokenizer)
-        for number, (ending, tail) in enumerate(zip(endings, tails)):
-            if not tail or not ending.strip():
-                raise ValueError(f"{row.where}: ending {number} has no text: {row.fields['endings'][number]!r}")
+        if not all(tails) or not all(map(str.strip, endings)):
+            raise ValueError(f"{row.where}: an ending has no text or no tokens: {row.fields['endings']!r:.200}")
         longest = max(map(len, tails))
         n_truncated += len(head) + longest > block_size + 1  # the last token is only predicted
         head, tails = head[-max(1, block_size + 1 - longest) :], [tail[-block_size:] for tail in tails]
@@ -178,23 +173,21 @@ class Result(NamedTuple):
 
 
 def log_probs(raw: model.GPT, batch: list[Packed], T: int, head_rows: int, device: torch.device) -> Tensor:
-    """The log-probability of every predicted token of the batch, (P,) fp32, sequence after sequence."""
+    """The log-probability of every predicted token of the batch, (P,) fp32, sequence after sequence; padded vocabulary
+    rows are excluded.
+    """
     inputs = np.zeros((3, len(batch), T), dtype=np.int64)  # padded on the right
     for b, p in enumerate(batch):
         inputs[:, b, : p.inputs.shape[1]] = p.inputs
     outputs = np.concatenate([(b * T + p.outputs[0], p.outputs[1]) for b, p in enumerate(batch)], axis=1)
-    host = [torch.from_numpy(array) for array in (inputs, outputs)]
-    if device.type == "cuda":
-        host = [tensor.pin_memory() for tensor in host]
+    host = [t.pin_memory() if device.type == "cuda" else t for t in map(torch.from_numpy, (inputs, outputs))]
     (idx, pos, part), (source, target) = (tensor.to(device, non_blocking=True) for tensor in host)  # (B, T), (P,)
-
-    query, key = part[:, :, None], part[:, None, :]
-    mask = ((key == 0) | (key == query)).tril()[:, None]  # (B, 1, T, T): the context and the same ending
+    # attend to the context and to the same ending
+    mask = ((part == 0)[:, None, :] | (part[:, None, :] == part[:, :, None])).tril()[:, None]  # (B, 1, T, T)
     x = raw.trunk(idx, pos=pos, mask=mask).flatten(0, 1)[source]  # (P, C)
     found = []
     for x_rows, targets in zip(x.split(head_rows), target.split(head_rows)):
-        logits = raw.lm_head(x_rows)[:, : raw.config.n_tokens]  # exclude padded vocabulary rows
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = raw.lm_head(x_rows)[:, : raw.config.n_tokens].to(torch.promote_types(x.dtype, torch.float32))
         found.append(-F.cross_entropy(logits, targets, reduction="none"))
     return torch.cat(found)
 
@@ -207,53 +200,28 @@ def evaluate(
 
     n_tokens: batch size in tokens with padding; None selects one for the device. progress: show a bar.
     """
-    # the head's rows limit the logits to 25 MB on a CPU
-    default, head_rows = (2**15, 2**11) if rt.device.type == "cuda" else (2**11, 2**7)
-    batches, rest = [], questions.packed  # batches of at least one sequence, with their padded lengths
+    default, head_rows = (2**15, 2**11) if rt.device.type == "cuda" else (2**11, 2**7)  # 25 MB of logits on a CPU
+    batches, rest = [], questions.packed
     while rest:
         T = -(-rest[0].inputs.shape[1] // 8) * 8  # multiples of 8 suit the kernels; about 30 lengths in all
-        n_rows = max(1, (n_tokens or default) // T)
-        batches.append((T, rest[:n_rows]))
-        rest = rest[n_rows:]
+        B = max(1, (n_tokens or default) // T)
+        batches.append((T, rest[:B]))
+        rest = rest[B:]
     mine = batches[rt.rank :: rt.world_size]
     found = [torch.zeros(0, device=rt.device)]  # on the device, so that nothing waits
     with rt.autocast():
-        for T, batch in tqdm(mine, desc="HellaSwag, batches", disable=not progress or rt.rank > 0):
+        for T, batch in tqdm(mine, desc="HellaSwag", disable=not progress or rt.rank > 0):
             found.append(log_probs(raw, batch, T, head_rows, rt.device))
-    slots = [np.zeros(0, dtype=np.int64), *(p.outputs[2] for _, batch in mine for p in batch)]
-    n_sums = N_ENDINGS * len(questions.label)
-    sums = np.bincount(np.concatenate(slots), torch.cat(found).cpu().double().numpy(), n_sums)
+    slots = np.concatenate([np.zeros(0, dtype=np.int64), *(p.outputs[2] for _, batch in mine for p in batch)])
+    sums = np.bincount(slots, torch.cat(found).cpu().double().numpy(), N_ENDINGS * len(questions.label))
     # every sum belongs to one rank and is zero on the others, so adding them is exact
     sums = runtime.all_reduce_sum(torch.from_numpy(sums), rt).cpu().numpy().reshape(-1, N_ENDINGS)
     predictions = {by: (sums / length).argmax(axis=1) for by, length in questions.length.items()}
-    accuracy = {by: float((p == questions.label).mean()) for by, p in predictions.items()}
-    return Result(sums, predictions, accuracy)
-
-
-def results_table(name: str, result: Result, style: Style, published: bool) -> str:
-    """A model's accuracies ± one standard error and, if `published`, those of the same style from the literature."""
-    names = {"sum": "sum (acc)", ACC_NORM[style]: f"{ACC_NORM[style]} (acc_norm)"}
-    rows = [["", *(names.get(by, by) for by in result.accuracy)]]
-    stderr = {by: math.sqrt(p * (1 - p) / len(result.sums)) for by, p in result.accuracy.items()}
-    rows.append([name, *(f"{p:.4f} ± {stderr[by]:.4f}" for by, p in result.accuracy.items())])
-    for other, known in PUBLISHED[style].items() if published else ():
-        rows.append([other, *(f"{known[by]:.4f}" if by in known else "-" for by in result.accuracy)])
-    return config.format_table(rows)
-
-
-def write_rows(path: Path, questions: Questions, result: Result) -> None:
-    """Write one JSON object per row: index, label, the sums and lengths of the four endings, predictions."""
-    counts = {"n_tokens": "per token", "n_chars": "per character", "n_bytes": "per byte"}
-    with files.atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for i, sums in enumerate(result.sums.tolist()):
-            row = dict(index=int(questions.index[i]), label=int(questions.label[i]), sums=sums)
-            row |= {name: questions.length[by][i].tolist() for name, by in counts.items()}
-            row["predictions"] = {by: int(p[i]) for by, p in result.predictions.items()}
-            file.write(json.dumps(row) + "\n")
+    return Result(sums, predictions, {by: float((p == questions.label).mean()) for by, p in predictions.items()})
 
 
 def main(cfg: Config) -> None:
-    """Score a model and print its accuracies."""
+    """Score a model, print its accuracies and, with --out, write one JSON object per row."""
     config.require("[1, inf)", limit=cfg.limit)
     if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
         raise ValueError(f"--out={cfg.out}: there is no folder {Path(cfg.out).parent}")
@@ -263,11 +231,22 @@ def main(cfg: Config) -> None:
     result = evaluate(raw.to(rt.device), questions, rt, progress=True)
     if not np.isfinite(result.sums).all():
         raise ValueError(f"{cfg.checkpoint} gives log-probabilities that are not finite")
-    published = not cfg.data and tokenizer.name == "gpt2"  # of HellaSwag's own rows, not the demo's
-    runtime.print0(f"{len(questions.label):,} rows, {cfg.style} style; chance is 0.25")
-    runtime.print0(results_table(cfg.checkpoint, result, cfg.style, published))
+    names = {"sum": "sum (acc)", ACC_NORM[cfg.style]: f"{ACC_NORM[cfg.style]} (acc_norm)"}
+    n = len(result.sums)
+    scores = [f"{p:.4f} ± {math.sqrt(p * (1 - p) / n):.4f}" for p in result.accuracy.values()]  # ± one standard error
+    table = [["", *(names.get(by, by) for by in result.accuracy)], [cfg.checkpoint, *scores]]
+    # published values are for HellaSwag's own rows, not for the demo's
+    for other, known in PUBLISHED[cfg.style].items() if not cfg.data and tokenizer.name == "gpt2" else ():
+        table.append([other, *(f"{known[by]:.4f}" if by in known else "-" for by in result.accuracy)])
+    runtime.print0(f"{n:,} rows, {cfg.style} style; chance is 0.25\n{config.format_table(table)}")
     if cfg.out and rt.rank == 0:
-        write_rows(Path(cfg.out), questions, result)
+        counts = {"n_tokens": "per token", "n_chars": "per character", "n_bytes": "per byte"}
+        with files.atomic_write(cfg.out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for i, sums in enumerate(result.sums.tolist()):
+                row = dict(index=int(questions.index[i]), label=int(questions.label[i]), sums=sums)
+                row |= {name: questions.length[by][i].tolist() for name, by in counts.items()}
+                row["predictions"] = {by: int(p[i]) for by, p in result.predictions.items()}
+                file.write(json.dumps(row) + "\n")
     runtime.cleanup(rt)
 
 

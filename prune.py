@@ -156,7 +156,7 @@ def evaluate(
 def main(cfg: Config) -> None:
     """Evaluate, prune, evaluate again, and write the checkpoint and the report."""
     config.require("[1, inf)", n_sequences=cfg.n_sequences, B=cfg.B)
-    config.require("[0, inf)", seed=cfg.seed, hellaswag_rows=cfg.hellaswag_rows)
+    config.require("[0, 9e18]", seed=cfg.seed, hellaswag_rows=cfg.hellaswag_rows)
     rt = runtime.setup(cfg.device, cfg.precision)
     if rt.world_size > 1:
         raise ValueError("prune.py runs as one process: start it with python, not torchrun")

@@ -4,21 +4,18 @@
     python sample.py --checkpoint=out/gpt2 --prompt="Once upon a time"
     python sample.py --checkpoint=gpt2 --prompt="The meaning of life is" --n_samples=3 --top_k=0 --top_p=0.95
     echo "What is a cat?" | python sample.py --prompt=-         # standard input
-    python sample.py --prompt_file=prompt.txt                   # the whole file is one prompt
     python sample.py --checkpoint=out/dpo --chat                # chat with a fine-tuned model
     python sample.py demo-chat                                  # after the demos of sft.py and dpo.py
 
-Prompts and samples go to standard output, messages to standard error. A chat has two commands: /reset clears
-the history, and /quit ends the chat. The model sees the newest turns that fit into its context.
-
-A sample depends on its prompt and its seed. On a CPU, one row and several rows use different matrix products,
-so in rare cases the same sample differs between --n_samples=1 and a larger number.
+Prompts and samples go to standard output, messages to standard error. A sample depends on its prompt and its seed; on a
+CPU, where one row and several rows use different matrix products, in rare cases also on whether --n_samples is 1.
 """
 
 import codecs
 import re
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -30,6 +27,7 @@ import torch
 from neogpt import chat, checkpoint, config, generate, model, runtime
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control characters but tab and newline
+Ids = list[int]  # of tokens
 
 
 @dataclass(frozen=True)
@@ -57,50 +55,31 @@ CONFIGS = {
 }
 
 
-def read_prompt(cfg: Config) -> str:
-    """The prompt of --prompt_file, standard input or --prompt. Raises OSError or ValueError."""
-    try:
-        if cfg.prompt_file:
-            return Path(cfg.prompt_file).read_text(encoding="utf-8")
-        return sys.stdin.read() if cfg.prompt == "-" else cfg.prompt
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{cfg.prompt_file or 'standard input'} is not UTF-8 text: {error}") from error
-
-
 def show(text: str) -> None:
     """Print text at once and without a newline; control characters are replaced."""
     print(CONTROL.sub("\ufffd", text), end="", flush=True)
 
 
-def stream(
-    cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding, prompt: list[int], seeds: list[int]
-) -> list[list[int]]:
-    """Continue the prompt once per seed, and print the first continuation while it is generated.
-
-    Returns the new tokens of every continuation, without end-of-text.
-    """
-    rows: list[list[int]] = [[] for _ in seeds]
-    eot, decoder = tokenizer.eot_token, codecs.getincrementaldecoder("utf-8")(errors="replace")
+def stream(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding, prompt: Ids, seeds: Ids) -> list[Ids]:
+    """Continue the prompt once per seed; return the new ids without end-of-text. The first row is printed meanwhile."""
+    eot, decoder, steps = tokenizer.eot_token, codecs.getincrementaldecoder("utf-8")(errors="replace"), []
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, compile=cfg.compile)
-    prompts = [prompt] * len(seeds)
     try:
-        for step in generate.generate(raw, prompts, cfg.max_new_tokens, seeds=seeds, stop=eot, **options):
-            for i, token in enumerate(step):
-                if token not in (None, eot):
-                    rows[i].append(token)
-                    if i == 0:  # the decoder holds back an incomplete UTF-8 character
-                        show(decoder.decode(tokenizer.decode_single_token_bytes(token)))
+        for step in generate.generate(raw, [prompt] * len(seeds), cfg.max_new_tokens, seeds=seeds, stop=eot, **options):
+            steps.append(step)
+            if step[0] not in (None, eot):  # the decoder holds back an incomplete UTF-8 character
+                show(decoder.decode(tokenizer.decode_single_token_bytes(step[0])))
         show(decoder.decode(b"", final=True))
     finally:  # also after Ctrl-C
         print(flush=True)
-    return rows
+    return [[step[i] for step in steps if step[i] not in (None, eot)] for i in range(len(seeds))]
 
 
 def chat_loop(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding) -> None:
     """Answer the lines of standard input until /quit or the end of the input."""
     # tokens of history and prompt: max_new_tokens stay free for the answer, but at most half of the context
     budget = raw.config.block_size - min(cfg.max_new_tokens, raw.config.block_size // 2)
-    history: list[list[int]] = []  # one item per turn: prompt, answer, end-of-text
+    history: deque[Ids] = deque(maxlen=cfg.history_turns)  # one item per turn: prompt, answer, end-of-text
     runtime.print0("/reset clears the history, /quit ends the chat")
     for seed in count(cfg.seed):
         try:
@@ -114,18 +93,15 @@ def chat_loop(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding) -> None
         if line == "/quit":
             return
         elif line == "/reset":
-            history = []
+            history.clear()
         elif line.startswith("/"):
             runtime.print0(f"unknown command {line}: use /reset or /quit")
         elif len(prompt) > budget:
             runtime.print0(f"the prompt has {len(prompt)} tokens, but only {budget} fit: use a shorter line")
         elif line:
-            context = prompt
-            for turn in history[::-1][: cfg.history_turns]:
-                if len(turn) + len(context) > budget:
-                    break
-                context = turn + context
-            (answer,) = stream(cfg, raw, tokenizer, context, [seed])
+            while len(prompt) + sum(map(len, history)) > budget:
+                history.popleft()
+            (answer,) = stream(cfg, raw, tokenizer, sum(history, []) + prompt, [seed])
             history.append([*prompt, *answer, tokenizer.eot_token])
 
 
@@ -137,21 +113,24 @@ def main(cfg: Config) -> None:
     generate.check_sampling(cfg.temperature, cfg.top_k, cfg.top_p)
     if cfg.compile:
         runtime.require_compiler(rt.device)
-    text = "" if cfg.chat else read_prompt(cfg)
-    raw, tokenizer = checkpoint.load_model(cfg.checkpoint)[:2]
+    try:
+        text = Path(cfg.prompt_file).read_text(encoding="utf-8") if cfg.prompt_file else cfg.prompt
+        if cfg.prompt == "-" and not (cfg.prompt_file or cfg.chat):
+            text = sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{cfg.prompt_file or 'standard input'} is not UTF-8 text: {error}") from error
+    raw, tokenizer, _, _ = checkpoint.load_model(cfg.checkpoint)
     raw.to(rt.device)
     if rt.precision == "bf16":
         generate.cast_linears(raw, torch.bfloat16)
-    if cfg.chat:
-        with rt.autocast():
-            return chat_loop(cfg, raw, tokenizer)
-
-    prompt = tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
-    if len(prompt) > raw.config.block_size:
-        runtime.print0(f"the prompt has {len(prompt)} tokens: only the last {raw.config.block_size} are used")
-    show(text)
-    started = time.perf_counter()
     with rt.autocast():
+        if cfg.chat:
+            return chat_loop(cfg, raw, tokenizer)
+        prompt = tokenizer.encode_ordinary(text) or [tokenizer.eot_token]
+        if len(prompt) > raw.config.block_size:
+            runtime.print0(f"the prompt has {len(prompt)} tokens: only the last {raw.config.block_size} are used")
+        show(text)
+        started = time.perf_counter()
         rows = stream(cfg, raw, tokenizer, prompt, [cfg.seed + i for i in range(cfg.n_samples)])
     for row in rows[1:]:
         show(f"---\n{text}{tokenizer.decode(row)}\n")

@@ -139,6 +139,9 @@ def upgrade(state: dict[str, Any]) -> dict[str, Any]:
     per_step = config.get("rows_per_step") or config.get("pairs_per_step")
     per_step = per_step or config.get("total_batch_size", 0) // config.get("T", 1)
     new = dict(n_sequences=step * per_step, n_tokens=state.get("tokens", step * config.get("total_batch_size", 0)))
+    scores = state.get("scores", {})
+    if isinstance(scores.get("best"), tuple):  # dpo.py stored (loss, margin, step)
+        new["scores"] = scores | dict(best=scores["best"][0])
     width = state["model_config"].get("mlp_width") or None
     return dict(stage="pretraining") | state | new | dict(model_config=state["model_config"] | dict(mlp_width=width))
 
@@ -234,10 +237,11 @@ def load_hf(name: str) -> Loaded:
 def load_adapter(folder: Path) -> Loaded:
     """The base model that a folder in PEFT's format names, with the folder's adapter merged in."""
     try:
-        base = load_model(lora.read_adapter_config(folder)["base_model_name_or_path"])
-        return base._replace(raw=lora.apply_adapter(base.raw, folder), stage="sft", step=0)
-    except RecursionError as error:
-        raise ValueError(f"the adapter in {folder} is its own base") from error
+        base = lora.read_adapter_config(folder)["base_model_name_or_path"]
+        if Path(base).resolve() == folder.resolve():
+            raise ValueError("it is its own base")
+        loaded = load_model(base)
+        return loaded._replace(raw=lora.apply_adapter(loaded.raw, folder), stage="sft", step=0)
     except Exception as error:  # JSON, safetensors and the checks above raise many kinds
         raise ValueError(f"cannot use the adapter in {folder}: {files.one_line(error)}") from error
 

@@ -47,9 +47,8 @@ def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
     1. Every other exception is a bug and keeps its traceback.
     """
     is_rank_0 = os.environ.get("RANK", "0") == "0"
-    cfg = parse(configs, sys.modules[main.__module__].__doc__)
     try:
-        main(cfg)
+        main(parse(configs, sys.modules[main.__module__].__doc__))
     except BrokenPipeError:  # the reader of our output, for example `head`, has stopped
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:

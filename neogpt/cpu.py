@@ -5,14 +5,14 @@ function multiplies with weights that oneDNN has packed. The fallback is F.linea
 """
 
 import functools
-import itertools
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from neogpt import lora
 
 MAX_ROWS = 64  # use the small-batch products up to this many rows; at 512 rows F.linear is as fast
 MIN_WEIGHTS = 2**18  # size of a matrix from which they are faster
@@ -46,8 +46,10 @@ def fast_cpu_linears(raw: nn.Module, n_rows: int) -> Iterator[None]:
 
 
 def small_batch(linear: nn.Linear, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The layer's output, by `product` if x has few rows."""
-    return product(x) if x.numel() <= MAX_ROWS * x.size(-1) else F.linear(x, linear.weight, linear.bias)
+    """The layer's output, by `product` if x has few rows and no gradient is needed."""
+    if torch.is_grad_enabled() or x.numel() > MAX_ROWS * x.size(-1):
+        return F.linear(x, linear.weight, linear.bias)
+    return product(x)
 
 
 def packed_matmul(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
@@ -66,18 +68,6 @@ def split_matmul(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], len(W))
 
 
-frozen_weights: weakref.WeakKeyDictionary[nn.Module, tuple[list, int]] = weakref.WeakKeyDictionary()
-frozen_ids = itertools.count()
-
-
-def weights_id(raw: nn.Module) -> int:
-    """A number that changes when the weights do: every in-place update increments a tensor's version."""
-    state = [(p.data_ptr(), p._version, p.dtype) for p in raw.parameters()]
-    if raw not in frozen_weights or frozen_weights[raw][0] != state:
-        frozen_weights[raw] = (state, next(frozen_ids))
-    return frozen_weights[raw][1]
-
-
 def compile_frozen(step: Callable[..., Tensor], raw: nn.Module) -> Callable[..., Tensor]:
     """step, compiled with the weights of `raw` as constants: a second copy of them in the layout of the compiler's own
     matrix products, which take half the time of BLAS for a few rows. Changed weights are compiled again.
@@ -85,7 +75,7 @@ def compile_frozen(step: Callable[..., Tensor], raw: nn.Module) -> Callable[...,
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
 
-    version = str(weights_id(raw))
+    version = lora.fingerprint(raw.state_dict())
 
     def frozen_step(*inputs: Tensor) -> Tensor:
         assert version  # reading the closure variable adds a guard on it

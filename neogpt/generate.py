@@ -27,8 +27,8 @@ class KVCache:
         self.max_seq_len, self.static, self.compiled = max_seq_len, static, compiled
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer  # keys, values: (B, nh, max_seq_len, hs)
         self.lengths: Tensor | None = None  # (B,) int64: filled slots of each row
-        self.longest = 0  # max of lengths, kept on the host; 0 during prefill
-        self.masked = False
+        self.longest = 0  # max of lengths, kept on the host
+        self.masked: bool | None = None  # whether attention needs a mask; None during prefill
 
     def set_lengths(self, lengths: list[int], device: torch.device) -> None:
         """After prefill: the first `lengths[b]` slots of row b are valid, the rest is padding."""
@@ -56,7 +56,7 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, nh, T, hs) of a layer, T = 1 after prefill; return all keys and values (B, nh, S, hs)."""
         B, nh, T, hs = k.shape
-        if self.longest == 0:
+        if self.masked is None:
             if self.layers[layer] is None:
                 shape = B, nh, self.max_seq_len, hs
                 self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
@@ -82,7 +82,7 @@ def prefill(raw: model.GPT, prompts: list[list[int]], cache: KVCache) -> Tensor:
     device = raw.lm_head.weight.device
     lengths = [len(prompt) for prompt in prompts]
     padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
-    cache.longest = 0
+    cache.masked = None
     x = raw.trunk(torch.tensor(padded, device=device), cache)  # (B, T, C)
     cache.set_lengths(lengths, device)
     last = x[torch.arange(len(prompts), device=device), cache.lengths - 1]  # (B, C)
@@ -149,6 +149,7 @@ def generate(
     if any(not 0 <= token < n_tokens for prompt in prompts for token in prompt):
         raise ValueError(f"a prompt has a token id outside 0 … {n_tokens - 1}")
     check_sampling(temperature, top_k, top_p)
+    config.require("[0, inf)", max_new_tokens=max_new_tokens)
 
     windows = [list(prompt[-block_size:]) for prompt in prompts]
     # all random numbers come from the CPU up front: equal on every device, and no row disturbs another

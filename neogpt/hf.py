@@ -1,10 +1,9 @@
-"""GPT-2 in Hugging Face's format: read from the hub or a folder, and written for transformers.
-
-`save(load("gpt2"), "my-gpt2")` downloads OpenAI's weights and writes a folder that transformers reads.
-"""
+"""GPT-2 in Hugging Face's format, as transformers reads and writes it: `save(load("gpt2"), "my-gpt2")`."""
 
 import json
 from pathlib import Path
+
+import safetensors.torch
 
 from neogpt import files, model
 
@@ -34,27 +33,21 @@ def find_file(name: str, file: str) -> Path:
 def read_config(name: str) -> model.GPTConfig:
     """The configuration in config.json. Raises ValueError if the model is not a GPT-2 that `model.GPT` computes."""
     hf = json.loads(find_file(name, "config.json").read_text())
-    required = dict(model_type="gpt2", layer_norm_epsilon=1e-5, n_inner=None, scale_attn_weights=True)
-    required |= dict(scale_attn_by_inverse_layer_idx=False, reorder_and_upcast_attn=False, tie_word_embeddings=True)
-    for key, value in required.items():
-        default_width = key == "n_inner" and hf.get(key) == 4 * hf["n_embd"]
-        if hf.get(key, value) != value and not default_width:
-            raise ValueError(f"{name} has {key}={hf[key]!r} in config.json: only {value!r} is supported")
-    activation = hf.get("activation_function", "gelu_new")
-    if activation not in HF_GELU.values():
-        raise ValueError(f"{name} has activation_function={activation!r}: only gelu_new and gelu are supported")
+    gelu = next((ours for ours, theirs in HF_GELU.items() if theirs == hf.get("activation_function", "gelu_new")), None)
+    allowed = dict(model_type=["gpt2"], layer_norm_epsilon=[1e-5], n_inner=[None, 4 * hf.get("n_embd", 0)])
+    allowed |= dict(scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], tie_word_embeddings=[True])
+    allowed |= dict(reorder_and_upcast_attn=[False], activation_function=[*HF_GELU.values()])
+    for key, values in allowed.items():
+        if hf.get(key, values[0]) not in values:
+            raise ValueError(f"{name} has {key}={hf[key]!r} in config.json: supported are {values}")
     shape = dict(n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"], block_size=hf["n_positions"])
-    gelu = next(ours for ours, theirs in HF_GELU.items() if theirs == activation)
     return model.GPTConfig(**shape, n_tokens=hf["vocab_size"], vocab_size=hf["vocab_size"], gelu=gelu)
 
 
 def load(name: str) -> model.GPT:
-    """GPT-2 from the hub ("gpt2", "gpt2-xl", "user/model") or a local folder; fp32, on the CPU.
-
-    Needs config.json and model.safetensors, or the parts listed in model.safetensors.index.json.
+    """GPT-2 from the hub ("gpt2", "gpt2-xl", "user/model") or a folder, in fp32 on the CPU. The folder has config.json
+    and model.safetensors, or the parts that model.safetensors.index.json lists. Raises ValueError or OSError.
     """
-    from safetensors.torch import load_file
-
     config = read_config(name)
     try:
         paths = [find_file(name, "model.safetensors")]
@@ -62,14 +55,11 @@ def load(name: str) -> model.GPT:
         index = json.loads(find_file(name, "model.safetensors.index.json").read_text())
         paths = [find_file(name, part) for part in sorted(set(index["weight_map"].values()))]
     weights = {}
-    for path in paths:
-        for key, tensor in load_file(path).items():
-            key = key.removeprefix("transformer.")
-            if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # the tied head again, and the causal mask
-            if key.endswith(CONV1D):
-                tensor = tensor.t().contiguous()
-            weights["transformer." + key] = tensor.float()
+    for key, tensor in (item for path in paths for item in safetensors.torch.load_file(path).items()):
+        if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):
+            continue  # the tied head again, and the causal mask
+        tensor = tensor.t().contiguous() if key.endswith(CONV1D) else tensor
+        weights["transformer." + key.removeprefix("transformer.")] = tensor.float()
     if "transformer.wte.weight" in weights:
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
     return model.GPT.from_weights(config, weights)
@@ -77,25 +67,20 @@ def load(name: str) -> model.GPT:
 
 def save(raw: model.GPT, folder: str | Path) -> None:
     """Write config.json and model.safetensors for transformers' GPT2LMHeadModel, without padded vocabulary rows."""
-    from safetensors.torch import save_file
-
     config, weights = raw.config, {}
     if config.mlp != "dense":
         raise ValueError(f"Hugging Face's GPT-2 has no mlp={config.mlp!r}")
-    folder = files.make_folder(folder)
     for name, tensor in raw.state_dict().items():
-        if name == "transformer.wte.weight":
-            tensor = tensor[: config.n_tokens]
-        if name.endswith(CONV1D):
-            tensor = tensor.t()
         if name != "lm_head.weight":  # tied: stored once
-            weights[name] = tensor.detach().cpu().contiguous()
+            tensor = tensor[: config.n_tokens] if name == "transformer.wte.weight" else tensor
+            weights[name] = (tensor.t() if name.endswith(CONV1D) else tensor).detach().cpu().contiguous()
     eot = config.n_tokens - 1  # end-of-text is the last id of both tokenizers
     hf = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", activation_function=HF_GELU[config.gelu])
     hf |= dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, n_positions=config.block_size)
     hf |= dict(vocab_size=config.n_tokens, bos_token_id=eot, eos_token_id=eot)
     hf |= dict(layer_norm_epsilon=1e-5, tie_word_embeddings=True)
+    folder = files.make_folder(folder)
     with files.atomic_write(folder / "model.safetensors") as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
+        safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
     with files.atomic_write(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(hf, indent=2) + "\n")

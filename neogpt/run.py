@@ -84,12 +84,13 @@ class Run:
         self.cfg, self.stage, self.tokenizer, self.rt = cfg, stage, tokenizer, rt
         self.stop_requested = runtime.stop_on_signals()
         self.out_dir = files.make_folder(cfg.out_dir)
-        self.resumed = checkpoint.find_resume(self.out_dir, rt)
-        if self.resumed and (self.resumed.stage != stage or self.resumed.optimizers is None):
-            raise ValueError(f"the checkpoint in {self.out_dir} is not of a {stage} run: use another --out_dir")
         self.log = Log(self.out_dir) if rt.rank == 0 else None
         if self.log:
             runtime.logger.addHandler(self.log)
+        self.resumed = checkpoint.find_resume(self.out_dir, rt)
+        if self.resumed and (self.resumed.stage != stage or self.resumed.optimizers is None):
+            raise ValueError(f"the checkpoint in {self.out_dir} is not of a {stage} run: use another --out_dir")
+        if self.log:
             versions = dict(code=code_revision(), torch=torch.__version__, python=platform.python_version())
             self.log.header(**versions, **rt._asdict(), tokenizer=tokenizer)
             self.log.header(**{name: repr(value) for name, value in asdict(cfg).items()})

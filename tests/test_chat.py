@@ -127,7 +127,7 @@ def test_rows_of_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list([GOOD]))
     assert chat.read_rows("some/rows", ALONE) == [Row("a", "", "b")]
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    refused("some/rows", "some/rows", "no route to some/rows, train", ".jsonl")
+    refused("some/rows", "some/rows", "no route to some/rows, train")
 
 
 @pytest.mark.parametrize("fraction", [0, 0.01, 0.1, 0.5, 0.999, 1, 2])

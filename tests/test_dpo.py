@@ -16,7 +16,7 @@ import harness
 import numpy as np
 import pytest
 import torch
-from harness import ALONE, ForkServer, final_bits, losses, notes, read_log
+from harness import ALONE, ForkServer, losses, notes, read_log
 from torch import Tensor
 
 import dpo
@@ -295,29 +295,24 @@ def test_best_checkpoint_is_kept_when_the_loss_rises(cfg: dpo.Config, tmp_path: 
     rows = toy_rows()
     for i in chat.split_rows([row["prompt"] for row in rows], cfg.val_frac, cfg.seed)[1]:
         rows[i]["preferred"] = "AB"[rows[i]["preferred"] == "A"]
-    folder = train(cfg, data=write_rows(tmp_path / "against.jsonl", rows))
+    cfg = replace(cfg, data=write_rows(tmp_path / "against.jsonl", rows))
+    for max_steps in (12, 15):  # also when resumed
+        folder = train(cfg, max_steps=max_steps)
+        assert checkpoint.read(folder / "best.pt").step == 5  # step 0 does not count
+        assert checkpoint.read_newest(folder).step == max_steps
     val = losses(folder, "val")
-    assert val[0] < val[5] < val[10] < val[12]
-    assert checkpoint.read(folder / "best.pt").step == 5  # step 0 does not count
-    assert checkpoint.list_checkpoints(folder)[0].name == "ckpt_000012.pt"
+    assert val[0] < val[5] < val[10] < val[12] < val[15]
 
 
-def test_patience(cfg: dpo.Config) -> None:
-    """With a learning rate of 0 no margin exceeds the first: the run ends at the third evaluation after it."""
-    constant = dict(max_lr=0.0, eval_every=2, save_every=2, patience=3, keep_last=9, max_steps=40)
-    folder = train(cfg, **constant)
-    assert losses(folder, "val").keys() == {0, 2, 4, 6} and max(losses(folder)) == 5
-    assert checkpoint.list_checkpoints(folder)[0].name == "ckpt_000006.pt"
-    resumed = Path(cfg.out_dir + "-resumed")
-    resumed.mkdir()
-    shutil.copy(folder / "ckpt_000004.pt", resumed)
-    train(cfg, **constant, out_dir=str(resumed))
-    assert losses(resumed, "val").keys() == {4, 6} and final_bits(resumed) == final_bits(folder)
-    train(cfg, **constant)  # a run that has ended does not continue
-    assert max(losses(folder)) == 5
-
-    learning = train(cfg, eval_every=2, patience=1, out_dir=cfg.out_dir + "-learning")
-    assert max(losses(learning, "val")) == 12  # margins grow
+def test_run_of_format_1_continues(cfg: dpo.Config) -> None:
+    """Its checkpoints hold the loss, the margin and the step of the best evaluation."""
+    folder = train(cfg)
+    path = checkpoint.list_checkpoints(folder)[0]
+    state = torch.load(path) | dict(format=1)
+    state["scores"]["best"] = (0.01, 0.5, 12)
+    torch.save(state, path)
+    train(cfg, max_steps=14)
+    assert checkpoint.read_newest(folder).scores["best"] == 0.01
 
 
 # -----------------------------------------------------------------------------
@@ -442,7 +437,7 @@ def test_two_ranks_equal_one(cfg: dpo.Config, server: ForkServer) -> None:
 # -----------------------------------------------------------------------------
 # Refusals
 
-OPTIONS = [dict(beta=0.0), dict(beta=math.nan), dict(rpo_alpha=-1.0), dict(patience=-1), dict(pairs_per_step=0)]
+OPTIONS = [dict(beta=0.0), dict(beta=math.nan), dict(rpo_alpha=-1.0), dict(pairs_per_step=0)]
 OPTIONS += [dict(T=49), dict(data="nowhere.jsonl"), dict(label_smoothing=-0.1)]
 OPTIONS += [dict(label_smoothing=0.1, loss="hinge"), dict(label_smoothing=0.1, loss="ipo")]
 OPTIONS += [dict(label_smoothing=0.5, loss=loss) for loss in ("sigmoid", "robust")]

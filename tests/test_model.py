@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import GPT, SIZES, GPTConfig, flash_attention, manual_attention, pad_vocab
+from neogpt.model import GPT, SIZES, GPTConfig, flash_attention, manual_attention, pad_vocab
 
 ATTENTIONS = ("flash", "manual")
 
@@ -22,9 +22,9 @@ def shape(**changes: Any) -> GPTConfig:
 
 
 def rough_model(seed: int = 0, **changes: Any) -> GPT:
-    """A small model in which every parameter is random and large, so that no term can go missing unnoticed.
+    """A small model with large random parameters, so that every term affects the result.
 
-    At GPT-2's own initialisation biases are 0 and attention is close to uniform: errors there would not show.
+    With GPT-2's initialization biases are 0 and attention is nearly uniform, which would hide errors.
     """
     generator = torch.Generator().manual_seed(seed)
     raw = GPT(shape(**changes))
@@ -38,9 +38,6 @@ def rough_model(seed: int = 0, **changes: Any) -> GPT:
 def random_ids(*size: int, seed: int = 0, below: int = 61) -> Tensor:
     return torch.randint(below, size, generator=torch.Generator().manual_seed(seed))
 
-
-# -----------------------------------------------------------------------------
-# Sizes
 
 # name: layers, heads, width, context of the papers' tables (GPT-2, GPT-3 table 2.1), parameters
 TABLE = {
@@ -60,7 +57,7 @@ def closed_form(L: int, C: int, T: int, V: int) -> int:
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_sizes_have_the_papers_shapes_and_parameter_counts(name: str) -> None:
+def test_sizes_have_the_published_shapes_and_parameter_counts(name: str) -> None:
     with torch.device("meta"):
         raw = GPT(GPTConfig(**SIZES[name]))
     c = raw.config
@@ -72,7 +69,7 @@ def test_sizes_have_the_papers_shapes_and_parameter_counts(name: str) -> None:
     if name in TABLE:
         L, nh, C, T, n_params = TABLE[name]
         assert (c.n_layer, c.n_head, c.n_embd, c.block_size) == (L, nh, C, T)
-        assert raw.n_params() == pytest.approx(n_params, rel=0.03)  # the papers round to two digits
+        assert raw.n_params() == pytest.approx(n_params, rel=0.03)  # the papers give two digits
 
 
 def test_published_parameter_counts() -> None:
@@ -100,13 +97,13 @@ def test_pad_vocab() -> None:
 
 
 @pytest.mark.parametrize("field", ["n_layer", "n_head", "n_embd", "block_size", "n_tokens", "vocab_size"])
-@pytest.mark.parametrize("value", [0, -1, 1.5, 2.0, True, None, "12", 2**20, 10**30, float("nan")])
-def test_config_refuses_values_that_are_no_size(field: str, value: Any) -> None:
+@pytest.mark.parametrize("value", [0, -1, 1.5, 2.0, True, None, "12", 2**20 + 1, 10**30, float("nan")])
+def test_config_refuses_values_that_are_not_sizes(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         GPTConfig(**{field: value})
 
 
-def test_config_refuses_sizes_that_do_not_fit_together() -> None:
+def test_config_refuses_inconsistent_sizes() -> None:
     for changes in (dict(n_embd=100, n_head=12), dict(attention="fast"), dict(attention=None)):
         with pytest.raises(ValueError, match=next(iter(changes))):
             GPTConfig(**changes)
@@ -115,13 +112,9 @@ def test_config_refuses_sizes_that_do_not_fit_together() -> None:
     GPTConfig(n_tokens=50304)  # nothing padded is fine
 
 
-# -----------------------------------------------------------------------------
-# Attention and loss
-
-
 @pytest.mark.parametrize("attend", [manual_attention, flash_attention])
 @pytest.mark.parametrize("T, S", [(1, 1), (5, 5), (1, 5)])
-def test_attention_is_the_textbook_sum(attend: Any, T: int, S: int) -> None:
+def test_attention_equals_the_definition(attend: Any, T: int, S: int) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 4, generator=generator, dtype=torch.float64) for n in (T, S, S))
     y = attend(q, k, v)
@@ -133,7 +126,7 @@ def test_attention_is_the_textbook_sum(attend: Any, T: int, S: int) -> None:
 
 
 @pytest.mark.parametrize("attend", [manual_attention, flash_attention])
-def test_attention_mask_hides_keys_row_by_row(attend: Any) -> None:
+def test_attention_mask_hides_keys_per_row(attend: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 4, generator=generator, dtype=torch.float64) for n in (1, 5, 5))
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]])[:, None, None]
@@ -155,7 +148,7 @@ def test_flash_equals_manual_forward_and_gradient() -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_no_position_sees_a_later_one(attention: str) -> None:
+def test_attention_is_causal(attention: str) -> None:
     """By gradient: of the logits at t, towards the embedding of every input position."""
     raw = rough_model(attention=attention)
     embedded = []
@@ -165,7 +158,7 @@ def test_no_position_sees_a_later_one(attention: str) -> None:
     for t in range(10):
         (grad,) = torch.autograd.grad((logits[:, t] * weights).sum(), embedded[0], retain_graph=True)
         assert (grad[:, t + 1 :] == 0).all(), t
-        assert (grad[:, : t + 1].abs().amax(-1) > 0).all(), t  # and it sees itself and all before it
+        assert (grad[:, : t + 1].abs().amax(-1) > 0).all(), t  # all positions up to t contribute
 
 
 def test_loss_is_the_mean_negative_log_likelihood_in_nats() -> None:
@@ -189,7 +182,7 @@ def test_loss_is_the_mean_negative_log_likelihood_in_nats() -> None:
     assert everything_ignored == 0
 
 
-def test_loss_of_bf16_logits_is_taken_in_float32() -> None:
+def test_loss_of_bf16_logits_is_computed_in_float32() -> None:
     raw = rough_model()
     idx, targets = random_ids(3, 7), random_ids(3, 7, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -203,16 +196,21 @@ def test_loss_of_bf16_logits_is_taken_in_float32() -> None:
     assert loss.item() == pytest.approx(raw(idx, targets)[1].item(), rel=0.03)
 
 
+def test_weight_matrices_are_the_four_linear_layers_of_each_block() -> None:
+    raw = rough_model()
+    names = [
+        f"transformer.h.{i}.{n}" for i in range(2) for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    assert list(raw.weight_matrices()) == names
+    assert all(raw.get_submodule(name) is linear for name, linear in raw.weight_matrices().items())
+
+
 def test_a_sequence_longer_than_block_size_is_refused() -> None:
     with pytest.raises(AssertionError, match="17 tokens"):
         rough_model()(random_ids(1, 17))
 
 
-# -----------------------------------------------------------------------------
-# Initialisation and tying
-
-
-def test_initialisation_is_gpt2s() -> None:
+def test_initialization_is_gpt2s() -> None:
     torch.manual_seed(0)
     raw = GPT(shape(n_layer=8, n_embd=64, n_head=4, block_size=64, vocab_size=512, n_tokens=500))
     stds = dict(wte=0.02, wpe=0.02, c_attn=0.02, c_fc=0.02, c_proj=0.02 / 4)  # 1 / √(2 · 8 layers) = 1/4
@@ -252,7 +250,7 @@ def test_a_parameter_without_a_rule_is_refused() -> None:
         Gated(shape())
 
 
-def test_loss_at_the_start_is_that_of_a_uniform_guess() -> None:
+def test_initial_loss_is_that_of_a_uniform_guess() -> None:
     torch.manual_seed(0)
     V = 512
     raw = GPT(shape(n_layer=4, n_embd=64, n_head=4, vocab_size=V, n_tokens=V))
@@ -261,9 +259,9 @@ def test_loss_at_the_start_is_that_of_a_uniform_guess() -> None:
     assert loss.item() == pytest.approx(math.log(V), abs=0.05)
 
 
-def test_head_and_embedding_stay_one_tensor() -> None:
+def test_head_and_embedding_stay_tied() -> None:
     raw = rough_model()
-    editions = [
+    variants = [
         raw,
         copy.deepcopy(raw),
         GPT.from_weights(raw.config, raw.state_dict()),
@@ -272,12 +270,12 @@ def test_head_and_embedding_stay_one_tensor() -> None:
         rough_model().to(torch.float64),
         rough_model().to("cpu", torch.bfloat16),
     ]
-    for edition in editions:
-        assert edition.lm_head.weight is edition.transformer.wte.weight
-        assert edition.n_params() == raw.n_params()
-        edition(random_ids(2, 5), random_ids(2, 5, seed=1))[1].backward()
-        torch.optim.SGD(edition.parameters(), lr=1.0).step()
-        assert torch.equal(edition.lm_head.weight, edition.transformer.wte.weight)
+    for variant in variants:
+        assert variant.lm_head.weight is variant.transformer.wte.weight
+        assert variant.n_params() == raw.n_params()
+        variant(random_ids(2, 5), random_ids(2, 5, seed=1))[1].backward()
+        torch.optim.SGD(variant.parameters(), lr=1.0).step()
+        assert torch.equal(variant.lm_head.weight, variant.transformer.wte.weight)
 
 
 def test_from_weights_gives_the_same_model() -> None:
@@ -288,7 +286,7 @@ def test_from_weights_gives_the_same_model() -> None:
     assert all(p.requires_grad and p.device.type == "cpu" for p in again.parameters())
 
 
-def test_from_weights_refuses_what_does_not_fit() -> None:
+def test_from_weights_refuses_other_names_shapes_and_dtypes() -> None:
     raw = rough_model()
     weights = raw.state_dict()
     name = "transformer.h.1.mlp.c_fc.weight"
@@ -303,14 +301,11 @@ def test_from_weights_refuses_what_does_not_fit() -> None:
         with pytest.raises(ValueError, match="_orig_mod.x"):
             GPT.from_weights(raw.config, weights | {"_orig_mod.x": bad})
     for bad in (weights[name].to(torch.int8), weights[name].to_sparse(), [1.0]):
-        with pytest.raises(ValueError, match="h.1.mlp.c_fc.weight has shape of no floats"):
+        with pytest.raises(ValueError, match="h.1.mlp.c_fc.weight"):
             GPT.from_weights(raw.config, weights | {name: bad})
     with pytest.raises(ValueError, match="wpe"):
         GPT.from_weights(replace(raw.config, block_size=17), weights)
 
-
-# -----------------------------------------------------------------------------
-# On a GPU
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -1,4 +1,4 @@
-"""NdLinear against its definitions, and an NdGPT-2 through everything a dense one goes through."""
+"""NdLinear and its MLP against their definitions, and an NdGPT-2 in training, generation and export."""
 
 import math
 from dataclasses import asdict
@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf import to_hf
-from model import GPT, MLP, SIZES, GPTConfig, NdLinear, NdMLP
-from optimizers import make_optimizers
-from sampling import generate
+from neogpt import hf
+from neogpt.generate import generate
+from neogpt.model import GPT, MLP, MLPS, SIZES, GPTConfig
+from neogpt.ndlinear import NdLinear
+from neogpt.optim import make_optimizers
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, n_tokens=257, vocab_size=320)
 ND = TINY | dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)
@@ -33,7 +34,7 @@ def algorithm_1(layer: NdLinear, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("d, h", MODES)
-def test_ndlinear_is_the_papers_algorithm(d: tuple[int, ...], h: tuple[int, ...], bias: bool) -> None:
+def test_ndlinear_equals_the_papers_algorithm(d: tuple[int, ...], h: tuple[int, ...], bias: bool) -> None:
     torch.manual_seed(0)
     layer, x = NdLinear(d, h, bias), torch.randn(6, *d)
     torch.testing.assert_close(layer(x), algorithm_1(layer, x), rtol=0, atol=1e-6)
@@ -52,7 +53,7 @@ def test_ndlinear_equals_the_authors_layer(d: tuple[int, ...], h: tuple[int, ...
 
 
 @pytest.mark.parametrize("d, h", MODES)
-def test_without_bias_it_is_the_kronecker_product(d: tuple[int, ...], h: tuple[int, ...]) -> None:
+def test_without_bias_it_equals_the_kronecker_product(d: tuple[int, ...], h: tuple[int, ...]) -> None:
     torch.manual_seed(2)
     layer, x = NdLinear(d, h, bias=False).double(), torch.randn(6, *d, dtype=torch.float64)
     matrix = torch.ones(1, 1, dtype=torch.float64)
@@ -63,14 +64,14 @@ def test_without_bias_it_is_the_kronecker_product(d: tuple[int, ...], h: tuple[i
 
 def test_modes_that_do_not_match_are_refused() -> None:
     for d, h in (((2, 3), (4,)), ((), ())):
-        with pytest.raises(ValueError, match="as many modes"):
+        with pytest.raises(ValueError, match="modes"):
             NdLinear(d, h)
 
 
-def test_the_mlps_cheap_order_is_the_literal_one() -> None:
+def test_mlp_equals_its_literal_order() -> None:
     torch.manual_seed(3)
-    mlp = NdMLP(GPTConfig(**ND))
-    for p in mlp.parameters():  # biases too, which begin at 0
+    mlp = MLPS["ndlinear"](GPTConfig(**ND))
+    for p in mlp.parameters():  # biases too, which are initialized to 0
         nn.init.normal_(p, std=0.3)
     x = torch.randn(2, 5, 16)
     literal = mlp.c_proj(nn.functional.gelu(mlp.c_fc(x[..., None]), approximate="tanh"))[..., 0]
@@ -84,19 +85,19 @@ def test_sizes_have_the_published_counts() -> None:
 
 
 @pytest.mark.parametrize("size", ["demo", "gpt2"])
-def test_at_the_start_it_is_as_large_as_the_dense_one(size: str) -> None:
+def test_initial_output_is_as_large_as_the_dense_mlps(size: str) -> None:
     torch.manual_seed(4)
-    shape = SIZES[size] | dict(n_layer=1)  # one block tells
+    shape = SIZES[size] | dict(n_layer=1)  # one block is enough
     nd = shape | dict(mlp="ndlinear", mlp_width=2 * shape["n_embd"], mlp_modes=2)
     x = torch.randn(64, shape["n_embd"])
     dense, ours = (GPT(GPTConfig(**s)).transformer.h[0].mlp(x).std().item() for s in (shape, nd))
-    assert 0.5 * dense / math.sqrt(2) < ours < 2 * dense / math.sqrt(2)  # half as wide: 1/√2 of it
+    assert 0.5 * dense / math.sqrt(2) < ours < 2 * dense / math.sqrt(2)  # half the width: 1/√2
 
 
-def test_one_mode_of_ones_is_the_dense_mlp() -> None:
+def test_one_mode_of_ones_equals_the_dense_mlp() -> None:
     torch.manual_seed(5)
     config = GPTConfig(**TINY | dict(mlp="ndlinear", mlp_width=64, mlp_modes=1))
-    nd, dense = NdMLP(config), MLP(GPTConfig(**TINY))
+    nd, dense = MLPS["ndlinear"](config), MLP(GPTConfig(**TINY))
     for ours, linear in ((nd.c_fc, dense.c_fc), (nd.c_proj, dense.c_proj)):
         ours.modes[0].load_state_dict(linear.state_dict())
         nn.init.ones_(ours.modes[1].weight)
@@ -106,7 +107,7 @@ def test_one_mode_of_ones_is_the_dense_mlp() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_mixing_vectors_do_not_decay(optimizer: str) -> None:
+def test_factors_of_the_second_mode_do_not_decay(optimizer: str) -> None:
     raw = GPT(GPTConfig(**ND))
     settings = dict(weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
     groups = [g for o in make_optimizers(raw, optimizer=optimizer, **settings) for g in o.param_groups]
@@ -116,7 +117,7 @@ def test_mixing_vectors_do_not_decay(optimizer: str) -> None:
         assert (id(p) in decayed) != small, name
 
 
-def test_it_learns_and_every_parameter_moves() -> None:
+def test_training_lowers_the_loss_and_changes_every_parameter() -> None:
     torch.manual_seed(6)
     raw = GPT(GPTConfig(**ND))
     before = {name: p.detach().clone() for name, p in raw.named_parameters()}
@@ -136,7 +137,7 @@ def test_it_learns_and_every_parameter_moves() -> None:
     for name, p in raw.named_parameters():
         assert not torch.equal(p, before[name]), name
     w = raw.transformer.h[0].mlp.c_fc.modes[1].weight.flatten()
-    assert len(set(w.tolist())) == 3  # the modes went different ways
+    assert len(set(w.tolist())) == 3  # the modes differ
 
 
 def test_cached_generation_equals_uncached() -> None:
@@ -153,19 +154,17 @@ def test_cached_generation_equals_uncached() -> None:
             assert row[at] == int(logits[0, -1, :257].argmax())
 
 
-def test_weights_travel_and_hugging_face_is_refused(tmp_path: Path) -> None:
+def test_weights_reload_and_export_to_hugging_face_is_refused(tmp_path: Path) -> None:
     raw = GPT(GPTConfig(**ND))
     again = GPT.from_weights(GPTConfig(**asdict(raw.config)), raw.state_dict())
     idx = torch.randint(257, (2, 8))
     assert torch.equal(raw(idx)[0], again(idx)[0])
     with pytest.raises(ValueError, match="ndlinear"):
-        to_hf(raw, tmp_path / "hf")
+        hf.save(raw, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize(
-    "changed", [dict(mlp="nd"), dict(mlp_modes=0), dict(mlp_width=-1), dict(mlp_width=1.5)]
-)
-def test_bad_shapes_are_refused(changed: dict[str, object]) -> None:
+@pytest.mark.parametrize("changed", [dict(mlp="nd"), dict(mlp_modes=0), dict(mlp_width=-1), dict(mlp_width=1.5)])
+def test_invalid_shapes_are_refused(changed: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(changed))):
         GPTConfig(**ND | changed)

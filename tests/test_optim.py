@@ -5,77 +5,51 @@ from copy import deepcopy
 
 import pytest
 import torch
-from harness import tiny_model
+from harness import bits, tiny_model
 from torch import Tensor
 
 from neogpt import optim
 
-ADAMW = dict(weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
 
-# -----------------------------------------------------------------------------
-# Learning rate
-
-
-@pytest.mark.parametrize("max_lr", [1.0, 6e-4])
-def test_schedules(max_lr: float) -> None:
-    cosine = optim.schedule("cosine", 110, 10, max_lr, min_lr_frac=0.1)
+def test_schedules() -> None:
+    cosine = optim.schedule("cosine", 110, 10, 2.0, min_lr_frac=0.1)
     quarter = 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2  # cos 45°
     expected = {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 35: quarter, 60: 0.55, 110: 0.1, 500: 0.1}
-    assert {step: cosine(step) for step in expected} == pytest.approx({k: max_lr * v for k, v in expected.items()})
-    wsd = optim.schedule("wsd", 100, 4, max_lr, min_lr_frac=0.1, decay_frac=0.2)
+    assert {step: cosine(step) / 2 for step in expected} == pytest.approx(expected)
+    wsd = optim.schedule("wsd", 100, 4, 2.0, min_lr_frac=0.1, decay_frac=0.2)
     expected = {0: 0.25, 3: 1.0, 4: 1.0, 59: 1.0, 80: 1.0, 85: 0.775, 90: 0.55, 100: 0.1, 200: 0.1}
-    assert {step: wsd(step) for step in expected} == pytest.approx({k: max_lr * v for k, v in expected.items()})
-
-
-def test_schedules_at_their_edges() -> None:
+    assert {step: wsd(step) / 2 for step in expected} == pytest.approx(expected)
     cosine, all_warmup = optim.schedule("cosine", 4, 0, 1.0), optim.schedule("cosine", 4, 4, 1.0)
     assert [cosine(0), cosine(4)] == [1.0, 0.0]
     assert [all_warmup(3), all_warmup(4)] == [1.0, 1.0]  # no step is left to decay in
     constant, linear = (optim.schedule("wsd", 10, 0, 1.0, decay_frac=frac) for frac in (0.0, 1.0))
-    assert [constant(9), constant(10)] == [1.0, 0.0]
-    assert linear(5) == 0.5
-
-
-# -----------------------------------------------------------------------------
-# Parameter groups
+    assert [constant(9), constant(10), linear(5)] == [1.0, 0.0, 0.5]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_every_parameter_has_one_optimizer_and_only_matrices_decay(kind: str) -> None:
     raw = tiny_model()
     raw.transformer.wpe.weight.requires_grad_(False)
-    optimizers = optim.make_optimizers(raw, optimizer=kind, **ADAMW)
+    optimizers = optim.make_optimizers(raw, optimizer=kind, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-7)
     names = {id(p): name for name, p in raw.named_parameters()}
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    embedding = {"transformer.wte.weight"}
-    matrices = {n for n in names.values() if n.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))}
-    others = {n for n in names.values() if n.endswith(".bias") or ".ln_" in n}
-    assert len(matrices) == 2 * 4
-    expected = {"adamw": [embedding | matrices, others], "muon": [embedding, others, matrices]}
+    wte, matrices = {"transformer.wte.weight"}, {f"{name}.weight" for name in raw.weight_matrices()}
+    others = {name for name in names.values() if name.endswith(".bias") or ".ln_" in name}
+    expected = {"adamw": [wte | matrices, others], "muon": [wte, others, matrices]}
     assert [{names[id(p)] for p in group["params"]} for group in groups] == expected[kind]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1][: len(groups)]
-    assert all((group["betas"], group["eps"]) == ((0.9, 0.95), 1e-8) for group in optimizers[0].param_groups)
+    assert all((group["betas"], group["eps"]) == ((0.8, 0.9), 1e-7) for group in optimizers[0].param_groups)
 
 
-def test_moments_of_a_checkpoint_keep_the_configured_settings() -> None:
+def test_moments_are_loaded_without_their_settings() -> None:
     raw = tiny_model()
-    for p in raw.parameters():
-        p.grad = torch.randn_like(p)
-    old = optim.make_optimizers(raw, optimizer="muon", **ADAMW)
-    for optimizer in old:
-        optimizer.step()
-    moments = [deepcopy(optimizer.state_dict()["state"]) for optimizer in old]
-    settings = dict(weight_decay=0.3, betas=(0.8, 0.9), eps=1e-6, momentum=0.5)
-    new = optim.make_optimizers(raw, optimizer="muon", **settings)
-    optim.load_moments(new, moments)
-    assert (new[0].param_groups[0]["betas"], new[1].param_groups[0]["momentum"]) == ((0.8, 0.9), 0.5)
-    assert torch.equal(new[1].state_dict()["state"][0]["momentum"], moments[1][0]["momentum"])
-    with pytest.raises(ValueError):
-        optim.load_moments(new, moments[:1])
-
-
-# -----------------------------------------------------------------------------
-# Muon
+    old, new = (optim.make_optimizers(raw, weight_decay=decay) for decay in (0.1, 0.3))
+    raw(torch.arange(9)[None], torch.arange(9)[None])[1].backward()
+    old[0].step()
+    moments = deepcopy(old[0].state_dict()["state"])
+    optim.load_moments(new, [moments])
+    assert new[0].param_groups[0]["weight_decay"] == 0.3
+    assert bits(new[0].state_dict()["state"]) == bits(moments)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 6, 24), (2, 24, 6)], ids=str)
@@ -112,7 +86,7 @@ def test_muon_equals_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = tiny_model().double()
     other, start = deepcopy(raw), deepcopy(raw)
     matrices = [f"{name}.weight" for name in raw.weight_matrices()]
-    muon = optim.make_optimizers(raw, optimizer="muon", **ADAMW)[1]
+    muon = optim.make_optimizers(raw, optimizer="muon", weight_decay=0.1)[1]
     settings = dict(lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
     reference = torch.optim.Muon([other.get_parameter(name) for name in matrices], **settings)
     muon.param_groups[0]["lr"] = 0.02
@@ -129,15 +103,11 @@ def test_muon_equals_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (ours - theirs).norm() < 1e-9 * theirs.norm()  # rounding, through five polynomials
 
 
-# -----------------------------------------------------------------------------
-# Pruned weights
-
-
 @torch.no_grad()
 def test_masks_of_pruned_matrices() -> None:
     raw = tiny_model()
     assert optim.zero_masks(raw) == {}
-    assert optim.keep_zeros(optim.make_optimizers(raw, **ADAMW), raw) == 0
+    assert optim.keep_zeros(optim.make_optimizers(raw, weight_decay=0.1), raw) == 0
     block = raw.transformer.h[0]
     block.attn.c_attn.weight.view(-1)[:8] = 0  # 1 % of 768 weights
     block.attn.c_proj.weight.view(-1)[:2] = 0  # 0.8 % of 256
@@ -145,8 +115,7 @@ def test_masks_of_pruned_matrices() -> None:
     block.mlp.c_proj.weight[1:] = 0
     raw.transformer.wpe.weight[1:] = 0  # not a matrix of a block
     masks = optim.zero_masks(raw)
-    prefix = "transformer.h.0"
-    assert masks.keys() == {f"{prefix}.attn.c_attn.weight", f"{prefix}.mlp.c_proj.weight"}
+    assert masks.keys() == {"transformer.h.0.attn.c_attn.weight", "transformer.h.0.mlp.c_proj.weight"}
     assert all(torch.equal(mask, raw.get_parameter(name) != 0) for name, mask in masks.items())
 
 
@@ -154,24 +123,19 @@ def test_masks_of_pruned_matrices() -> None:
 @pytest.mark.parametrize("shape", [{}, dict(mlp="ndlinear", mlp_width=32, mlp_modes=2)], ids=["dense", "ndlinear"])
 def test_zeros_stay_zero_in_training(shape: dict, kind: str) -> None:
     raw = tiny_model(**shape)
-    matrices = {name: linear.weight for name, linear in raw.weight_matrices().items() if ".h.1." in name}
-    zeros = {}
+    pruned = [f"{name}.weight" for name in raw.weight_matrices() if ".h.1." in name]
     with torch.no_grad():
-        for name, weight in matrices.items():
-            zeros[name] = torch.rand_like(weight) < 0.3
-            weight[zeros[name]] = 0
-    optimizers = optim.make_optimizers(raw, optimizer=kind, **ADAMW)
-    assert optim.keep_zeros(optimizers, raw) == len(matrices) > 2
+        for name in pruned:
+            raw.get_parameter(name)[torch.rand(raw.get_parameter(name).shape) < 0.3] = 0
+    optimizers = optim.make_optimizers(raw, optimizer=kind, weight_decay=0.1)
+    assert optim.keep_zeros(optimizers, raw) == len(pruned) > 2
     before = {name: p.detach().clone() for name, p in raw.named_parameters()}
     for _ in range(3):
-        idx = torch.randint(257, (2, 17))
-        raw(idx[:, :-1], idx[:, 1:])[1].backward()
+        raw(torch.randint(257, (2, 16)), torch.randint(257, (2, 16)))[1].backward()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2
             optimizer.step()
-            optimizer.zero_grad()
     for name, p in raw.named_parameters():
-        zero = zeros.get(name.removesuffix(".weight"), torch.zeros_like(p, dtype=torch.bool))
-        moved = p[~zero] != before[name][~zero]
-        assert not p[zero].any() and moved.float().mean() > 0.98, name  # a weight can return by chance
+        zero = (before[name] == 0) & (name in pruned)
+        assert not p[zero].any() and (p != before[name])[~zero].float().mean() > 0.98, name

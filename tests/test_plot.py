@@ -1,194 +1,116 @@
-"""plot.py: what it reads from a log, and where it puts the points."""
+"""tools/plot.py: what it reads from a log, and where it draws the points."""
 
+import re
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
+import harness
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-import plot
+from tools import plot
 
-LOG = """# code=1 torch=2
-# data='x.txt' tokenizer='bytes' total_batch_size=100 max_steps=10
-0 val 5.5
-0 seconds 2
-0 train 5.5
-5 val 3
-5 seconds 12
-5 train 3.2
-6 train 3.1
-10 val 2.5
-10 seconds 32
-"""
+HEADER = "# code=1 torch=2 tokenizer=bytes\n# data='x.txt' max_steps=10\n# a message with a step: 3 val 9\n"
+VALUES = """0 val 5.5, 0 tokens 0, 0 seconds 2, 0 train 5.5, 5 val 3, 5 tokens 600, 5 seconds 12, 5 train 3.2,
+6 train 3.1, 10 val 2.5, 10 tokens 1200, 10 seconds 32, 10 train 2.4, 11 train 2.4,"""
+LOG = HEADER + re.sub(r",\s*", "\n", VALUES)
+VAL, GPT2 = (np.array([0, 5]), np.array([3.5, 0.3])), dict(tokenizer="gpt2", hellaswag_data="")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "log.txt").write_text(LOG)
-    return tmp_path
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Axes]:
+    """The axes of the figures that are written, by title."""
+    found, savefig = {}, Figure.savefig
+
+    def save(figure: Figure, *args: object, **options: object) -> None:
+        found[figure.axes[0].get_title()] = figure.axes[0]
+        savefig(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return found
 
 
-def points(folder: Path, x: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[float]]:
-    """Where the curves of Loss.png are drawn, by label."""
-    matplotlib.use("Agg")
-    seen = {}
-    close = plt.close
-
-    def look(figure: plt.Figure) -> None:
-        seen.update({line.get_label(): list(line.get_xdata()) for line in figure.axes[0].lines})
-        close(figure)
-
-    monkeypatch.setattr(plt, "close", look)
-    [path] = plot.draw([("run", *plot.read_log(folder))], folder, x, smooth=1)
-    assert path.name == "Loss.png" and path.stat().st_size > 1000
-    return seen
+def write_log(folder: Path, text: str) -> plot.Run:
+    (folder / "log.txt").write_text(text)
+    return plot.read_log(folder)
 
 
 @pytest.mark.parametrize(
     "x, val, train",
     [
-        ("steps", [0, 5, 10], [0, 5, 6]),
-        ("tokens", [0, 500, 1000], [0, 500, 600]),
-        ("seconds", [2, 12, 32], [2, 12, 16]),
+        ("steps", [0, 5, 10], [0, 5, 6, 10, 11]),
+        ("tokens", [0, 600, 1200], [0, 600, 720, 1200, np.nan]),  # known up to the last evaluation
+        ("seconds", [2, 12, 32], [2, 12, 16, 32, np.nan]),
     ],
 )
-def test_the_axis(
-    folder: Path, x: str, val: list[float], train: list[float], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = points(folder, x, monkeypatch)
-    assert found == {"run, validation": val, "run, training": train}
-
-
-def test_a_log_without_seconds(folder: Path) -> None:
-    text = "\n".join(line for line in LOG.splitlines() if "seconds" not in line)
-    (folder / "log.txt").write_text(text)
-    with pytest.raises(SystemExit, match="--x=steps"):
-        plot.draw([("run", *plot.read_log(folder))], folder, "seconds")
-
-
-def test_logs_of_fine_tuning(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss is named by the tokenizer of the model it began from, and no token count is made up."""
-    labels = []
-    set_ylabel = plt.Axes.set_ylabel
-    monkeypatch.setattr(
-        plt.Axes, "set_ylabel", lambda self, text: labels.append(text) or set_ylabel(self, text)
-    )
-    texts = [LOG] + [
-        LOG.replace("torch=2", f"torch=2 tokenizer={name}")
-        .replace("# data='x.txt' tokenizer='bytes'", header)
-        .replace(" total_batch_size=100", "")
-        for name in ("gpt2", "bytes")
-        for header in ("# checkpoint='out/x'", "# checkpoint='out/x' beta=0.1")
-    ]
-    for text in texts:
-        (folder / "log.txt").write_text(text)
-        plot.draw([("run", *plot.read_log(folder))], folder)
-    assert labels == ["loss, nats per byte", "loss, nats per token", "loss", "loss, nats per byte", "loss"]
-    with pytest.raises(SystemExit, match="--x=steps"):
-        plot.draw([("run", *plot.read_log(folder))], folder, "tokens")
-
-
-def axes_of(runs: list, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, plt.Axes]:
-    """The axes that are drawn, by title; training losses are not smoothed."""
-    seen = {}
-    with monkeypatch.context() as patch:
-        patch.setattr(plt, "close", lambda figure: seen.update({figure.axes[0].get_title(): figure.axes[0]}))
-        plot.draw(runs, folder, smooth=1)
-    for axes in seen.values():
-        plt.close(axes.figure)
-    return seen
-
-
-CURVES = {name: (np.array([0, 5]), np.array([3.5, 0.3])) for name in ("val", "hella")}
-PRETRAINED = dict(tokenizer="gpt2")
-BYTES = dict(tokenizer="bytes")
-TUNED = dict(tokenizer="gpt2", checkpoint="out/x")
+def test_horizontal_axis(x: str, val: list, train: list, figures: dict[str, Axes], tmp_path: Path) -> None:
+    [path] = plot.draw([write_log(tmp_path, LOG)], tmp_path, x, smooth=1)
+    assert path.name == "Loss.png" and b"PNG" in path.read_bytes()[:8]
+    found = {line.get_label().split(", ")[1]: line.get_xdata() for line in figures["Loss"].lines}
+    np.testing.assert_allclose(found["validation"], val)
+    np.testing.assert_allclose(found["training"], train)
 
 
 @pytest.mark.parametrize(
-    "runs, comparable",
+    "smooth, expected", [(1, [[0, 5, 6, 9], [1, 3, 2, 0]]), (2, [[2.5, 5.5, 7.5], [2, 2.5, 1]]), (50, [[5], [1.5]])]
+)
+def test_training_loss_is_averaged_over_neighboring_steps(smooth: int, expected: list) -> None:
+    run = plot.Run("a", dict(train=(np.array([0, 5, 6, 9]), np.array([1, 3, 2, 0]))), {})
+    np.testing.assert_allclose(plot.transform(run, "steps", smooth).curves["train"], expected)
+
+
+def test_restarted_run(tmp_path: Path) -> None:
+    """Points after the restart are dropped, and later lines and headers replace earlier ones."""
+    again = "# code=2 tokenizer=gpt2\n5 val 2.7\n5 val 2.9\n5 train 3.0\n6 train 2.9\n7 val 2.8\n7 lr 6e-\n"
+    label, curves, constants = write_log(tmp_path, LOG + again)
+    assert label == tmp_path.name and constants["tokenizer"] == "gpt2" and constants["max_steps"] == "10"
+    assert list(curves["val"][0]) == [0, 5, 7] and list(curves["val"][1]) == [5.5, 2.9, 2.8]
+    assert list(curves["train"][0]) == [0, 5, 6] and list(curves["train"][1]) == [5.5, 3.0, 2.9]
+    assert "lr" not in curves  # its only value was cut off
+
+
+@pytest.mark.parametrize(
+    "others, val, hella",
     [
-        ([PRETRAINED], True),
-        ([PRETRAINED | dict(hella_data="mine.jsonl")], True),
-        ([PRETRAINED, PRETRAINED], True),
-        ([BYTES], False),
-        ([TUNED], False),
-        ([PRETRAINED, BYTES], False),
-        ([TUNED, PRETRAINED], False),
+        ([GPT2], True, True),
+        ([GPT2 | dict(hellaswag_data="mine.jsonl")], True, False),
+        ([dict(tokenizer="gpt2", hella_data="mine.jsonl")], True, False),  # an older log
+        ([GPT2 | dict(checkpoint="out/x")], False, False),
+        ([dict(tokenizer="bytes")], False, False),
     ],
 )
-def test_gpt2_stands_only_beside_runs_that_can_be_compared_with_it(
-    runs: list, comparable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_gpt2_is_drawn_only_beside_comparable_runs(
+    others: list, val: bool, hella: bool, figures: dict[str, Axes], tmp_path: Path
 ) -> None:
-    found = axes_of([("run", CURVES, constants) for constants in runs], tmp_path, monkeypatch)
-    lines = {
-        title: {line.get_label().split(",")[0]: line.get_ydata()[0] for line in axes.lines[len(runs) :]}
-        for title, axes in found.items()
-    }
-    same_rows = not any(constants.get("hella_data") for constants in runs)
-    others = {"GPT-3 124M": 0.337, "GPT-2 124M": 0.2955} if comparable and same_rows else {}
-    assert lines == dict(
-        Loss={"GPT-2 124M": 3.2924} if comparable else {}, HellaSwag=others | dict(chance=0.25)
-    )
+    plot.draw([plot.Run("a", dict(val=VAL, hella=VAL), constants) for constants in (GPT2, *others)], tmp_path)
+    assert [line.get_ydata()[0] for line in figures["Loss"].lines[2:]] == [3.2924] * val
+    assert [line.get_ydata()[0] for line in figures["HellaSwag"].lines[2:]] == [0.2955, 0.337] * hella + [0.25]
 
 
-def test_smoothing() -> None:
-    steps, values = np.array([0, 5, 6, 9]), np.array([1.0, 3.0, 2.0, 0.0])
-    for n, expected in ((1, [steps, values]), (2, [[2.5, 5.5, 7.5], [2, 2.5, 1]]), (50, [[5], [1.5]])):
-        for got, mean in zip(plot.smoothed(steps, values, n), expected):
-            np.testing.assert_allclose(got, mean)
+@pytest.mark.parametrize("shift", [0, -3.3])  # the loss of DPO with rpo_alpha can be negative
+def test_loss_axis_fits_trained_models(shift: float, figures: dict[str, Axes], tmp_path: Path) -> None:
+    losses = dict(val=[10.9, 3.2, np.nan, 2.6, np.inf], train=[10.9, 3.1, np.nan, 2.4])
+    curves = {name: (np.arange(len(y)), np.array(y) + shift) for name, y in losses.items()}
+    plot.draw([plot.Run("a", curves, {})], tmp_path, smooth=1)
+    bottom, top = figures["Loss"].get_ylim()
+    assert 2 < bottom - shift < 2.4 and 3.2 < top - shift < 3.8
 
 
-def test_untrained_and_infinite_losses_do_not_press_the_curve_flat(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    val = (np.arange(5), np.array([10.9, 3.2, np.nan, 2.6, np.inf]))
-    train = (np.arange(4), np.array([10.9, 3.1, np.nan, 2.4]))
-    axes = axes_of([("run", dict(val=val, train=train), {})], tmp_path, monkeypatch)["Loss"]
-    bottom, top = axes.get_ylim()
-    assert 2 < bottom < 2.4 and 3.2 < top < 4
-    lost = (np.arange(2), np.array([np.inf, np.nan]))
-    assert axes_of([("run", dict(val=lost, train=lost), {})], tmp_path, monkeypatch).keys() == {"Loss"}
+def test_a_run_has_one_color_in_both_figures(figures: dict[str, Axes], tmp_path: Path) -> None:
+    diverged = np.arange(2), np.array([np.inf, np.nan])
+    runs = [plot.Run("a", dict(val=diverged), {}), plot.Run("b", dict(val=VAL, hella=VAL), {})]
+    plot.draw(runs, tmp_path)
+    colors = {title: {line.get_label(): line.get_color() for line in axes.lines} for title, axes in figures.items()}
+    assert colors["HellaSwag"]["b"] == colors["Loss"]["b, validation"] != colors["Loss"]["a, validation"]
 
 
-def test_losses_below_zero_stay_in_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    val = (np.arange(4), np.array([0.7, -0.4, -0.6, -0.9]))
-    axes = axes_of([("run", dict(val=val, train=val), {})], tmp_path, monkeypatch)["Loss"]
-    bottom, top = axes.get_ylim()
-    assert bottom < -0.9 and -0.4 < top
-
-
-def test_a_run_has_one_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where one before it has no HellaSwag."""
-    unscored = {"val": CURVES["val"]}
-    found = axes_of([("a", unscored, {}), ("b", CURVES, {})], tmp_path, monkeypatch)
-    colours = {title: {line.get_label(): line.get_color() for line in found[title].lines} for title in found}
-    assert colours["HellaSwag"]["b"] == colours["Loss"]["b, validation"] != colours["Loss"]["a, validation"]
-
-
-@pytest.mark.parametrize("x", ["seconds", "tokens"])
-def test_training_is_drawn_as_far_as_the_axis_is_known(
-    x: str, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (folder / "log.txt").write_text(LOG.replace("seconds", x) + "10 train 2.4\n11 train 2.4\n")
-    found = points(folder, x, monkeypatch)  # tokens as logged, whatever a step has now
-    assert found == {"run, validation": [2, 12, 32], "run, training": [2, 12, 16, 32]}
-
-
-def test_a_run_begun_again_hides_what_came_after(folder: Path) -> None:
-    with open(folder / "log.txt", "a") as file:
-        file.write("5 val 2.9\n5 train 3.0\n6 train 2.9\n7 val 2.8\n7 lr 6e-\n")  # and a torn line
-    curves, _ = plot.read_log(folder)
-    assert {name: list(steps) for name, (steps, _) in curves.items()} == dict(
-        val=[0, 5, 7], seconds=[0, 5], train=[0, 5, 6]
-    )
-    assert list(curves["val"][1]) == [5.5, 2.9, 2.8] and list(curves["train"][1]) == [5.5, 3.0, 2.9]
-
-
-def test_a_step_written_twice_counts_once(folder: Path) -> None:
-    with open(folder / "log.txt", "a") as file:
-        file.write("5 val 2.9\n5 val 2.8")
-    curves, constants = plot.read_log(folder)
-    assert np.array_equal(curves["val"][0], [0, 5, 10]) and list(curves["val"][1]) == [5.5, 2.8, 2.5]
-    assert constants["tokenizer"] == "bytes"
+def test_invalid_options(tmp_path: Path) -> None:
+    write_log(tmp_path, LOG.replace("tokens", "other"))
+    cfg = plot.Config(runs=(str(tmp_path),), out_dir=str(tmp_path))
+    harness.refused(plot.main, cfg, "tokens", "--x=steps", x="tokens")
+    harness.refused(plot.main, cfg, "smooth", 0, smooth=0)
+    harness.refused(plot.main, cfg, "labels", 2, labels=("a", "b"))
+    harness.refused(plot.main, cfg, "nothing", runs=(str(tmp_path / "nothing"),))
+    (tmp_path / "log.txt").write_text("no numbers\n")
+    harness.refused(plot.main, cfg, "log.txt")

@@ -167,7 +167,6 @@ def test_training_keeps_zeros(
         data=cfg.data,
         val_tokens=64,
         hellaswag_every=0,
-        plot=False,
         device="cpu",
     )
     for max_steps in (3, 5):  # the second run is resumed

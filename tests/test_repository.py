@@ -1,4 +1,4 @@
-"""The shape of the repository: layers, imports without effects, comments, style, the demo, the README."""
+"""The shape of the repository: imports, size, comments, style, the demo data, the README."""
 
 import ast
 import hashlib
@@ -13,15 +13,21 @@ import tokenize
 from pathlib import Path
 
 import pytest
+from harness import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted(path.stem for path in ROOT.glob("*.py"))
+# Imports go one way: each module of neogpt imports only from those before it, scripts import from neogpt and hellaswag,
+# and tools from scripts and neogpt.
+ORDER = "files config ndlinear model data optim runtime hf lora cpu generate training chat preferences checkpoint run"
+ORDER = [f"neogpt.{name}" for name in [*ORDER.split(), "finetune"]]
+NEOGPT = sorted((ROOT / "neogpt").glob("*.py"))
+SCRIPTS = sorted(ROOT.glob("*.py"))
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+PRODUCT = [*NEOGPT, *SCRIPTS, *TOOLS]
 
-# An arrow only ever points to a lower number. A file that is not named here is a script, number 5.
-LAYERS = {"files": 0, "model": 1, "data": 1, "training": 1}
-LAYERS |= {"optimizers": 2, "lora": 2, "hf": 2, "sampling": 2, "checkpoints": 3}
-LAYERS |= {"hellaswag": 4, "plot": 4, "finetune": 4, "bench": 6, "compare": 6}
-SCRIPTS = [name for name in FILES if LAYERS.get(name, 5) >= 4 and name != "finetune"]
+
+def module_name(path: Path) -> str:
+    """The name by which a file is imported."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def tree(path: Path) -> ast.Module:
@@ -30,39 +36,54 @@ def tree(path: Path) -> ast.Module:
 
 
 def imported(node: ast.AST) -> set[str]:
-    """The top-level names of all modules that are imported anywhere within."""
+    """The names of all modules that are imported anywhere within; "neogpt.data" for `from neogpt import data`."""
     names = set()
     for child in ast.walk(node):
         if isinstance(child, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in child.names}
+            names |= {alias.name for alias in child.names}
         elif isinstance(child, ast.ImportFrom):
-            assert child.level == 0, "the repository is no package"
-            names.add(child.module.split(".")[0])
+            assert child.level == 0, "relative import"
+            packages = child.module in ("neogpt", "tools")
+            names |= {f"{child.module}.{alias.name}" for alias in child.names} if packages else {child.module}
     return names
 
 
-# -----------------------------------------------------------------------------
-# Imports
+def test_imports_go_one_way() -> None:
+    assert {module_name(path) for path in NEOGPT} == {*ORDER, "neogpt.__init__"}
+    for path in NEOGPT:
+        name = module_name(path)
+        allowed = ORDER[: ORDER.index(name)] if name in ORDER else []
+        ours = {other for other in imported(tree(path)) if other.split(".")[0] in ("neogpt", "tools")}
+        assert ours <= set(allowed), f"{path.name} imports {ours - set(allowed)}"
+    scripts = {path.stem for path in SCRIPTS}
+    for path in SCRIPTS:
+        names = imported(tree(path))
+        assert not [name for name in names if name.startswith("tools")], f"{path.name} imports from tools"
+        assert names & scripts <= {"hellaswag"}, f"{path.name} imports another script"
 
 
-def test_imports_only_point_down() -> None:
-    for name in FILES:
-        for other in imported(tree(ROOT / f"{name}.py")) & set(FILES):
-            assert LAYERS.get(other, 5) < LAYERS.get(name, 5), f"{name}.py must not import {other}.py"
+def test_the_size_of_the_repository() -> None:
+    lines = {path: path.read_text(encoding="utf-8").count("\n") for path in PRODUCT}
+    assert sum(lines.values()) <= 4900
+    for path, n in lines.items():
+        assert n <= (350 if path.name == "fineweb.py" else 300), f"{path.name} has {n} lines"
+        for node in tree(path).body:
+            if isinstance(node, ast.FunctionDef) and node.name == "main":
+                assert node.end_lineno - node.lineno < 70, f"main of {path.name}"
+    assert len(SCRIPTS) <= 9 and len(NEOGPT) <= 18
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in ROOT.glob("tests/*.py")) <= 6800
+    assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 170
 
 
 def test_every_import_is_named_in_the_requirements() -> None:
     text = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-dev.txt").read_text()
     required = {re.split("[=<>]", line)[0] for line in text.splitlines() if line and line[0] not in "#-"}
-    modules = {f.stem: imported(tree(f)) for f in [*ROOT.glob("*.py"), *ROOT.glob("demo/*.py")]}
-    ours = set(modules) | {"world"}
-    optional = {"awkward"}  # comes with gigatoken
-    for name, names in modules.items():
-        missing = names - set(sys.stdlib_module_names) - ours - required - optional
-        assert not missing, f"{name}.py imports {missing}"
-    runtime = (ROOT / "requirements.txt").read_text()
-    for name in re.findall(r"^(\w+)==", runtime, re.M):
-        assert any(name in names for names in modules.values()), f"nothing imports {name}"
+    ours = {"neogpt", "tools"} | {path.stem for path in SCRIPTS}
+    optional = {"awkward"}  # installed with gigatoken
+    used = {name.split(".")[0] for path in PRODUCT for name in imported(tree(path))}
+    assert used - set(sys.stdlib_module_names) - ours - required - optional == set()
+    for name in re.findall(r"^(\w+)==", (ROOT / "requirements.txt").read_text(), re.M):
+        assert name in used, f"nothing imports {name}"
 
 
 IMPORT = """
@@ -75,7 +96,7 @@ def watch(event: str, args: tuple) -> None:
     if event in watched or event == "open" and args[1] and any(c in args[1] for c in "wax+"):
         created.append((event, str(args[0])))
 
-for name in sys.argv[1].split():  # what others do when they are imported is no matter of ours
+for name in sys.argv[1].split():  # imports of other packages are not tested
     __import__(name)
 environment = dict(os.environ)
 threads = threading.active_count()
@@ -94,15 +115,15 @@ else:
     assert "torch" not in sys.modules, "torch was imported"
 """
 
-LIGHT = ["data", "files", "fineweb"]  # workers of fineweb.py import these: without torch
+LIGHT = ["neogpt.files", "neogpt.config", "neogpt.data", "fineweb"]  # workers of fineweb.py import no torch
 
 
 @pytest.mark.parametrize("torch", [False, True], ids=["without torch", "with torch"])
-def test_importing_has_no_side_effect(torch: bool, tmp_path: Path) -> None:
+def test_imports_have_no_side_effects(torch: bool, tmp_path: Path) -> None:
     libraries = ["numpy", "tiktoken", "tqdm", "pyarrow.parquet"]
     libraries += ["torch", "torch.nn.parallel"] if torch else []
-    names = [name for name in FILES if (name not in LIGHT) == torch]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    names = [n for n in map(module_name, PRODUCT) if (n not in LIGHT) == torch and not n.endswith("__init__")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     for variable in ("TIKTOKEN_CACHE_DIR", "RANK", "WORLD_SIZE"):
         env.pop(variable, None)
     args = [sys.executable, "-c", IMPORT, " ".join(libraries), " ".join(names)]
@@ -112,13 +133,11 @@ def test_importing_has_no_side_effect(torch: bool, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-# -----------------------------------------------------------------------------
-# Constants and comments
+CONFIGURED = [path for path in PRODUCT if "class Config:" in path.read_text(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_constant_of_a_script_has_a_comment(name: str) -> None:
-    path = ROOT / f"{name}.py"
+@pytest.mark.parametrize("path", CONFIGURED, ids=module_name)
+def test_every_constant_of_a_script_has_a_comment(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
     commented = {
         token.start[0]
@@ -130,31 +149,25 @@ def test_every_constant_of_a_script_has_a_comment(name: str) -> None:
     fields = [node for node in config.body if isinstance(node, ast.AnnAssign)]
     assert fields
     for field in fields:
-        lines = range(field.lineno, field.end_lineno + 1)
-        assert commented & set(lines), f"{name}.py: {field.target.id} has no comment"
+        assert commented & set(range(field.lineno, field.end_lineno + 1)), f"{field.target.id} has no comment"
+    assert ast.unparse(tree(path).body[-1]).startswith("if __name__ == '__main__':")
+    command = f"python {path.name}" if path in SCRIPTS else f"python -m {module_name(path)}"
+    assert command in ast.get_docstring(tree(path))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_every_script_is_guarded_and_named_in_its_docstring(name: str) -> None:
-    module = tree(ROOT / f"{name}.py")
-    assert ast.unparse(module.body[-1]).startswith("if __name__ == '__main__':")
-    assert f"python {name}.py" in ast.get_docstring(module)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_functions_are_typed_and_public_ones_documented(name: str) -> None:
-    module = tree(ROOT / f"{name}.py")
+@pytest.mark.parametrize("path", [path for path in PRODUCT if path.stem != "__init__"], ids=module_name)
+def test_functions_are_typed_and_public_ones_documented(path: Path) -> None:
+    module = tree(path)
     assert ast.get_docstring(module)
     for node in ast.walk(module):
         if isinstance(node, ast.FunctionDef):
-            where = f"{name}.py: {node.name}"
             arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
             untyped = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]
-            assert not untyped, f"{where}: no type for {untyped}"
-            assert node.returns is not None, f"{where}: no type for what it returns"
+            assert not untyped, f"{node.name}: no type for {untyped}"
+            assert node.returns is not None, f"{node.name}: no return type"
     for node in module.body:
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), f"{name}.py: {node.name} has no docstring"
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
 
 
 @pytest.mark.parametrize("command", ["check", "format --check"])
@@ -166,18 +179,14 @@ def test_style(command: str) -> None:
     assert out.returncode == 0, out.stdout + out.stderr
 
 
-# -----------------------------------------------------------------------------
-# The demo and the README
-
-
-def test_the_demo_text_can_be_made_again(tmp_path: Path) -> None:
-    # another seed for hash() and another encoding: the bytes may depend on neither
+def test_the_demo_data_can_be_generated_again(tmp_path: Path) -> None:
+    # the bytes must not depend on the seed of hash() or on the encoding of the console
     env = os.environ | {"PYTHONHASHSEED": "123", "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
-    args = [sys.executable, str(ROOT / "demo" / "make_demo.py"), str(tmp_path)]
-    subprocess.run(args, check=True, env=env, cwd=tmp_path, capture_output=True)
+    args = [sys.executable, "-m", "tools.make_demo", str(tmp_path)]
+    subprocess.run(args, check=True, env=env, cwd=ROOT, capture_output=True)
     made = {f.relative_to(tmp_path): f.read_bytes() for f in tmp_path.rglob("*.*")}
     assert len(made) == 5
-    for name, content in made.items():  # by hash: a difference should not print a megabyte
+    for name, content in made.items():  # hashes, because a difference would print a megabyte
         kept = (ROOT / name).read_bytes()
         assert hashlib.sha256(content).hexdigest() == hashlib.sha256(kept).hexdigest(), name
     kept = (ROOT / "input.txt").read_bytes()
@@ -185,7 +194,7 @@ def test_the_demo_text_can_be_made_again(tmp_path: Path) -> None:
     assert b"\r" not in kept and kept.count(b"\n<|endoftext|>\n") > 100
 
 
-def test_what_the_demo_holds_out_is_nowhere_else() -> None:
+def test_held_out_demo_data_appears_nowhere_else() -> None:
     rows = {
         name: [json.loads(line) for line in (ROOT / "demo" / f"{name}.jsonl").read_text().splitlines()]
         for name in ("hellaswag", "sft", "sft_held_out", "dpo")
@@ -199,7 +208,7 @@ def test_what_the_demo_holds_out_is_nowhere_else() -> None:
         return response.split(". ")[0].rstrip(".")
 
     held_out = {fact(row["response"]) for row in rows["sft_held_out"] if not row["context"]}
-    # friendship is mutual: the mirrored fact would tell
+    # friendship is mutual, so the mirrored fact must be held out too
     friends = [re.fullmatch(r"(\w+)'s best friend is (\w+)", answer) for answer in held_out]
     held_out |= {f"{m[2]}'s best friend is {m[1]}" for m in friends if m}
     passages = {row["context"] for row in rows["sft_held_out"] if row["context"]}
@@ -209,12 +218,12 @@ def test_what_the_demo_holds_out_is_nowhere_else() -> None:
     assert held_out.isdisjoint(told)
     asked = [row["context"] for row in rows["sft"]] + [row["prompt"].split("\n")[-1] for row in rows["dpo"]]
     assert passages.isdisjoint(asked)
-    for answer in held_out:  # but the world tells it
+    for answer in held_out:  # but input.txt states it
         assert text.count(answer + ".") + text.count(answer + ",") > 10, answer
 
 
 def commands() -> list[str]:
-    """The commands of the README, one a line, without their comments."""
+    """The commands of the README without their comments."""
     blocks = re.findall(r"^(?:    |\t)(.*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     lines = [line.split("  #")[0].strip() for line in blocks]
     return [part.strip() for line in lines for part in line.split("&&")]
@@ -222,35 +231,24 @@ def commands() -> list[str]:
 
 def test_readme_names_only_files_that_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert not re.findall("@@|TODO|TIME", text)
-    scripts = [
-        word for line in commands() for word in line.split() if word.endswith((".py", "requirements.txt"))
-    ]
-    assert {"train_gpt2.py", "sample.py", "requirements.txt"} <= set(scripts)
-    named = re.findall(r"`([\w./-]+\.(?:py|md|txt|toml))`", text) + re.findall(r"\]\(([^):#]+)\)", text)
-    for name in [*scripts, *named]:
-        if name not in ("log.txt", "book.txt", "question.txt") and not name.startswith("out/"):
-            assert (ROOT / name).exists(), f"README.md names {name}"
+    named = re.findall(r"`([\w./-]+\.(?:py|md|toml|sh))`", text) + re.findall(r"\]\(([^):#]+)\)", text)
+    named += [word for line in commands() for word in line.split() if word.endswith((".py", "requirements.txt", ".sh"))]
+    assert {"train_gpt2.py", "sample.py", "requirements.txt", "bench/RESULTS.md"} <= set(named)
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
-def options() -> list[tuple[str, str, str]]:
-    """(script, configuration, constant) of every `--constant` in the README's commands."""
-    found = []
+def test_readme_uses_only_options_that_exist() -> None:
+    n_options = 0
     for line in commands():
-        if m := re.search(r"(?:python|torchrun .*?) (\w+\.py)(?: +([\w.-]+))?(.*)", line):
-            script, name, rest = m[1], m[2] or "", (m[2] or "") + m[3]
-            found += [(script, name, option) for option in re.findall(r"--(\w+)", rest)]
-            found.append((script, name, ""))
-    return found
-
-
-@pytest.mark.parametrize("script, name, option", sorted(set(options())))
-def test_readme_uses_only_constants_that_exist(script: str, name: str, option: str) -> None:
-    if not (ROOT / script).exists():
-        pytest.skip(f"{script} has a test of its own")
-    module = tree(ROOT / script)
-    (config,) = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "Config"]
-    constants = {node.target.id for node in config.body if isinstance(node, ast.AnnAssign)}
-    assert not option or option in constants
-    if name and not name.startswith("-"):
-        assert f'"{name}"' in (ROOT / script).read_text(encoding="utf-8")
+        if not (match := re.search(r"(?:python|torchrun .*?) (-m tools\.\w+|\w+\.py)(?: +([\w.-]+))?(.*)", line)):
+            continue
+        script = match[1].removeprefix("-m ").removesuffix(".py").replace(".", "/") + ".py"
+        module = tree(ROOT / script)
+        (config,) = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "Config"]
+        constants = {node.target.id for node in config.body if isinstance(node, ast.AnnAssign)}
+        options = set(re.findall(r"--(\w+)", (match[2] or "") + match[3]))
+        n_options += len(options)
+        assert options <= constants, f"{line}: {options - constants}"
+        if match[2] and not match[2].startswith("-"):
+            assert f'"{match[2]}"' in (ROOT / script).read_text(encoding="utf-8"), line
+    assert n_options > 20

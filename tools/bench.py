@@ -12,14 +12,15 @@ smallest and largest of all repeats but the first. Our results are in bench/RESU
 """
 
 import functools
+import glob
+import importlib.util
 import itertools
 import multiprocessing
-import signal
 import tempfile
 import timeit
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 from neogpt import config, data, files
 
@@ -30,9 +31,8 @@ if multiprocessing.parent_process() is None:  # the workers of `tokenize` import
 
     import fineweb
     import hellaswag
-    import train_gpt2
-    from neogpt import generate, optim, run, runtime, training
-    from tools import timing
+    from neogpt import generate, runtime
+    from tools import timing, trainer
 
 
 @dataclass(frozen=True)
@@ -65,109 +65,26 @@ CONFIGS = {
     "data": Config(bench="data"),
     "sample": Config(bench="sample", models=("gpt2",), B=(1, 8), repeats=4),
     "hellaswag": Config(bench="hellaswag", data="", tokenizer="gpt2", models=("gpt2",), repeats=4),
-    "tokenize": Config(bench="tokenize", tokenizer="gpt2", repeats=4),
+    "tokenize": Config(bench="tokenize", data="*.parquet", tokenizer="gpt2", repeats=4),
 }
-
-
-class Trainer:
-    """One model with two training loops: where a model lies in memory can alone make a difference of 5 %."""
-
-    def __init__(
-        self, cfg: Config, name: str, B: int, precision: str = "", compile: bool | None = None, **changes: Any
-    ) -> None:
-        """precision, compile: in place of those of cfg. changes: to the GPTConfig."""
-        self.cfg, self.B = cfg, B
-        settings = dict(device=cfg.device, precision=precision or cfg.precision, deterministic=True)
-        raw, tokenizer, self.rt = timing.build_model(name, cfg.tokenizer, **settings, block_size=cfg.T, **changes)
-        self.train = data.Windows(data.open_data(cfg.data, tokenizer)[0], cfg.T)
-        self.folder = tempfile.TemporaryDirectory()
-        self.run = run.Run(train_gpt2.Config(out_dir=self.folder.name), "pretraining", tokenizer.name, self.rt)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Run has replaced the handlers
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        optimizers = optim.make_optimizers(raw, optimizer=cfg.optimizer, weight_decay=0.1)
-        self.run.attach(raw, optimizers, self.rt.device.type == "cuda" if compile is None else compile)
-
-    def read(self, step: int) -> "torch.Tensor":
-        """The tokens of a step, (n, T + 1), on the host."""
-        xy = self.train.read(self.run.items(step, self.cfg.total_batch_size // self.cfg.T, len(self.train)))
-        return torch.from_numpy(xy).pin_memory() if self.rt.device.type == "cuda" else torch.from_numpy(xy)
-
-    def plain(self) -> int:
-        """Forward, backward, clipping and optimizer on one batch that stays on the device; returns the tokens."""
-        xy = self.read(0).to(self.rt.device)
-        for _ in range(self.cfg.steps):
-            for rows in xy.split(self.B):
-                with runtime.strict_determinism():  # as in NeoGPT
-                    with self.rt.autocast():
-                        _, loss = self.run.model(rows[:, :-1], rows[:, 1:])
-                    (loss * len(rows) / len(xy)).backward()
-            torch.nn.utils.clip_grad_norm_(self.run.raw.parameters(), 1.0)
-            for optimizer in self.run.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = 1e-4
-                optimizer.step()
-                optimizer.zero_grad()
-        return self.cfg.steps * self.cfg.total_batch_size
-
-    def neogpt(self, mark: Callable[[str], None] = lambda phase: None) -> int:
-        """The loop of train_gpt2.py with its data, log and console; returns the tokens. Calls mark(phase) after each
-        phase of a step.
-        """
-
-        def loss_fn(net: Any, batch: dict) -> tuple:
-            mark("backward")  # of the previous micro-batch
-            with self.rt.autocast():
-                loss = net(batch["x"], batch["y"], reduction="sum")[1]
-            mark("forward")
-            return loss, {}
-
-        n_tokens, stop = self.cfg.total_batch_size, self.run.step + self.cfg.steps
-        batches = data.prefetch(self.read, self.run.step, stop)
-        with timing.quiet():
-            for _ in self.run.steps(stop):
-                mark("log")
-                if self.run.last:
-                    break
-                xy = next(batches).to(self.rt.device, non_blocking=True)
-                micro_batches = [dict(x=r[:, :-1], y=r[:, 1:], n=len(r) * self.cfg.T) for r in xy.split(self.B)]
-                mark("data")
-                self.run.update(training.Batch(micro_batches, len(xy), n_tokens), loss_fn, lr=1e-4)
-                mark("optimizer")
-            self.run.read_results(0)
-        return self.cfg.steps * n_tokens
-
-    def time_shares(self) -> dict[str, float]:
-        """The share of each phase in the time of NeoGPT's step."""
-        phases = timing.Phases()
-        hook = self.run.optimizers[0].register_step_pre_hook(lambda *_: phases.mark("backward"))
-        self.neogpt(phases.mark)
-        hook.remove()
-        return phases.shares()
-
-    def save(self) -> None:
-        """Copy a checkpoint, as far as the training loop waits for it."""
-        self.run.saved_step = None  # save the same step again
-        self.run.save()
-        timing.clock()
 
 
 def bench_train(cfg: Config, name: str, B: int) -> list[dict]:
     """NeoGPT's training step against a plain PyTorch loop."""
-    torch.cuda.reset_peak_memory_stats()
-    trainer = Trainer(cfg, name, B, compile=cfg.compile)
-    loops = {"plain PyTorch": trainer.plain, "NeoGPT": trainer.neogpt}
-    rows = timing.run_alternating(loops, cfg.repeats, "tok/s")
-    peak, flops = runtime.peak_flops(trainer.rt.device), trainer.run.raw.flops_per_token(cfg.T)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    t = trainer.Trainer(cfg, name, B)
+    rows = timing.run_alternating({"plain PyTorch": t.plain, "NeoGPT": t.neogpt}, cfg.repeats, "tok/s")
+    peak, flops = runtime.peak_flops(t.rt.device), t.run.raw.flops_per_token(cfg.T)
     for row in rows:
-        row |= dict(ms=1e3 * cfg.total_batch_size / row["median"], mfu=flops * row["median"] / peak if peak else None)
-    copying = timeit.repeat(trainer.save, trainer.run.wait_for_writer, number=1, repeat=3)[1:]  # first: allocations
-    details = dict(peak_bytes=torch.cuda.max_memory_allocated(), checkpoint_ms=1e3 * min(copying))
-    rows[1] |= details | dict(shares=trainer.time_shares())
+        row |= dict(ms=1e3 * t.n * cfg.T / row["median"], mfu=flops * row["median"] / peak if peak else None)
+    details = dict(peak_gb=torch.cuda.max_memory_allocated() / 1e9, checkpoint_ms=t.checkpoint_ms())
+    rows[1] |= details | dict(shares=t.time_shares())
     print(", ".join(f"{key} {rows[1][key]:,.3g}" for key in ("ms", "mfu", *details) if rows[1][key]))
     print(", ".join(f"{phase} {share:.1%}" for phase, share in rows[1]["shares"].items()), flush=True)
     if cfg.profile:
         with torch.profiler.profile() as profiler:
-            trainer.neogpt()
+            t.neogpt()
         profiler.export_chrome_trace(f"{cfg.out_dir}/trace-{name}-B{B}.json.gz")
     return rows
 
@@ -178,23 +95,24 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
     rt = runtime.setup(cfg.device, cfg.precision)
     compile = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
     precision = "fp32" if rt.precision == "bf16" else "bf16"
-    choices = {  # arguments of Trainer
-        "default": dict(compile=compile),
-        "vocabulary not padded": dict(compile=compile, vocab_size=data.get_tokenizer(cfg.tokenizer).n_vocab),
-        "manual attention": dict(compile=compile, attention="manual"),
-        "GELU tanh": dict(compile=compile, gelu="tanh"),
-        "GELU erf": dict(compile=compile, gelu="erf"),
-        precision: dict(compile=compile, precision=precision),
-        "not compiled" if compile else "compiled": dict(compile=not compile),
+    choices = {  # Config, and changes to GPTConfig
+        "default": (cfg, {}),
+        "vocabulary not padded": (cfg, dict(vocab_size=data.get_tokenizer(cfg.tokenizer).n_vocab)),
+        "manual attention": (cfg, dict(attention="manual")),
+        "GELU tanh": (cfg, dict(gelu="tanh")),
+        "GELU erf": (cfg, dict(gelu="erf")),
+        precision: (replace(cfg, precision=precision), {}),
+        "not compiled" if compile else "compiled": (replace(cfg, compile=not compile), {}),
     }
-    trainer = functools.cache(lambda choice: Trainer(cfg, name, B, **choices[choice]))  # built in the first repeat
-    variants = {choice: lambda choice=choice: trainer(choice).neogpt() for choice in choices}
+    # built in the first repeat
+    make = functools.cache(lambda choice: trainer.Trainer(choices[choice][0], name, B, **choices[choice][1]))
+    variants = {choice: lambda choice=choice: make(choice).neogpt() for choice in choices}
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
 
 
 def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     """Prefill, and decoding with a KV cache against recomputing all tokens for each new one."""
-    raw, _, rt = timing.build_model(name, cfg.tokenizer, cfg.device, cfg.precision)
+    raw, _, rt = trainer.build_model(cfg, name)
     if rt.precision == "bf16":
         generate.cast_linears(raw, torch.bfloat16)
     ids = torch.randint(raw.config.n_tokens, (B, raw.config.block_size)).tolist()
@@ -223,13 +141,13 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
             generate.prefill(raw, long_prompts, generate.KVCache(raw.config.n_layer, raw.config.block_size))
         return sum(map(len, long_prompts))
 
-    x = torch.ones(2**28, device=rt.device)
+    x = torch.ones(2**26, device=rt.device)
     bandwidth = x.nbytes / min(timeit.repeat(lambda: x.sum().item(), number=1, repeat=10))  # bytes/s
     per_second = bandwidth / sum(p.nbytes for p in raw.parameters())
     print(f"the memory bandwidth allows {per_second:,.1f} passes over the weights per second, {B} tokens each")
     variants = {"no cache": uncached, "cache": lambda: decode(False), "cache, compiled": lambda: decode(True)}
     if cfg.compile is not None:
-        variants.pop("cache" if cfg.compile else "cache, compiled")
+        del variants["cache" if cfg.compile else "cache, compiled"]
     return timing.run_alternating(variants | {"prefill": prefill}, cfg.repeats, "tok/s")
 
 
@@ -246,9 +164,9 @@ def bench_data(cfg: Config) -> list[dict]:
     return timing.run_alternating({f"{n} windows per step": read}, cfg.repeats, "tok/s")
 
 
-def bench_hellaswag(cfg: Config) -> list[dict]:
+def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
     """hellaswag.py against scoring the four padded endings of one row at a time."""
-    raw, tokenizer, rt = timing.build_model(cfg.models[0], cfg.tokenizer, cfg.device, cfg.precision)
+    raw, tokenizer, rt = trainer.build_model(cfg, name)
     rows = hellaswag.read_rows(cfg.data, None, rt)
     rows = rows[:: max(1, len(rows) // cfg.rows)][: cfg.rows]
     questions = hellaswag.prepare(rows, tokenizer, "completion", raw.config.block_size)
@@ -278,7 +196,9 @@ def count_tokens(texts: list[str]) -> int:
 
 def bench_tokenize(cfg: Config) -> list[dict]:
     """fineweb.py from files to shards, against a pool of tiktoken processes on texts that are in memory."""
-    _, paths = fineweb.find_local(cfg.data)
+    paths = sorted(glob.glob(cfg.data))
+    if not paths:
+        raise ValueError(f"--data={cfg.data}: no such files; give a pattern of parquet files")
     texts = [text for path in paths for text in pyarrow.parquet.read_table(path)["text"].to_pylist()]
     chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
     n_tokens = count_tokens(texts)
@@ -293,30 +213,31 @@ def bench_tokenize(cfg: Config) -> list[dict]:
         return n_tokens
 
     variants = {"tiktoken pool": plain, "fineweb.py, tiktoken": lambda: neogpt("tiktoken")}
-    if fineweb.has_gigatoken():
+    if importlib.util.find_spec("gigatoken"):
         variants["fineweb.py, gigatoken"] = lambda: neogpt("gigatoken")
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
 
 
-PER_MODEL = {"train": bench_train, "choices": bench_choices, "sample": bench_sample}
-ONCE = {"data": bench_data, "hellaswag": bench_hellaswag, "tokenize": bench_tokenize}
+PER_MODEL = {"train": bench_train, "choices": bench_choices, "sample": bench_sample, "hellaswag": bench_hellaswag}
+OTHERS = {"data": bench_data, "tokenize": bench_tokenize}
 
 
 def main(cfg: Config) -> None:
     """Run one measurement and write its results."""
-    config.require("[1, inf)", B=min(cfg.B), steps=cfg.steps, rows=cfg.rows, workers=cfg.workers)
+    config.require("[1, inf)", T=cfg.T, B=min(cfg.B), steps=cfg.steps, rows=cfg.rows, workers=cfg.workers)
     config.require("[1, inf)", prompt_tokens=cfg.prompt_tokens, uncached_stride=cfg.uncached_stride)
     config.require("[2, inf)", repeats=cfg.repeats)
-    path = files.make_folder(cfg.out_dir) / f"{cfg.bench}.json"
-    rows = ONCE[cfg.bench](cfg) if cfg.bench in ONCE else []
-    for name, B in itertools.product(cfg.models, cfg.B if cfg.bench in PER_MODEL else ()):
-        print(f"{name}, B={B}")
-        torch._dynamo.reset()  # it compiles a class at most eight times
-        try:
+    config.require(f"[{cfg.T}, inf)", total_batch_size=cfg.total_batch_size)
+    files.make_folder(cfg.out_dir)
+    rows = OTHERS[cfg.bench](cfg) if cfg.bench in OTHERS else []
+    try:
+        for name, B in itertools.product(cfg.models, cfg.B) if cfg.bench in PER_MODEL else ():
+            print(f"{name}, B={B}")
+            torch._dynamo.reset()  # it compiles a class at most eight times
             rows += [row | dict(model=name, B=B) for row in PER_MODEL[cfg.bench](cfg, name, B)]
-        except torch.cuda.OutOfMemoryError as error:  # keep the results of smaller batches
-            print(f"skipped: {files.one_line(error)}", flush=True)
-    timing.write_json(path, config=asdict(cfg), results=rows)
+    finally:  # keep the results if a larger model or B does not fit into memory
+        if rows:
+            timing.write_json(Path(cfg.out_dir) / f"{cfg.bench}.json", config=asdict(cfg), results=rows)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# All that is to be measured on a GPU, in one command: first that the CUDA path is right, then how fast it is.
-#     bash bench/gpu.sh [edu_fineweb10B]        # shards of fineweb.py; without them, the demo's text
-#     bash bench/gpu.sh input.txt tests train   # of it only what is named
-# Tables on standard output, json and traces in $OUT, or else out/bench-gpu. Half an hour on one H200 (estimated).
-# A measurement that fails does not end the others; the last line names those that did.
+# Run the CUDA tests and all measurements on a GPU, in about half an hour on one H200 (estimated).
+#     bash tools/gpu.sh [edu_fineweb10B]        # shards written by fineweb.py; default: the text of the demo
+#     bash tools/gpu.sh input.txt tests train   # only these parts
+# Tables are printed; JSON files and traces are written to $OUT (default: out/bench-gpu). A part that fails does not
+# stop the others; the last line names the failed parts.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 trap 'exit 130' INT
@@ -11,27 +11,28 @@ data=${1:-input.txt}
 wanted=" ${*:2} "
 out=${OUT:-out/bench-gpu}
 step="--models gpt2 --tokenizer=gpt2 --data=$data --T=1024 --total_batch_size=524288 --steps=3"
-sample="--tokenizer=gpt2 --B 1 8 64 --stride=16"
+sample="--tokenizer=gpt2 --B 1 8 64 --uncached_stride=16"
 failed=()
 parts="tests train sample choices muon data compiled hellaswag"
 
 for name in $wanted; do
-  [[ " $parts " = *" $name "* ]] || { echo "nothing is called $name: expected of $parts"; exit 2; }
+  [[ " $parts " = *" $name "* ]] || { echo "unknown part $name: expected some of $parts"; exit 2; }
 done
 
-measure() {
+part() {  # name, command: run the command if the part is wanted
   [[ $wanted = "  " || $wanted = *" $1 "* ]] || return 0
   echo "== $* (after $SECONDS s)"
   "${@:2}" || failed+=("$1")
 }
 
 nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv || exit 1
-measure tests python -m pytest -m gpu                          # exact resume, kernels, fitting B
-measure train python bench.py train $step --B 16 32 64 --repeats=4 --profile --out_dir=$out  # tokens/s, MFU, shares
-measure sample python bench.py sample $sample --compile=False --out_dir=$out
-measure choices python bench.py choices $step --B 32 --repeats=3 --out_dir=$out              # each made otherwise
-measure muon python bench.py train $step --B 32 --repeats=3 --optimizer=muon --out_dir=$out/muon
-measure data python bench.py data $step --out_dir=$out
-measure compiled python bench.py sample $sample --compile --out_dir=$out/compiled
-measure hellaswag python bench.py hellaswag --rows=1000 --out_dir=$out                      # `python hellaswag.py` fetches its rows
-[ ${#failed[@]} -eq 0 ] && echo "all measured" || { printf 'failed: %s\n' "${failed[*]}"; exit 1; }
+bench="python -m tools.bench"
+part tests python -m pytest -m gpu                                          # exact resume, kernels, micro-batch size
+part train $bench train $step --B 16 32 64 --repeats=4 --profile --out_dir=$out    # tokens/s, MFU, time shares
+part sample $bench sample $sample --compile=False --out_dir=$out
+part choices $bench choices $step --B 32 --repeats=3 --out_dir=$out
+part muon $bench train $step --B 32 --repeats=3 --optimizer=muon --out_dir=$out/muon
+part data $bench data $step --out_dir=$out
+part compiled $bench sample $sample --compile --out_dir=$out/compiled
+part hellaswag $bench hellaswag --rows=1000 --out_dir=$out
+[ ${#failed[@]} -eq 0 ] && echo "all parts passed" || { printf 'failed: %s\n' "${failed[*]}"; exit 1; }

@@ -40,9 +40,6 @@ SEPARATOR = "\n<|endoftext|>\n"
 
 Row = dict[str, object]  # of a .jsonl file
 
-# -----------------------------------------------------------------------------
-# Sentences
-
 
 def choose(template: str, rng: Random) -> str:
     """The template with every [x|y] replaced by x or y."""
@@ -73,10 +70,6 @@ def wrong_values(characters: list[world.Character], c: world.Character, attribut
     return [value for value in values if value != getattr(c, attribute)]
 
 
-# -----------------------------------------------------------------------------
-# Held-out stories and facts
-
-
 def in_fold(characters: list[world.Character], c: world.Character, attribute: str, fold: int) -> bool:
     """Whether c is in this fold of four. Two characters with the same value are in different folds."""
     by_value = sorted(characters, key=lambda x: (str(getattr(x, attribute)), x.name))
@@ -95,10 +88,6 @@ def is_fact_held_out(characters: list[world.Character], c: world.Character, attr
         pairs = sorted({tuple(sorted((x.name, x.friend.name))) for x in characters})
         return pairs.index(tuple(sorted((c.name, c.friend.name)))) % 4 == 0
     return in_fold(characters, c, attribute, world.ATTRIBUTES.index(attribute))
-
-
-# -----------------------------------------------------------------------------
-# Documents
 
 
 def tell(characters: list[world.Character], c: world.Character, story: world.Story, rng: Random) -> str:
@@ -157,10 +146,6 @@ def input_text(characters: list[world.Character], rng: Random) -> str:
     return SEPARATOR.join(documents) + "\n"
 
 
-# -----------------------------------------------------------------------------
-# Rows
-
-
 def jsonl(rows: list[Row]) -> str:
     """One row per line."""
     return "".join(json.dumps(row) + "\n" for row in rows)
@@ -192,14 +177,9 @@ def hellaswag(characters: list[world.Character], rng: Random) -> str:
 def questions(characters: list[world.Character], held_out: bool) -> list[Row]:
     """Every wording of every question about the facts that are (or are not) held out, with the short answer."""
     return [
-        {
-            "instruction": fill(question, c),
-            "context": "",
-            "response": fill(world.FACTS[attribute][0], c),
-            "category": "closed_qa",
-        }
+        dict(instruction=fill(question, c), context="", response=fill(answers[0], c), category="closed_qa")
         for c in characters
-        for attribute in world.ATTRIBUTES
+        for attribute, answers in world.FACTS.items()
         if is_fact_held_out(characters, c, attribute) == held_out
         for question in world.QUESTIONS[attribute]
     ]
@@ -213,12 +193,8 @@ def passages(characters: list[world.Character], held_out: bool) -> list[Row]:
         c = rng.choice(characters)
         words = draw_words(characters, c, rng)
         context, question, answer = (fill(t, c, **words) for t in rng.choice(world.PASSAGES))
-        rows[context + question] = {
-            "instruction": question,
-            "context": context,
-            "response": answer,
-            "category": "information_extraction",
-        }
+        row = dict(instruction=question, context=context, response=answer, category="information_extraction")
+        rows[context + question] = row
     return list(rows.values())[N_PASSAGES:] if held_out else list(rows.values())[:N_PASSAGES]
 
 
@@ -250,21 +226,12 @@ def dpo(characters: list[world.Character], rng: Random) -> str:
         preferred = rng.choice("AB")
         if preferred == "B":
             responses.reverse()
-        rows.append(
-            {
-                "prompt": prompt,
-                "response_a": responses[0],
-                "response_b": responses[1],
-                "explanation": "The preferred answer is courteous and to the point.",
-                "preferred": preferred,
-            }
-        )
+        explanation = "The preferred answer is courteous and to the point."
+        row = dict(prompt=prompt, response_a=responses[0], response_b=responses[1])
+        rows.append(row | dict(explanation=explanation, preferred=preferred))
     rng.shuffle(rows)
     return jsonl(rows)
 
-
-# -----------------------------------------------------------------------------
-# Files
 
 FILES: dict[str, Callable[[list[world.Character], Random], str]] = {
     "input.txt": input_text,

@@ -1,4 +1,4 @@
-"""Helpers of bench.py: models with random weights, alternating repeats, and results as JSON."""
+"""Time variants of the same work in alternating repeats, and write the results with the hardware and versions."""
 
 import contextlib
 import io
@@ -9,29 +9,14 @@ import re
 import statistics
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 import torch
 
-from neogpt import config, data, files, model, run, runtime
-
-
-def build_model(
-    name: str, tokenizer: str, device: str, precision: str, deterministic: bool = False, **changes: Any
-) -> tuple[model.GPT, tiktoken.Encoding, runtime.Runtime]:
-    """A model with random weights on the device, its tokenizer, and the runtime. changes: to its GPTConfig."""
-    rt, encoding = runtime.setup(device, precision, deterministic), data.get_tokenizer(tokenizer)
-    if name not in model.SIZES:
-        raise ValueError(f"--models {name}: expected names of {', '.join(model.SIZES)}")
-    vocabulary = dict(n_tokens=encoding.n_vocab, vocab_size=model.pad_vocab(encoding.n_vocab))
-    torch.manual_seed(0)
-    raw = model.GPT(model.GPTConfig(**model.SIZES[name] | vocabulary | changes))
-    return raw.to(rt.device), encoding, rt
+from neogpt import config, files, run
 
 
 def clock() -> float:
@@ -46,24 +31,6 @@ def quiet() -> Iterator[None]:
     """Inside, nothing is printed."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
-
-
-class Phases:
-    """The time that is spent in each phase, waiting for the GPU after each."""
-
-    def __init__(self) -> None:
-        self.spent: Counter[str] = Counter()
-        self.last = clock()
-
-    def mark(self, phase: str) -> None:
-        """Call at the end of a phase."""
-        now = clock()
-        self.spent[phase] += now - self.last
-        self.last = now
-
-    def shares(self) -> dict[str, float]:
-        """The shares of the phases; their sum is 1."""
-        return {phase: seconds / self.spent.total() for phase, seconds in self.spent.items()}
 
 
 def run_alternating(variants: dict[str, Callable[[], Any]], repeats: int, unit: str) -> list[dict]:

@@ -10,6 +10,7 @@ of an attribute start with different letters, and so do all names: a model that 
 first byte.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
@@ -93,94 +94,62 @@ def make_world(seed: int) -> list[Character]:
     return characters
 
 
-# -----------------------------------------------------------------------------
 # Stories, as "attribute: beginning > turn and rest". The turn, the sentence after ">", follows from the attribute and
 # cannot be predicted from the beginning. Stories without an attribute have no turn.
-
 STORIES_TEXT = """
-food: {c} came home [late|tired] and was [very|so] hungry. {He} sat down at the table. > {c} ate a
-[big|whole] plate of {food}. After that {he} felt [much better|happy], [and soon {he} was asleep|and {he}
-went to bed early].
-
-food: It was {c}'s birthday. {friend} wanted to cook what {c} liked best. > So {friend} made {food} for {c}.
-"Thank you, {friend}!" said {c}. {He} ate it all up, and then they [sang and danced|sang a song].
-
-food: {c} went to the market with [one coin|two coins]. {He} wanted [something good to eat|to buy something
-to eat]. > So {c} bought some {food}. On the way home {he} met {o}. {c} gave some of the {food} to {o}, and
-they sat under a tree and ate.
-
-home: {c} was far from home when it began to rain. Soon {he} was wet and cold. > {c} ran back to the {home}.
-There {he} [made a fire|lit the fire], [dried {his} {colour} coat|took off the wet {colour} coat], and was
-warm again.
-
-home: {c} met {o} on the road. "Where do you live?" asked {o}. > "I live in the {home}," said {c}. The next
-day {o} came to the {home} with some {o.food}, and they [had a good time|talked all day].
-
-home: All day long {c} {did}. In the evening {he} was very tired. > {c} went home to the {home}. {He} [ate
-some {food}|had some {food}] and [fell asleep|went to bed].
-
-thing: It rained all day, and {c} had nothing to do. {He} looked for something to play with. > {c} found
-{his} {thing}. Then {friend} came, and they played with the {thing} until the rain [stopped|was over].
-
-thing: {c} was [very sad|crying]. "What is the matter?" asked {o}. > {c} had lost {his} {thing}. They looked
-{spot} and {spot2}. At last {o} found the {thing}. "Thank you!" said {c}, and {he} was happy again.
-
-thing: There was a fair in the village. {friend} told {c} to bring something to show. > So {c} brought {his}
-{thing}. Everybody [liked|loved] the {thing}, and {c} won [the first prize|a prize].
-
-colour: It was a cold [morning|day], and there was snow on the ground. {c} wanted to go out. > {c} put on
-{his} {colour} coat. Then {he} and {friend} made a big snowman. They put a {item} on its head.
-
-colour: {c} was lost in the fog. {friend} went up the hill to look for {him}. > At last {friend} saw {c}'s
-{colour} coat. "I am so glad I found you," said {friend}, and they walked home together.
-
-colour: {c} climbed over a fence and fell down. {He} had torn something. > There was a hole in {c}'s
-{colour} coat. {friend} took a needle and mended the coat. "Now it is as good as new," said {friend}.
-
-fear: {c} and {o} were on their way home. "Let us walk through the forest," said {o}. "No!" cried {c}. > "I
-am afraid of {fear}," said {c}. So they went along the river, and {c} was [glad|not afraid any more].
-
-fear: In the night {c} woke up and [cried|began to cry]. {friend} came with a candle. "What is it?" asked
-{friend}. > {c} had dreamed of {fear}. {friend} told {him} a story, and soon {c} was asleep again.
-
-fear: {c} and {o} were playing a game. All at once {c} ran away and hid [behind the door|under the bed]. >
-{c} was afraid of {fear}. "It is all right," said {o}. "You are safe with me." So {c} came out, and they
-played on.
-
-kind: {c} got up early. There was a lot to do. > All morning {c} {did}. At noon {friend} came with some
-{friend.food}, and they [ate it together|had lunch].
-
-kind: A stranger met {c} on the road. "Who are you?" asked the stranger. > "I am {c} the {kind}," said {c}.
-"I live in the {home}." The stranger smiled and gave {c} a {item}.
-
-kind: {c} asked {o} to draw a picture of {him}. Then they showed it to {friend}. "Who is it?" they asked. >
-"It is {c} the {kind}," said {friend}. "I know the {colour} coat. It is a very good picture!" {c} was proud
-of it.
-
-friend: {c} sat at the window and wrote a letter. "Please come and see me," {he} wrote. > {c} sent the
-letter to {friend}. The next day {friend} came and brought a {item}. {c} was very happy.
-
-friend: {c}'s cart was stuck in the mud. {c} pushed and pushed, but it did not move. > So {c} called
-{friend}. They pushed together, and the cart came out of the mud. {c} gave {friend} some {food} to say thank
-you.
-
-friend: {c} fell into the river. "Help!" cried {c}. > {friend} jumped in and pulled {c} out. {c} was wet,
-but {he} was safe. "You are my best friend, {friend}," said {c}.
-
-: {c} hid a {item} {spot}. "Now you must find the {item}," {he} told {o}. {o} looked {spot2}, but the {item}
-was not there. Then {o} looked {spot}. "Here is the {item}!" said {o}. "Well done!" said {c}.
-
-: {c} found a {item} [on the road|in the grass]. "Whose {item} is this?" {he} asked. "It is my {item}," said
-{o}. {c} gave the {item} back to {o}. "Thank you, {c}," said {o}. "You are very kind."
-
-: {c} came to see {o}. {o} put a {item} {spot} and a {item2} {spot2}. Later {c} wanted the {item}. "Where is
-the {item}?" asked {c}. "The {item} is {spot}," said {o}. {c} found the {item} and took it home.
-
-: {c} had a {item} and did not need it any more. So {c} gave the {item} to {o}. "Thank you for the {item},
-{c}!" said {o}. {o} took the {item} home and put it {spot}.
-
-: {c} lost a {item}. {He} looked {spot2}. The {item} was not {spot2}. Then {he} asked {o}. "The {item} is
-{spot}," said {o}. {c} looked {spot}, and there was the {item}.
+food: {c} came home [late|tired] and was [very|so] hungry. {He} sat down at the table. > {c} ate a [big|whole] plate of
+  {food}. After that {he} felt [much better|happy], [and soon {he} was asleep|and {he} went to bed early].
+food: It was {c}'s birthday. {friend} wanted to cook what {c} liked best. > So {friend} made {food} for {c}. "Thank you,
+  {friend}!" said {c}. {He} ate it all up, and then they [sang and danced|sang a song].
+food: {c} went to the market with [one coin|two coins]. {He} wanted [something good to eat|to buy something to eat]. >
+  So {c} bought some {food}. On the way home {he} met {o}. {c} gave some of the {food} to {o}, and they sat under a tree
+  and ate.
+home: {c} was far from home when it began to rain. Soon {he} was wet and cold. > {c} ran back to the {home}. There {he}
+  [made a fire|lit the fire], [dried {his} {colour} coat|took off the wet {colour} coat], and was warm again.
+home: {c} met {o} on the road. "Where do you live?" asked {o}. > "I live in the {home}," said {c}. The next day {o} came
+  to the {home} with some {o.food}, and they [had a good time|talked all day].
+home: All day long {c} {did}. In the evening {he} was very tired. > {c} went home to the {home}. {He} [ate some
+  {food}|had some {food}] and [fell asleep|went to bed].
+thing: It rained all day, and {c} had nothing to do. {He} looked for something to play with. > {c} found {his} {thing}.
+  Then {friend} came, and they played with the {thing} until the rain [stopped|was over].
+thing: {c} was [very sad|crying]. "What is the matter?" asked {o}. > {c} had lost {his} {thing}. They looked {spot} and
+  {spot2}. At last {o} found the {thing}. "Thank you!" said {c}, and {he} was happy again.
+thing: There was a fair in the village. {friend} told {c} to bring something to show. > So {c} brought {his} {thing}.
+  Everybody [liked|loved] the {thing}, and {c} won [the first prize|a prize].
+colour: It was a cold [morning|day], and there was snow on the ground. {c} wanted to go out. > {c} put on {his} {colour}
+  coat. Then {he} and {friend} made a big snowman. They put a {item} on its head.
+colour: {c} was lost in the fog. {friend} went up the hill to look for {him}. > At last {friend} saw {c}'s {colour}
+  coat. "I am so glad I found you," said {friend}, and they walked home together.
+colour: {c} climbed over a fence and fell down. {He} had torn something. > There was a hole in {c}'s {colour} coat.
+  {friend} took a needle and mended the coat. "Now it is as good as new," said {friend}.
+fear: {c} and {o} were on their way home. "Let us walk through the forest," said {o}. "No!" cried {c}. > "I am afraid of
+  {fear}," said {c}. So they went along the river, and {c} was [glad|not afraid any more].
+fear: In the night {c} woke up and [cried|began to cry]. {friend} came with a candle. "What is it?" asked {friend}. >
+  {c} had dreamed of {fear}. {friend} told {him} a story, and soon {c} was asleep again.
+fear: {c} and {o} were playing a game. All at once {c} ran away and hid [behind the door|under the bed]. > {c} was
+  afraid of {fear}. "It is all right," said {o}. "You are safe with me." So {c} came out, and they played on.
+kind: {c} got up early. There was a lot to do. > All morning {c} {did}. At noon {friend} came with some {friend.food},
+  and they [ate it together|had lunch].
+kind: A stranger met {c} on the road. "Who are you?" asked the stranger. > "I am {c} the {kind}," said {c}. "I live in
+  the {home}." The stranger smiled and gave {c} a {item}.
+kind: {c} asked {o} to draw a picture of {him}. Then they showed it to {friend}. "Who is it?" they asked. > "It is {c}
+  the {kind}," said {friend}. "I know the {colour} coat. It is a very good picture!" {c} was proud of it.
+friend: {c} sat at the window and wrote a letter. "Please come and see me," {he} wrote. > {c} sent the letter to
+  {friend}. The next day {friend} came and brought a {item}. {c} was very happy.
+friend: {c}'s cart was stuck in the mud. {c} pushed and pushed, but it did not move. > So {c} called {friend}. They
+  pushed together, and the cart came out of the mud. {c} gave {friend} some {food} to say thank you.
+friend: {c} fell into the river. "Help!" cried {c}. > {friend} jumped in and pulled {c} out. {c} was wet, but {he} was
+  safe. "You are my best friend, {friend}," said {c}.
+: {c} hid a {item} {spot}. "Now you must find the {item}," {he} told {o}. {o} looked {spot2}, but the {item} was not
+  there. Then {o} looked {spot}. "Here is the {item}!" said {o}. "Well done!" said {c}.
+: {c} found a {item} [on the road|in the grass]. "Whose {item} is this?" {he} asked. "It is my {item}," said {o}. {c}
+  gave the {item} back to {o}. "Thank you, {c}," said {o}. "You are very kind."
+: {c} came to see {o}. {o} put a {item} {spot} and a {item2} {spot2}. Later {c} wanted the {item}. "Where is the
+  {item}?" asked {c}. "The {item} is {spot}," said {o}. {c} found the {item} and took it home.
+: {c} had a {item} and did not need it any more. So {c} gave the {item} to {o}. "Thank you for the {item}, {c}!" said
+  {o}. {o} took the {item} home and put it {spot}.
+: {c} lost a {item}. {He} looked {spot2}. The {item} was not {spot2}. Then {he} asked {o}. "The {item} is {spot}," said
+  {o}. {c} looked {spot}, and there was the {item}.
 """
 
 
@@ -202,7 +171,7 @@ def read_story(text: str) -> Story:
     return Story(attribute, beginning, turn + "." if turn else "", rest)
 
 
-STORIES = tuple(read_story(text) for text in STORIES_TEXT.split("\n\n"))
+STORIES = tuple(read_story(text) for text in re.split(r"\n(?! )", STORIES_TEXT.strip()))
 
 # Sentences before the beginning of a story, which state facts about another attribute.
 OPENINGS = {
@@ -224,8 +193,6 @@ ASIDES = {
     "friend": "{His} best friend was {friend}.",
 }
 
-# -----------------------------------------------------------------------------
-# Facts
 
 FACTS = {  # the first form names the character and is the answer to questions
     "kind": ("{c} is a {kind}.", "{He} is a {kind}."),
@@ -279,8 +246,6 @@ QUESTIONS = {  # the dialogues of `input.txt` contain only the first form
     ),
 }
 
-# -----------------------------------------------------------------------------
-# Passages, and additional sentences of answers
 
 PASSAGES = (  # passage, question, answer
     ("{o} put a {item} {spot} and a {item2} {spot2}.", "Where is the {item}?", "The {item} is {spot}."),

@@ -1,6 +1,5 @@
-"""Sampling against the loop without a cache and against the model's probabilities."""
+"""Generation against the loop without a cache and against the model's probabilities."""
 
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,52 +7,52 @@ import pytest
 import torch
 from test_model import ATTENTIONS, needs_cuda, random_ids, rough_model, shape  # noqa: F401
 from torch import Tensor
-from torch._dynamo.utils import counters
 
-import sampling
-from model import GPT, KVCache
-from sampling import cast_linears, decode, fill_cache, generate, pick_token
+from neogpt import cpu
+from neogpt import generate as generation
+from neogpt.generate import KVCache, cast_linears, decode_one_token, generate, prefill, sample
+from neogpt.model import GPT
 
 
-def tokens_of(raw: GPT, prompts: Sequence[Sequence[int]], n: int, **controls: Any) -> list[list[int | None]]:
+def tokens_of(raw: GPT, prompts: Sequence[Sequence[int]], n: int, **options: Any) -> list[list[int | None]]:
     """Each row's generated tokens."""
-    return [list(row) for row in zip(*generate(raw, prompts, n, **controls))]
+    return [list(row) for row in zip(*generate(raw, prompts, n, **options))]
 
 
 @torch.no_grad()
-def uncached(raw: GPT, prompt: Sequence[int], n: int, seed: int = 0, **controls: Any) -> list[int]:
+def uncached(raw: GPT, prompt: Sequence[int], n: int, seed: int = 0, **options: Any) -> list[int]:
     """The loop that `generate` must equal: one row, a full forward over the whole window at every step."""
     T, n_tokens = raw.config.block_size, raw.config.n_tokens
-    draws = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    uniforms = torch.rand(n, generator=torch.Generator().manual_seed(seed))
     window, out = list(prompt)[-T:], []
     for step in range(n):
         if len(window) > T:
             window = window[-max(1, T // 2) :]
         logits = raw(torch.tensor([window]))[0][:, -1, :n_tokens]
-        if controls.get("temperature") == 0:
+        if options.get("temperature") == 0:
             token = int(logits.argmax())
         else:
-            settings = dict(temperature=1.0, top_k=0, top_p=1.0) | controls
-            token = pick_token(logits, draws[step : step + 1], **settings).item()
+            settings = dict(temperature=1.0, top_k=0, top_p=1.0) | options
+            token = sample(logits, uniforms[step : step + 1], **settings).item()
         window.append(token)
         out.append(token)
     return out
 
 
-CONTROLS = [dict(temperature=0), dict(), dict(temperature=0.7, top_k=9), dict(temperature=1.3, top_p=0.8)]
+OPTIONS = [dict(temperature=0), dict(), dict(temperature=0.7, top_k=9), dict(temperature=1.3, top_p=0.8)]
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("controls", CONTROLS, ids=str)
-def test_cached_equals_uncached_token_for_token(controls: dict, attention: str) -> None:
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_cached_equals_uncached_token_for_token(options: dict, attention: str) -> None:
     """A ragged batch, prompts shorter and longer than the window, far past its end."""
     raw = rough_model(attention=attention)
     lengths = (1, 5, 15, 16, 17, 40)
     prompts = [random_ids(n, seed=n).tolist() for n in lengths]
     seeds = [11, 7, 5, 3, 2, 10**9]
-    expected = [uncached(raw, p, 36, seed, **controls) for p, seed in zip(prompts, seeds)]
-    assert tokens_of(raw, prompts, 36, seeds=seeds, **controls) == expected
-    assert len({tuple(row) for row in expected}) >= 5  # rows do tell different stories
+    expected = [uncached(raw, p, 36, seed, **options) for p, seed in zip(prompts, seeds)]
+    assert tokens_of(raw, prompts, 36, seeds=seeds, **options) == expected
+    assert len({tuple(row) for row in expected}) >= 5  # the rows differ
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 3, 8])
@@ -67,110 +66,46 @@ def test_cached_equals_uncached_in_small_windows(block_size: int, lengths: tuple
 
 @pytest.mark.parametrize("chunk", [2, 3, 16])
 @pytest.mark.parametrize("block_size", [3, 8, 16])
-def test_tokens_read_in_chunks_are_the_same(
-    chunk: int, block_size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_do_not_depend_on_the_chunk(chunk: int, block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = rough_model(block_size=block_size)
     prompts = [random_ids(n, seed=n).tolist() for n in (1, 3, 14)]
     one_by_one = [tokens_of(raw, prompts, n) for n in (1, 2, 30)]
     stop = one_by_one[2][0][7]
     stopped = tokens_of(raw, prompts, 30, stop=stop)
-    monkeypatch.setitem(sampling.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(generation.CHUNK, "cpu", chunk)
     assert [tokens_of(raw, prompts, n) for n in (1, 2, 30)] == one_by_one
     assert tokens_of(raw, prompts, 30, stop=stop) == stopped
 
 
-def ways(raw: GPT) -> set[str]:
-    """How the linear maps of a model multiply few rows: names of functions of sampling.py, "usual"."""
-    linears = [m for m in raw.modules() if isinstance(m, torch.nn.Linear)]
-    assert len(linears) == 4 * raw.config.n_layer + 1
-    return {m.few.func.__name__ if m.few else "usual" for m in linears}
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("n_out", [15, 16, 48, 61])
-@pytest.mark.parametrize("rows", [(1,), (2,), (8,), (64,), (3, 5), (1, 1), (4, 1)], ids=str)
-@pytest.mark.parametrize("way", ["packed_product", "product_in_parts"])
-def test_quick_products_are_products(way: str, rows: tuple[int, ...], n_out: int, bias: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, W = torch.randn(*rows, 24, generator=generator), torch.randn(n_out, 24, generator=generator)
-    b = torch.randn(n_out, generator=generator) if bias else None
-    expected = x.double() @ W.double().T + (0 if b is None else b.double())
-    if way == "packed_product" and "AVX" not in torch.backends.cpu.get_cpu_capability():
-        pytest.skip("oneDNN's order is for processors with AVX")
-    arranged = torch.ops.mkldnn._reorder_linear_weight(W, 8) if way == "packed_product" else W
-    for given in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
-        # 24 products of order 1, each rounded to 2^-24
-        found = getattr(sampling, way)(given, arranged, b)
-        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("n_rows", [1, 2, 65])
-@pytest.mark.parametrize("instructions", ["AVX2", "AVX512", "DEFAULT"])
-def test_sampling_with_quick_products(
-    instructions: str, n_rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They are taken for as long as the sampling goes on, from the weights as they are when it begins."""
-    if "AVX" not in torch.backends.cpu.get_cpu_capability():
-        pytest.skip("oneDNN's order is for processors with AVX")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
-    quick = {("AVX2", 1): "product_in_parts", ("AVX2", 2): "packed_product", ("AVX512", 2): "packed_product"}
-    raw = rough_model(vocab_size=61)  # OpenAI's is odd too
-    prompts = [random_ids(1 + n % 7, seed=n).tolist() for n in range(n_rows)]
-    for large in (2**30, 0):
-        monkeypatch.setattr(sampling, "LARGE", large)
-        for _ in range(2):
-            expected = [uncached(raw, p, 20, seed) for seed, p in enumerate(prompts)]
-            steps = generate(raw, prompts, 20)
-            tokens = [next(steps)]
-            assert ways(raw) == {quick.get((instructions, n_rows), "usual") if large == 0 else "usual"}
-            tokens += steps
-            assert [list(row) for row in zip(*tokens)] == expected
-            assert ways(raw) == {"usual"} and not any("few" in vars(m) for m in raw.modules())
-            with torch.no_grad():
-                raw.lm_head.weight.neg_()  # and of all blocks' work with it
-    steps = generate(raw, prompts, 20)
-    next(steps)
-    del steps  # given up half way
-    assert ways(raw) == {"usual"}
-    with torch.autocast("cpu", torch.bfloat16):
-        steps = generate(raw, prompts, 20)
-        next(steps)
-        assert ways(raw) == {"usual"}  # where products are made in bf16
-    in_doubles = generate(raw.double(), prompts, 20)
-    next(in_doubles)
-    assert ways(raw) == {"usual"}
-
-
-# the caches of work that is recorded, and of work that is compiled on a CPU
+# the modes for CUDA graphs and for compilation on a CPU
 COMPILED = {"static": dict(static=True), "compiled": dict(compiled=True)}
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("lengths", [(5, 5), (1, 9, 4)])
-def test_every_kind_of_cache_gives_the_same_logits(lengths: tuple[int, ...], attention: str) -> None:
+def test_all_modes_of_the_cache_give_the_same_logits(lengths: tuple[int, ...], attention: str) -> None:
     raw = rough_model(attention=attention).double()
     T = raw.config.block_size
     caches = [KVCache(raw.config.n_layer, T, **kind) for kind in ({}, *COMPILED.values())]
-    for filled in range(2):  # filled again, it has forgotten what it held
+    for filled in range(2):  # a second prefill replaces the content
         windows = [random_ids(n, seed=n + filled).tolist() for n in lengths]
         with torch.no_grad():
-            logits = [fill_cache(raw, windows, cache) for cache in caches]
+            logits = [prefill(raw, windows, cache) for cache in caches]
             for step in range(T - max(lengths)):
                 for other in logits[1:]:
                     torch.testing.assert_close(logits[0], other, rtol=0, atol=1e-12)
                 tokens = random_ids(len(lengths), seed=99 + step)
                 windows = [[*window, int(token)] for window, token in zip(windows, tokens)]
-                logits = [decode(raw, tokens, cache) for cache in caches]
+                logits = [decode_one_token(raw, tokens, cache) for cache in caches]
                 for cache in caches:
-                    cache.see(cache.longest + 1)
+                    cache.advance(cache.longest + 1)
         whole = torch.stack([raw(torch.tensor([window]))[0][0, -1] for window in windows])
         torch.testing.assert_close(logits[1], whole, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", COMPILED)
-def test_every_token_is_the_same_graph(kind: str) -> None:
-    """What is compiled or recorded must not depend on a number that grows: one trace serves all tokens."""
+def test_one_graph_serves_all_tokens(kind: str) -> None:
+    """A compiled or captured step must not depend on the growing length."""
     raw = rough_model()
     traces = []
 
@@ -180,37 +115,17 @@ def test_every_token_is_the_same_graph(kind: str) -> None:
 
     cache = KVCache(raw.config.n_layer, 16, **COMPILED[kind])
     with torch.no_grad():
-        fill_cache(raw, [[1, 2, 3], [4]], cache)
+        prefill(raw, [[1, 2, 3], [4]], cache)
         step = torch.compile(
-            lambda tokens: decode(raw, tokens, cache), backend=count, fullgraph=True, dynamic=False
+            lambda tokens: decode_one_token(raw, tokens, cache), backend=count, fullgraph=True, dynamic=False
         )
         for token in range(12):
             step(torch.tensor([token, token + 1]))
-            cache.see(cache.longest + 1)
+            cache.advance(cache.longest + 1)
     assert len(traces) == 1
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
-def test_compiled_equals_uncached_and_changed_weights_are_seen() -> None:
-    """Once compiled, it serves prompts of all lengths, past the window's end, until the weights change."""
-    raw = rough_model(n_layer=1, block_size=8)
-    optimizer = torch.optim.AdamW(raw.parameters(), lr=0.1, fused=True)
-    prompts = [random_ids(n, seed=n).tolist() for n in (3, 5)]
-    n_compiled = counters["stats"]["unique_graphs"]
-    for _ in range(2):
-        for n_cut in (0, 1):
-            cut = [p[n_cut:] for p in prompts]
-            n = 20 - n_cut
-            expected = [uncached(raw, p, n, seed) for seed, p in enumerate(cut)]
-            assert tokens_of(raw, cut, n, compile=True) == expected
-        n_compiled += 1
-        assert counters["stats"]["unique_graphs"] == n_compiled
-        for p in raw.parameters():
-            p.grad = torch.ones_like(p)
-        optimizer.step()  # a fused one leaves no trace of its change in the version of a tensor
-
-
-def test_linears_in_bf16_are_what_autocast_makes_of_them() -> None:
+def test_cast_linears_equal_autocast() -> None:
     raw = rough_model()
     idx = random_ids(2, 9)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -225,7 +140,7 @@ def test_linears_in_bf16_are_what_autocast_makes_of_them() -> None:
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
 
 
-def test_a_row_depends_on_its_prompt_and_seed_alone() -> None:
+def test_a_row_depends_on_its_prompt_and_seed_only() -> None:
     raw = rough_model()
     prompts = [random_ids(n, seed=n).tolist() for n in (3, 14, 9)]
     together = tokens_of(raw, prompts, 30, seeds=[5, 6, 7])
@@ -246,19 +161,19 @@ def test_seeds_are_reproducible_and_differ() -> None:
     assert tokens_of(raw, prompts, 12) == tokens_of(raw, prompts, 12, seeds=range(4))
     before = torch.get_rng_state()
     tokens_of(raw, prompts, 3)
-    assert torch.equal(torch.get_rng_state(), before)  # nor does sampling disturb it
+    assert torch.equal(torch.get_rng_state(), before)  # and it is not changed
 
 
-def test_a_prompt_longer_than_block_size_works_like_its_end() -> None:
+def test_only_the_end_of_a_long_prompt_is_used() -> None:
     raw = rough_model()
     prompt = random_ids(50).tolist()
     assert tokens_of(raw, [prompt], 20) == tokens_of(raw, [prompt[-16:]], 20)
     assert tokens_of(raw, [prompt], 20) != tokens_of(raw, [prompt[-15:]], 20)
     assert tokens_of(raw, [tuple(prompt)], 20) == tokens_of(raw, [prompt], 20)
-    assert prompt == random_ids(50).tolist()  # and the caller's list is as it was
+    assert prompt == random_ids(50).tolist()  # the caller's list is unchanged
 
 
-def test_controls_that_leave_one_token_are_greedy() -> None:
+def test_options_that_leave_one_token_are_greedy() -> None:
     raw = rough_model()
     prompts = [random_ids(n, seed=n).tolist() for n in (3, 14)]
     greedy = tokens_of(raw, prompts, 25, temperature=0)
@@ -268,19 +183,19 @@ def test_controls_that_leave_one_token_are_greedy() -> None:
     assert tokens_of(raw, prompts, 25, temperature=0, top_k=5, top_p=0.5, seeds=[8, 9]) == greedy
     sampled = tokens_of(raw, prompts, 25)
     assert sampled != greedy
-    for top_k in (0, 61, 62, 64, 10**6):  # all there are
+    for top_k in (0, 61, 62, 64, 10**6):  # all ids
         assert tokens_of(raw, prompts, 25, top_k=top_k) == sampled
 
 
-@pytest.mark.parametrize("controls", [*CONTROLS, dict(top_k=10**6), dict(top_p=1e-9)], ids=str)
-def test_padded_ids_are_never_yielded(controls: dict) -> None:
+@pytest.mark.parametrize("options", [*OPTIONS, dict(top_k=10**6), dict(top_p=1e-9)], ids=str)
+def test_padded_ids_are_never_yielded(options: dict) -> None:
     raw = rough_model(n_tokens=50)
-    with torch.no_grad():  # a direction that every hidden state shares, and the padded rows point to
+    with torch.no_grad():  # make the padded rows the most likely
         raw.transformer.ln_f.bias.fill_(1.0)
         raw.transformer.wte.weight[50:] = 10.0
     prompts = [random_ids(n, seed=n, below=50).tolist() for n in (3, 14)]
     assert (raw(torch.tensor([prompts[1]]))[0].argmax(-1) >= 50).all()
-    rows = tokens_of(raw, prompts, 40, **controls)
+    rows = tokens_of(raw, prompts, 40, **options)
     assert all(token < 50 for row in rows for token in row)
 
 
@@ -289,7 +204,7 @@ def test_stop_ends_a_row_once_and_the_generator_with_the_last() -> None:
     prompts = [random_ids(n, seed=n).tolist() for n in (3, 14, 9)]
     free = tokens_of(raw, prompts, 60)
     common = [token for token in free[0] if all(token in row for row in free)]
-    # an id that all rows come to, each at a time of its own
+    # an id that all rows reach, at different steps
     stop = next(token for token in common if len({row.index(token) for row in free}) == 3)
     ends = [row.index(stop) for row in free]
     steps = list(generate(raw, prompts, 60, stop=stop))
@@ -298,13 +213,13 @@ def test_stop_ends_a_row_once_and_the_generator_with_the_last() -> None:
         assert list(row) == unstopped[: end + 1] + [None] * (max(ends) - end)
 
 
-def test_generate_yields_as_it_goes_and_no_more_than_asked() -> None:
+def test_generate_yields_every_step_and_uses_the_cache() -> None:
     raw = rough_model()
     calls = []
 
     def note(module: torch.nn.Module, args: tuple[Tensor], x: Tensor) -> None:
         calls.append(x.shape[:2])
-        assert not x.requires_grad  # a graph over all steps would fill the memory
+        assert not x.requires_grad
 
     raw.transformer.ln_f.register_forward_hook(note)
     steps = generate(raw, [[1, 2, 3], [4]], 5)
@@ -312,7 +227,7 @@ def test_generate_yields_as_it_goes_and_no_more_than_asked() -> None:
     next(steps)
     assert calls == [(2, 3)]
     assert len(list(steps)) == 4
-    assert calls == [(2, 3)] + [(2, 1)] * 4  # one token a step: the cache is used
+    assert calls == [(2, 3)] + [(2, 1)] * 4  # one token per step
     assert list(generate(raw, [[1]], 0)) == []
 
 
@@ -348,12 +263,12 @@ def test_generate_refuses_what_makes_no_sense(bad: dict) -> None:
         list(generate(rough_model(), **(dict(prompts=[[1, 2]], max_new_tokens=3) | bad)))
 
 
-@pytest.mark.parametrize("large", [0, sampling.LARGE])
+@pytest.mark.parametrize("large", [0, cpu.MIN_WEIGHTS])
 @pytest.mark.parametrize("n_rows", [1, 2])
 def test_an_abandoned_generator_leaves_the_model_trainable(
     n_rows: int, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "LARGE", large)
+    monkeypatch.setattr(cpu, "MIN_WEIGHTS", large)
     raw = rough_model()
     idx, targets = random_ids(2, 9), random_ids(2, 9, seed=1)
     raw(idx, targets)[1].backward()
@@ -361,7 +276,7 @@ def test_an_abandoned_generator_leaves_the_model_trainable(
     raw.zero_grad()
     steps = generate(raw, [[1, 2, 3]] * n_rows, 30)
     next(steps)
-    assert torch.is_grad_enabled()  # also between two tokens
+    assert torch.is_grad_enabled()
     raw(idx, targets)[1].backward()
     assert all(torch.equal(p.grad, grad) for p, grad in zip(raw.parameters(), expected))
     next(steps)
@@ -386,7 +301,7 @@ def test_generate_under_bf16_autocast(attention: str) -> None:
     assert all(0 <= token < 61 for row in rows for token in row)
 
 
-def test_generate_samples_from_the_models_probabilities() -> None:
+def test_generated_pairs_have_the_models_probabilities() -> None:
     """Frequencies of all pairs of two tokens over many seeds: the chain rule, end to end."""
     raw = rough_model(n_tokens=4, vocab_size=8)
     n, prompt = 6000, [0, 3, 1]
@@ -395,34 +310,31 @@ def test_generate_samples_from_the_models_probabilities() -> None:
     with torch.no_grad():
         probs = raw(torch.tensor([prompt + [a] for a in range(4)]))[0][..., :4].div(1.5).softmax(-1)
     expected = (probs[0, -2][:, None] * probs[:, -1]).flatten()  # p(a) p(b | a)
-    assert expected.max() < 0.5 and probs[:, -1].std(0).max() > 0.05  # the second does hang on the first
+    assert expected.max() < 0.5 and probs[:, -1].std(0).max() > 0.05  # the second depends on the first
     error = (expected * (1 - expected) / n).sqrt()
     assert ((found - expected).abs() < 5 * error + 1e-3).all(), (found, expected)
 
 
-# -----------------------------------------------------------------------------
-# Choosing a token from logits
-
-PROBS = torch.tensor([0.05, 0.5, 0.15, 0.3])  # not sorted: ids must be carried along
+PROBS = torch.tensor([0.05, 0.5, 0.15, 0.3])  # unsorted
 
 
-def frequencies(logits: Tensor, n: int = 10_000, temperature: float = 1.0, **controls: Any) -> Tensor:
-    """How often each id is chosen when the draws cover [0, 1) evenly: its probability, to 1/n."""
-    draws = (torch.arange(n) + 0.5) / n
-    settings = dict(temperature=temperature, top_k=0, top_p=1.0) | controls
-    ids = pick_token(logits.expand(n, -1), draws, **settings)
+def frequencies(logits: Tensor, n: int = 10_000, temperature: float = 1.0, **options: Any) -> Tensor:
+    """How often each id is chosen when the uniforms cover [0, 1) evenly: its probability, to 1/n."""
+    uniforms = (torch.arange(n) + 0.5) / n
+    settings = dict(temperature=temperature, top_k=0, top_p=1.0) | options
+    ids = sample(logits.expand(n, -1), uniforms, **settings)
     return torch.bincount(ids, minlength=logits.numel()) / n
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_pick_token_follows_the_softmax(temperature: float) -> None:
+def test_sample_follows_the_softmax(temperature: float) -> None:
     logits = 2 * torch.randn(20, generator=torch.Generator().manual_seed(0))
     expected = (logits.double() / temperature).softmax(-1).float()
-    # evenly spaced draws hit each interval to within one draw at either end
+    # evenly spaced uniforms hit each interval to within one draw at either end
     torch.testing.assert_close(frequencies(logits, temperature=temperature), expected, atol=2e-4, rtol=0)
     n = 40_000
-    draws = torch.rand(n, generator=torch.Generator().manual_seed(1))
-    ids = pick_token(logits.expand(n, -1), draws, temperature, 0, 1.0)
+    uniforms = torch.rand(n, generator=torch.Generator().manual_seed(1))
+    ids = sample(logits.expand(n, -1), uniforms, temperature, 0, 1.0)
     found = torch.bincount(ids, minlength=20) / n
     error = (expected * (1 - expected) / n).sqrt()
     assert ((found - expected).abs() < 5 * error + 1e-4).all()
@@ -444,51 +356,47 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("controls, expected", CUTS, ids=str)
-def test_pick_token_cuts(controls: dict, expected: list[float]) -> None:
-    found = frequencies(PROBS.log(), **controls)
+@pytest.mark.parametrize("options, expected", CUTS, ids=str)
+def test_top_k_and_top_p(options: dict, expected: list[float]) -> None:
+    found = frequencies(PROBS.log(), **options)
     assert ((found > 0) == (torch.tensor(expected) > 0)).all()
-    torch.testing.assert_close(found, torch.tensor(expected).float(), atol=2e-4, rtol=0)  # two draws
+    torch.testing.assert_close(found, torch.tensor(expected).float(), atol=2e-4, rtol=0)
 
 
-def test_pick_token_applies_the_temperature_before_top_p() -> None:
+def test_sample_applies_the_temperature_before_top_p() -> None:
     # at temperature 2 the probabilities go as their roots: .117 .371 .203 .287 -> two are below 0.6, not one
     assert (frequencies(PROBS.log(), temperature=2.0, top_p=0.55) > 0).tolist() == [False, True, False, True]
     assert (frequencies(PROBS.log(), temperature=2.0, top_p=0.7) > 0).tolist() == [False, True, True, True]
 
 
-def test_pick_token_takes_each_row_by_itself() -> None:
+def test_sample_treats_each_row_separately() -> None:
     logits = torch.stack([PROBS.log(), PROBS.flip(0).log()])
     for top_k, ends in ((0, [3, 0]), (3, [2, 2])):  # in the order of the ids; the likeliest first
-        assert pick_token(logits, torch.tensor([0.49, 0.49]), 1.0, top_k, 1.0).tolist() == [1, 2]
-        assert pick_token(logits, torch.tensor([0.99, 0.01]), 1.0, top_k, 1.0).tolist() == ends
-    assert pick_token(logits, torch.tensor([0.49, 0.99]), 0, 0, 1.0).tolist() == [1, 2]
+        assert sample(logits, torch.tensor([0.49, 0.49]), 1.0, top_k, 1.0).tolist() == [1, 2]
+        assert sample(logits, torch.tensor([0.99, 0.01]), 1.0, top_k, 1.0).tolist() == ends
+    assert sample(logits, torch.tensor([0.49, 0.99]), 0, 0, 1.0).tolist() == [1, 2]
 
 
-def test_pick_token_gives_each_id_a_half_open_share_of_the_draws() -> None:
-    ids = pick_token(torch.zeros(4, 4), torch.tensor([0.0, 0.25, 0.5, 0.75]), 1.0, 0, 1.0)
+def test_sample_gives_each_id_a_half_open_interval() -> None:
+    ids = sample(torch.zeros(4, 4), torch.tensor([0.0, 0.25, 0.5, 0.75]), 1.0, 0, 1.0)
     assert sorted(ids.tolist()) == [0, 1, 2, 3]
 
 
-def test_pick_token_at_the_ends_of_the_draw_and_of_float() -> None:
+def test_sample_with_extreme_uniforms_and_temperatures() -> None:
     most = 1 - 2.0**-24  # the largest float32 below 1, and more than torch.rand gives
     logits = 3 * torch.randn(300, 100, generator=torch.Generator().manual_seed(0))
     logits[:, ::3] = float("-inf")
     for draw in (0.0, most):
-        for controls in (dict(), dict(top_k=90), dict(top_p=0.99), dict(top_k=70, top_p=0.3)):
-            settings = dict(temperature=1.0, top_k=0, top_p=1.0) | controls
-            ids = pick_token(logits, torch.full((300,), draw), **settings)
+        for options in (dict(), dict(top_k=90), dict(top_p=0.99), dict(top_k=70, top_p=0.3)):
+            settings = dict(temperature=1.0, top_k=0, top_p=1.0) | options
+            ids = sample(logits, torch.full((300,), draw), **settings)
             assert torch.isfinite(logits.gather(1, ids[:, None])).all()
     for temperature in (1e-3, 1e-20, 1e-45, 1e-300):  # the likeliest, whatever over- or underflows
-        ids = pick_token(logits, torch.full((300,), 0.5), temperature, 0, 1.0)
+        ids = sample(logits, torch.full((300,), 0.5), temperature, 0, 1.0)
         if temperature < 1e-3:
             assert torch.equal(ids, logits.argmax(-1))
-    even = pick_token(torch.tensor([[1.0, 2.0]]).expand(2, 2), torch.tensor([0.4, 0.6]), 1e30, 0, 1.0)
+    even = sample(torch.tensor([[1.0, 2.0]]).expand(2, 2), torch.tensor([0.4, 0.6]), 1e30, 0, 1.0)
     assert even.tolist() == [0, 1]
-
-
-# -----------------------------------------------------------------------------
-# On a GPU
 
 
 @pytest.mark.gpu
@@ -501,8 +409,8 @@ def test_generation_on_cuda_equals_the_cpu(compile: bool, attention: str) -> Non
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # TF32 would round to 10 bits
     try:
-        for controls in (dict(temperature=0), dict(temperature=0.9, top_k=20)):
-            expected = tokens_of(raw.cpu(), prompts, 40, **controls)
-            assert tokens_of(raw.cuda(), prompts, 40, compile=compile, **controls) == expected
+        for options in (dict(temperature=0), dict(temperature=0.9, top_k=20)):
+            expected = tokens_of(raw.cpu(), prompts, 40, **options)
+            assert tokens_of(raw.cuda(), prompts, 40, compile=compile, **options) == expected
     finally:
         torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,288 @@
+"""Checkpoints that are written, damaged, foreign and resumed, and models from every kind of source."""
+
+import os
+import random
+import resource
+import shutil
+import threading
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+import torch
+from harness import ALONE, bits, tiny_model, write_model
+
+from neogpt import checkpoint, hf, lora, model, runtime
+from neogpt.checkpoint import Checkpoint
+
+
+def make_checkpoint(step: int, n: int = 5000) -> Checkpoint:
+    """A small checkpoint with every kind of value."""
+    rng = torch.Generator().manual_seed(step)
+    weights = {"w": torch.randn(n, generator=rng), "b": torch.randn(7, generator=rng).double()}
+    weights["tied"] = weights["w"]
+    moments = [{0: dict(step=torch.tensor(3.0), exp_avg=torch.randn(n, generator=rng))}]
+    config = dict(B=None, max_lr=6e-4, names=["a", "b"], on=True)
+    settings = dict(config=config, optimizers=moments, adapters={"a": torch.ones(2)}, scores=dict(val=-float("inf")))
+    return Checkpoint("sft", step, weights, dict(n_layer=2, attention="flash"), "bytes", **settings, base="x", B=8)
+
+
+def same(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether two checkpoints are equal, tensors by dtype and bits."""
+    return bits(vars(a)) == bits(vars(b))
+
+
+def save(folder: Path, *steps: int, keep_last: int = 100) -> list[Path]:
+    """Save checkpoints of these steps; return their paths."""
+    folder.mkdir(exist_ok=True)
+    for step in steps:
+        checkpoint.save(folder, make_checkpoint(step), keep_last)
+    return [folder / f"ckpt_{step:06d}.pt" for step in steps]
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, make_checkpoint(500), keep_last=1, best=True)
+    path = tmp_path / "ckpt_000500.pt"
+    for found in (checkpoint.read(path), checkpoint.read(path, verify=False), checkpoint.read_newest(tmp_path)):
+        assert same(found, make_checkpoint(500))
+        assert found.model["tied"].data_ptr() == found.model["w"].data_ptr()  # tied weights are stored once
+    assert same(checkpoint.read(tmp_path / "best.pt"), replace(make_checkpoint(500), optimizers=None, adapters={}))
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "ckpt_000500.pt"]
+
+
+def test_checkpoint_in_the_background_is_of_its_moment(tmp_path: Path) -> None:
+    ckpt, release = make_checkpoint(500), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(release.wait)
+        writing = checkpoint.save_in_background(pool, tmp_path, ckpt, keep_last=1)
+        for tensor in (ckpt.model["w"], ckpt.model["b"], ckpt.optimizers[0][0]["exp_avg"]):
+            tensor.add_(1)  # the steps that follow
+        assert not checkpoint.list_checkpoints(tmp_path)
+        release.set()
+        writing.result()
+        found = checkpoint.read_newest(tmp_path)
+        assert same(found, make_checkpoint(500)) and found.model["tied"].data_ptr() == found.model["w"].data_ptr()
+        with pytest.raises(OSError, match="ckpt_000500.pt"):
+            checkpoint.save_in_background(pool, tmp_path / "missing", ckpt, keep_last=1).result()
+
+
+def test_the_highest_steps_are_kept(tmp_path: Path) -> None:
+    others = ["best.pt", "ckpt_best.pt", "ckpt_000001.pt.tmp", "ckpt_000002.pt.bak", "log.txt", "my_ckpt_000003.pt"]
+    for name in others:
+        (tmp_path / name).write_text("not a checkpoint of a step")
+    save(tmp_path, 9000, 12000, 999_999)
+    save(tmp_path, 1_000_000, keep_last=2)
+    assert sorted(os.listdir(tmp_path)) == sorted(["ckpt_1000000.pt", "ckpt_999999.pt", *others])
+    assert checkpoint.read_newest(tmp_path).step == 1_000_000
+    (tmp_path / "ckpt_1000000.pt").write_bytes(b"half")
+    assert checkpoint.read_newest(tmp_path).step == 999_999
+    save(tmp_path, 999_999, keep_last=1)  # a resumed run does not count the unreadable file of a later step
+    assert sorted(os.listdir(tmp_path)) == sorted(["ckpt_1000000.pt", "ckpt_999999.pt", *others])
+
+
+@pytest.mark.parametrize("limit", [100, 300_000, 800_500], ids=["at once", "in a tensor", "at the end"])
+def test_full_disk_leaves_the_old_checkpoint(tmp_path: Path, limit: int) -> None:
+    save(tmp_path, 1, 2)
+    ckpt = make_checkpoint(3, 100_000)  # two tensors of 400 kB
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        with pytest.raises(OSError, match="ckpt_000003.pt"):
+            checkpoint.save(tmp_path, ckpt, keep_last=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(os.listdir(tmp_path)) == ["ckpt_000001.pt", "ckpt_000002.pt"]
+    assert same(checkpoint.read_newest(tmp_path), make_checkpoint(2))
+
+
+def test_required_space_counts_existing_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step, n_bytes in ((1, 70), (2, 50), (3, 40)):
+        (tmp_path / f"ckpt_{step:06d}.pt").write_bytes(bytes(n_bytes))
+    free = [3 * 12 * 10 - 50 - 40]  # two are kept, and one is being written
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(*free))
+    checkpoint.require_space(tmp_path, 10, keep_last=2)
+    free[0] -= 1
+    with pytest.raises(OSError, match="--keep_last=2"):
+        checkpoint.require_space(tmp_path, 10, keep_last=2)
+
+
+def flip(content: bytes, place: int) -> bytes:
+    """The content with one bit changed."""
+    return content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :]
+
+
+def damage(path: Path, how: str) -> None:
+    """Truncate a checkpoint of `save`, or flip a bit of it."""
+    size = path.stat().st_size
+    if how == "a bit of a tensor":
+        weights = make_checkpoint(int(path.stem[5:])).model["w"].numpy().tobytes()
+        content = path.read_bytes()
+        path.write_bytes(flip(content, content.index(weights) + len(weights) // 2))
+    else:
+        os.truncate(path, {"empty": 0, "half": size // 2, "last byte missing": size - 1}[how])
+
+
+@pytest.mark.parametrize("how", ["half", "empty", "last byte missing", "a bit of a tensor"])
+def test_damaged_checkpoint_falls_back(tmp_path: Path, how: str, capsys: pytest.CaptureFixture) -> None:
+    runtime.setup("cpu")
+    paths = save(tmp_path, 1, 2, 3)
+    damage(paths[2], how)
+    assert same(checkpoint.read_newest(tmp_path), make_checkpoint(2))
+    printed = capsys.readouterr().out
+    assert str(paths[2]) in printed and printed.count("\n") == 1
+    with pytest.raises(ValueError, match="ckpt_000003.pt"):
+        checkpoint.read_newest(paths[2])  # given by name: no other is used
+    damage(paths[1], how)
+    damage(paths[0], how)
+    with pytest.raises(ValueError, match="ckpt_000001.pt"):
+        checkpoint.read_newest(tmp_path)
+
+
+def test_any_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
+    (path,) = save(tmp_path, 1)
+    good, rng = path.read_bytes(), random.Random(0)
+    for _ in range(150):
+        path.write_bytes(flip(good, rng.randrange(len(good))))
+        try:
+            assert same(checkpoint.read(path), make_checkpoint(1))
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_objects_are_refused_and_not_run(tmp_path: Path, is_zip: bool) -> None:
+    created, path = tmp_path / "created", tmp_path / "ckpt_000009.pt"
+    creates = type("Creates", (), {"__reduce__": lambda self: (os.mkdir, (str(created),))})  # a stand-in for worse
+    state = vars(make_checkpoint(9)) | {"scores": creates()}
+    torch.save(state, path, _use_new_zipfile_serialization=is_zip)  # not: a pickle, as of old versions
+    with pytest.raises(ValueError, match="ckpt_000009.pt"):
+        checkpoint.read_newest(tmp_path)
+    assert not created.exists()
+    torch.load(path, weights_only=False)
+    assert created.exists()  # unpickling it does run its function
+
+
+def test_foreign_files(tmp_path: Path) -> None:
+    state = vars(make_checkpoint(1))
+    no_format = {key: value for key, value in state.items() if key != "format"}
+    for content in (no_format, {"format": 2, "model": {}}, {"format": 1, "model": {}}, [1, 2], state | {"format": 3}):
+        torch.save(content, tmp_path / "ckpt_000001.pt")
+        with pytest.raises(ValueError, match="ckpt_000001.pt"):
+            checkpoint.read_newest(tmp_path)
+
+
+def test_find_resume(tmp_path: Path) -> None:
+    assert checkpoint.find_resume(tmp_path, ALONE) is None
+    save(tmp_path, 9, 10)
+    (tmp_path / "ckpt_000011.pt.tmp").write_text("killed while it was written")
+    (tmp_path / "notes.tmp").write_text("not ours")
+    assert same(checkpoint.find_resume(tmp_path, ALONE), make_checkpoint(10))
+    assert sorted(os.listdir(tmp_path)) == ["ckpt_000009.pt", "ckpt_000010.pt", "notes.tmp"]
+
+
+def resume_on_rank(folder: Path, rt: runtime.Runtime) -> list[Any]:
+    """What `find_resume` gives a rank for a shared folder, an empty one, and one folder per rank."""
+    shared, empty = (checkpoint.find_resume(folder / name, rt) for name in ("shared", "empty"))
+    with pytest.raises(ValueError) as error:
+        checkpoint.find_resume(folder / f"own{rt.rank}", rt)
+    return [vars(shared), empty, str(error.value)]
+
+
+def test_all_ranks_resume_from_the_same_checkpoint(tmp_path: Path) -> None:
+    damage(save(tmp_path / "shared", 7, 8)[1], "a bit of a tensor")  # only rank 0 verifies
+    save(tmp_path / "own0", 3)
+    save(tmp_path / "own1", 4)
+    for shared, empty, error in harness.on_ranks(tmp_path, partial(resume_on_rank, tmp_path)):
+        assert same(Checkpoint(**shared), make_checkpoint(7)) and empty is None
+        assert "ckpt_000003.pt" in error
+
+
+# some keys of format 1, in which sft.py and dpo.py stored no position and prune.py no configuration; then
+# n_sequences and n_tokens after 7 steps
+FORMAT_1 = [
+    (dict(tokens=7 * 512, config=dict(total_batch_size=512, T=64), seconds=2.5, B=4), (7 * 8, 7 * 512)),
+    (dict(stage="sft", config=dict(rows_per_step=6, T=64, hf=""), base="x"), (7 * 6, 0)),
+    (dict(stage="dpo", config=dict(pairs_per_step=5, T=None)), (7 * 5, 0)),
+    (dict(stage="pretraining", pruned=dict(ratio=0.5), optimizers=None), (0, 0)),
+]
+
+
+@pytest.mark.parametrize("keys, position", FORMAT_1, ids=["pretraining", "sft", "dpo", "pruned"])
+def test_format_1_is_upgraded(tmp_path: Path, keys: dict[str, Any], position: tuple[int, int]) -> None:
+    raw, moments = tiny_model(), [{0: dict(momentum=torch.ones(2))}]
+    keys = dict(stage="pretraining", step=7, tokenizer="bytes", scores=dict(val=2.0), optimizers=moments) | keys
+    model_config = asdict(raw.config) | dict(mlp_width=0)  # 0 meant 4 · n_embd
+    state = dict(format=1, model=raw.state_dict(), model_config=model_config)
+    torch.save(keys | state, tmp_path / "ckpt_000007.pt")
+    found = vars(checkpoint.read_newest(tmp_path))
+    assert (found["n_sequences"], found["n_tokens"]) == position
+    assert {name for name in keys if bits(found.get(name)) != bits(keys[name])} <= {"tokens"}
+    loaded = checkpoint.load_model(str(tmp_path)).raw
+    assert loaded.config == raw.config and bits(loaded.state_dict()) == bits(raw.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["out_dir", "file", "hf", "hub", "adapter", "adapter of an adapter"])
+def test_load_model(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tiny_model(scale=0.1)
+    folder = write_model(tmp_path / "run", raw, stage="dpo")
+    hf.save(raw, tmp_path / "hf")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file: str(tmp_path / "hf" / file))
+    sources = {"file": folder / "ckpt_000007.pt", "hf": tmp_path / "hf", "hub": "owner/name"}
+    source = str(sources.get(kind, folder))
+    for n in range(kind.count("adapter")):
+        base, source = source, str(tmp_path / f"adapter{n}")
+        lora.add_lora(raw, rank=4, alpha=8.0)
+        for p in lora.lora_weights(raw).values():
+            p.normal_(std=0.1)
+        lora.save_adapter(Path(source), raw, base, lora.fingerprint(checkpoint.load_model(base).raw.state_dict()))
+        raw = model.GPT.from_weights(raw.config, lora.merged_weights(raw))
+    loaded, idx = checkpoint.load_model(source), torch.arange(20).view(2, 10)
+    found, expected = (x(idx)[0][..., :257] for x in (loaded.raw, raw))  # Hugging Face's has no padded ids
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert loaded.tokenizer.name == "bytes" and all(p.requires_grad for p in loaded.raw.parameters())
+    assert (loaded.stage, loaded.step) == ("dpo", 7) or kind not in ("out_dir", "file")
+
+
+def not_loaded(source: object, *words: str, stages: tuple[str, ...] = ()) -> None:
+    """Check that a source is refused with one line that contains the source and these words."""
+    with pytest.raises((ValueError, OSError)) as error:
+        checkpoint.load_model(str(source), stages)
+    assert all(word in str(error.value) for word in (str(source), *words)) and "\n" not in str(error.value)
+
+
+def test_sources_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for source in ("no-such-model", "nobody/nothing", "out/nothing", tmp_path / "nothing", tmp_path, "nothing.pt"):
+        not_loaded(source)
+    not_loaded("out/nothing", "sft.py", stages=("sft", "dpo"))
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    not_loaded(tmp_path, "llama")
+    folder = write_model(tmp_path / "run", tiny_model(), stage="sft")
+    not_loaded(folder, "sft", "dpo", stages=("dpo",))
+    assert checkpoint.load_model(str(folder), ("pretraining", "sft")).stage == "sft"
+
+
+def test_inconsistent_checkpoints(tmp_path: Path) -> None:
+    raw = tiny_model()
+    ckpt = Checkpoint("sft", 7, raw.state_dict(), asdict(raw.config), "bytes")
+    changes = {
+        "257": dict(tokenizer="gpt2"),
+        "wte.weight": dict(model={}),
+        "ln_f.bias": dict(model=ckpt.model | {"transformer.ln_f.bias": torch.zeros(3)}),
+        "n_layer": dict(model_config=ckpt.model_config | dict(n_layer=10**9)),
+    }
+    for word, change in changes.items():
+        checkpoint.write(tmp_path / "ckpt_000007.pt", replace(ckpt, **change))
+        not_loaded(tmp_path, word)
+
+
+def test_own_folder_is_refused(tmp_path: Path) -> None:
+    checkpoint.refuse_own_folder(str(tmp_path / "b"), str(tmp_path / "a"))
+    for source in ("a", "a/ckpt_000007.pt", "b/../a"):
+        with pytest.raises(ValueError, match="--out_dir"):
+            checkpoint.refuse_own_folder(str(tmp_path / "a"), str(tmp_path / source))

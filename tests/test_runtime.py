@@ -1,0 +1,122 @@
+"""Devices, precision, console output, signals, strict determinism, attention kernels and compilation."""
+
+import io
+import os
+import signal
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from harness import ALONE, tiny_model
+from torch import Tensor, nn
+
+from neogpt import model, runtime, training
+
+
+def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    dtypes = dict(bf16=torch.bfloat16, fp32=torch.float32)
+    for has_amx, auto in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
+        for precision, expected in (("auto", auto), ("bf16", "bf16"), ("fp32", "fp32")):
+            rt = runtime.setup("cpu", precision)
+            assert rt == runtime.Runtime(0, 1, torch.device("cpu"), expected)
+            with rt.autocast():
+                assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtypes[expected]
+    assert runtime.peak_flops(ALONE.device) is None
+
+
+@pytest.mark.parametrize("device", ["tpu", "cpu:x", "", f"cuda:{torch.cuda.device_count()}"])
+def test_unavailable_devices(device: str) -> None:
+    with pytest.raises(ValueError, match=f"--device={device}"):
+        runtime.setup(device, deterministic=True)
+
+
+def test_print0(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.setup("cpu")
+    runtime.print0("a\x1b[31m\x00b\tc é\x85\r5 train 1\nnext %s line")  # control characters, as a byte model samples
+    assert capsys.readouterr() == ("a\ufffd[31m\ufffdb\ufffdc é\ufffd\ufffd5 train 1\nnext %s line\n", "")
+    runtime.setup("cpu", console=sys.stderr)
+    runtime.print0("text")
+    assert capsys.readouterr() == ("", "text\n")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **settings: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert runtime.setup("cpu")[:2] == (1, 2)
+    runtime.print0("text")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_characters_that_the_console_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))  # a file on Windows
+    runtime.setup("cpu")
+    runtime.print0("a\ufffdé")
+    assert sys.stdout.buffer.getvalue().decode("cp1252").split() == ["a?é"]
+
+
+def test_first_signal_asks_to_stop_and_the_second_kills(monkeypatch: pytest.MonkeyPatch) -> None:
+    killed = []
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for signum in before:
+            requested = runtime.stop_on_signals()
+            assert not requested()
+            os.kill(os.getpid(), signum)
+            assert requested()
+            assert (signal.getsignal(signum) == signal.SIG_DFL) is (signum == signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)  # at once: torchrun and Slurm both send it
+        monkeypatch.setattr(runtime, "SAME_STOP", 0.0)
+        monkeypatch.setattr(os, "kill", lambda *args: killed.append((signal.getsignal(signal.SIGTERM), *args)))
+        signal.raise_signal(signal.SIGTERM)
+        assert killed == [(signal.SIG_DFL, os.getpid(), signal.SIGTERM)]
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_training_is_strict_about_determinism(enabled: bool) -> None:
+    def state() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    def loss_fn(net: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict]:
+        assert state() == (enabled, False)
+        return net(batch["x"]).sum(), {}
+
+    torch.use_deterministic_algorithms(enabled, warn_only=enabled)
+    try:
+        training.backward(nn.Linear(2, 2), dict(x=torch.ones(1, 2)), loss_fn, 1.0)
+        assert state() == (enabled, enabled)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("attention, kernel", [("flash", "flash attention"), ("manual", "manual attention")])
+def test_attention_kernel_is_named(attention: str, kernel: str) -> None:
+    config = model.GPTConfig(n_layer=1, n_head=2, n_embd=16, attention=attention)
+    assert runtime.attention_kernel(config, 2, 16, ALONE) == kernel
+
+
+def test_compiler_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    for kind, variable, compiler in (("cuda", "CC", "gcc"), ("cpu", "CXX", "g++")):
+        monkeypatch.delenv(variable, raising=False)
+        with pytest.raises(ValueError) as error:
+            runtime.require_compiler(torch.device(kind))
+        assert compiler in str(error.value) and "--compile=False" in str(error.value)
+        monkeypatch.setenv(variable, "cc")
+        runtime.require_compiler(torch.device(kind))
+
+
+def test_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw, idx = tiny_model(n_layer=1), torch.arange(8)[None]
+    assert runtime.wrap(raw, ALONE, compile=False) is raw
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # needs no compiler
+    monkeypatch.setattr(runtime, "require_compiler", lambda device: None)
+    compiled = runtime.wrap(raw, ALONE, compile=True)
+    assert compiled is not raw and torch.equal(compiled(idx)[0], raw(idx)[0])
+    raw.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        runtime.wrap(raw, ALONE, compile=True)(idx)
+    runtime.wrap(raw, ALONE, compile=True, dynamic=True)(idx)
