@@ -1,27 +1,16 @@
 """One training run in one out_dir: open or resume it, count steps and sequences, log, save and stop.
 
-The loop and the loss stay in the script:
-
-    run = Run(cfg, "pretraining", "gpt2", rt)        # run.resumed is the checkpoint to continue from, or None
-    run.attach(raw, optimizers, compile=True)
-    for step in run.steps(max_steps):
-        if run.due(cfg.eval_every):
-            run.record(val=...)
-        if run.due(cfg.save_every):
-            run.save()
-        if run.last:
-            break
-        run.update(next(batches), loss_fn, lr=...)
-    run.finish()
+The loop and the loss stay in the script: see `main` in train_gpt2.py.
 """
 
 import logging
+import os
 import platform
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,12 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from neogpt import checkpoint, data, files, lora, model, optim, runtime, training
 
-LAG = {"cuda": 1}  # read losses this many steps late, so that the GPU queue never drains
-MAX_NONFINITE = 10  # a run ends after this many steps in a row without a finite loss and gradient
+LAG = {"cuda": 1}  # by device: read losses this many steps late, so that the GPU queue never drains
+MAX_NONFINITE = 10  # a run ends after this many steps in a row with a loss or gradient that is not finite
 
 
 def code_revision() -> str:
@@ -47,14 +35,15 @@ def code_revision() -> str:
 
 
 class Log(logging.Handler):
-    """<out_dir>/log.txt, append-only: one `step name value` per line; what `print0` prints follows a `#`."""
+    """<out_dir>/log.txt, append-only: one `step name value` per line. Lines of text start with `# `."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        """Open the log of rank 0; other ranks write nothing."""
         super().__init__()
-        path = Path(folder) / "log.txt"
-        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        path = folder / "log.txt" if rank == 0 else Path(os.devnull)
+        has_incomplete_line = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # line-buffered: a killed run loses nothing
-        self.write("\n" * torn)
+        self.write("\n" * has_incomplete_line)
 
     def write(self, text: str) -> None:
         """Append text. Raises OSError, for example if the disk is full."""
@@ -64,11 +53,11 @@ class Log(logging.Handler):
             raise OSError(f"cannot write {self.file.name}: {error.strerror}; fix it and start again") from error
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a message of `print0` as one line."""
+        """Write a message of `print0`."""
         self.write("# " + record.getMessage().replace("\n", "\\n") + "\n")
 
     def header(self, **facts: object) -> None:
-        """Write facts about the run as one line."""
+        """Write one line of text about the run."""
         self.write("# " + " ".join(f"{name}={value}" for name, value in facts.items()) + "\n")
 
     def scalars(self, step: int, **values: float) -> None:
@@ -77,43 +66,43 @@ class Log(logging.Handler):
 
 
 class Run:
-    """The state of a run. Only rank 0 writes."""
+    """The state of a run. Only rank 0 writes files."""
 
     def __init__(self, cfg: Any, stage: str, tokenizer: str, rt: runtime.Runtime) -> None:
         """cfg: a script's Config with out_dir, keep_last, grad_clip and seed. stage: as in checkpoint.Checkpoint."""
         self.cfg, self.stage, self.tokenizer, self.rt = cfg, stage, tokenizer, rt
         self.stop_requested = runtime.stop_on_signals()
         self.out_dir = files.make_folder(cfg.out_dir)
-        self.log = Log(self.out_dir) if rt.rank == 0 else None
-        if self.log:
-            runtime.logger.addHandler(self.log)
+        self.log = Log(self.out_dir, rt.rank)
+        runtime.logger.addHandler(self.log)
         self.resumed = checkpoint.find_resume(self.out_dir, rt)
         if self.resumed and (self.resumed.stage != stage or self.resumed.optimizers is None):
             raise ValueError(f"the checkpoint in {self.out_dir} is not of a {stage} run: use another --out_dir")
-        if self.log:
-            versions = dict(code=code_revision(), torch=torch.__version__, python=platform.python_version())
-            self.log.header(**versions, **rt._asdict(), tokenizer=tokenizer)
-            self.log.header(**{name: repr(value) for name, value in asdict(cfg).items()})
-        at = self.resumed or checkpoint.Checkpoint(stage, 0, {}, {}, tokenizer)
-        self.step, self.n_sequences, self.n_tokens, self.scores = at.step, at.n_sequences, at.n_tokens, at.scores
-        self.start = at.step, at.n_sequences
-        self.started = time.perf_counter() - at.seconds
-        self.saved_step = at.step  # of the newest checkpoint
-        self.B, self.base, self.flops_per_token = 0, "", 0
+        versions = dict(code=code_revision(), torch=torch.__version__, python=platform.python_version())
+        self.log.header(**versions, **rt._asdict(), tokenizer=tokenizer)
+        self.log.header(**{name: repr(value) for name, value in asdict(cfg).items()})
+        start = self.resumed or checkpoint.Checkpoint(stage, 0, {}, {}, tokenizer)
+        self.start_step, self.start_sequences = start.step, start.n_sequences
+        self.step, self.n_sequences = start.step, start.n_sequences
+        self.n_tokens, self.scores = start.n_tokens, start.scores
+        self.started = time.perf_counter() - start.seconds
+        self.saved_step = start.step  # of the newest checkpoint
+        self.B, self.base, self.flops_per_token = 0, "", 0  # set by the scripts; FLOPs are for the MFU
         self.stopped, self.n_nonfinite = False, 0
-        self.pending: deque[tuple[int, float, int, Callable[[], training.StepResult]]] = deque()
-        self.writer = ThreadPoolExecutor(1)
-        self.writing: Future | None = None
+        self.pending = deque()  # steps whose losses are not read: (step, lr, n_tokens, function that reads them)
+        self.writer, self.writing = ThreadPoolExecutor(1), None  # writing: the Future of the last checkpoint
         if self.resumed:
-            changed = checkpoint.differences(at.config, asdict(cfg)) or "nothing"
+            changed = checkpoint.differences(start.config, asdict(cfg)) or "nothing"
             runtime.print0(f"continuing {self.out_dir} from step {self.step}; changed: {changed}")
 
     def attach(
         self, raw: model.GPT, optimizers: list[torch.optim.Optimizer], compile: bool, dynamic: bool = False
     ) -> None:
-        """Train this model, which is on the device: load the moments of a resumed run, compile and wrap the model."""
+        """Set the model to train, which is on the device already: compile and wrap it, and load the moments of a
+        resumed run. dynamic: as in runtime.wrap.
+        """
         self.raw, self.optimizers = raw, optimizers
-        self.model: nn.Module = runtime.wrap(raw, self.rt, compile, dynamic)
+        self.model = runtime.wrap(raw, self.rt, compile, dynamic)
         if n_pruned := optim.keep_zeros(optimizers, raw):
             runtime.print0(f"{n_pruned} pruned matrices: their zeros stay zero")
         if self.resumed:
@@ -123,16 +112,16 @@ class Run:
             checkpoint.require_space(self.out_dir, raw.n_params(), self.cfg.keep_last)
 
     def items(self, step: int, n: int, n_items: int) -> np.ndarray:
-        """The indices, (n,) int64, of a step's n items out of n_items.
+        """The indices of the n items of a step, (n,) int64 in [0, n_items).
 
-        The position counts items from the resumed checkpoint on, so n can change when a run is resumed.
+        The position is counted from the resumed checkpoint on, so n can change when a run is resumed.
         """
-        step_0, position_0 = self.start
-        return data.windows_at(position_0 + (step - step_0) * n, n, n_items, self.cfg.seed)
+        position = self.start_sequences + (step - self.start_step) * n
+        return data.windows_at(position, n, n_items, self.cfg.seed)
 
     def warm_up(self, batch: training.Batch, loss_fn: training.LossFn) -> None:
-        """Compile before the clock starts. And after its first backward pass DDP regroups gradients, which changes the
-        order of sums: a resumed run must be past that before its first step too.
+        """Run a backward pass and discard its gradients. It compiles the model before the first step is timed. After
+        it DDP rebuilds its buckets, which changes the order of sums: a resumed run must do that before its first step.
         """
         if self.model is not self.raw:
             training.backward(self.model, batch.micro_batches[0], loss_fn, 1.0)
@@ -140,16 +129,18 @@ class Run:
 
     @property
     def last(self) -> bool:
-        """Whether no further step follows: max_steps is reached, or a signal asked to stop."""
+        """Whether no step follows: max_steps is reached, or a signal asked to stop."""
         return self.stopped or self.step == self.max_steps
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time of the run, over all its starts."""
+        """Wall-clock time of the run, including the time before it was resumed."""
         return time.perf_counter() - self.started
 
     def steps(self, max_steps: int) -> Iterator[int]:
-        """Yield the step numbers from the resumed one to max_steps. The last is for evaluating and saving only."""
+        """Yield the step numbers up to max_steps, from the resumed one on. The last one is not trained, only evaluated
+        and saved.
+        """
         if self.step > max_steps:
             raise ValueError(f"the run in {self.out_dir} is at step {self.step} already: --max_steps={max_steps}")
         self.max_steps, self.clock = max_steps, time.perf_counter()
@@ -161,56 +152,55 @@ class Run:
             yield step
 
     def due(self, every: int | None) -> bool:
-        """Whether something done every `every` steps (0 or None: never) and at the end is due. Reads all losses."""
+        """Whether this step is the last one or a multiple of `every` (0 or None: never). If so, all losses are read
+        first, which can stop the run.
+        """
         is_due = bool(every) and (self.step % every == 0 or self.step == self.max_steps)
         if is_due:
             self.read_results(0)
         return is_due and not self.stopped
 
     def update(self, batch: training.Batch, loss_fn: training.LossFn, *, lr: float) -> None:
-        """Do one optimizer step; its results are read and logged LAG steps later."""
-        limits = dict(lr=lr, grad_clip=self.cfg.grad_clip, rt=self.rt, stop=self.stop_requested())
-        read = training.train_step(self.model, self.optimizers, batch.micro_batches, loss_fn, **limits)
+        """Do one optimizer step. Its losses are read and logged LAG steps later."""
+        settings = dict(lr=lr, grad_clip=self.cfg.grad_clip, rt=self.rt, stop=self.stop_requested())
+        read = training.train_step(self.model, self.optimizers, batch.micro_batches, loss_fn, **settings)
         self.pending.append((self.step, lr, batch.n_tokens, read))
         self.n_sequences += batch.n_sequences
         self.n_tokens += batch.n_tokens
 
     def read_results(self, lag: int) -> None:
-        """Read and log the results of all but the last `lag` steps."""
+        """Read and log the losses of all but the last `lag` steps."""
         while len(self.pending) > lag:
             step, lr, n_tokens, read = self.pending.popleft()
-            out = read()
-            dt, self.clock = time.perf_counter() - self.clock, time.perf_counter()
-            self.n_nonfinite = self.n_nonfinite + 1 if out.skipped else 0
-            self.stopped = self.stopped or out.stop
-            if self.log:
-                self.log.scalars(step, train=out.loss, lr=lr, norm=out.grad_norm, **out.metrics)
-                self.print_step(step, lr, n_tokens, dt, out)
+            result, before, self.clock = read(), self.clock, time.perf_counter()
+            self.n_nonfinite = self.n_nonfinite + 1 if result.skipped else 0
+            self.stopped = self.stopped or result.stop
+            self.log.scalars(step, train=result.loss, lr=lr, norm=result.grad_norm, **result.metrics)
+            if self.rt.rank == 0:
+                self.print_step(step, lr, n_tokens, self.clock - before, result)
             if self.n_nonfinite == MAX_NONFINITE:
-                raise ValueError(
-                    f"loss or gradient not finite in {MAX_NONFINITE} steps in a row (loss {out.loss}): lower --max_lr, "
-                    "lengthen the warmup, or use --precision=fp32; then start again from the last checkpoint"
-                )
+                problem = f"loss or gradient not finite in {MAX_NONFINITE} steps in a row (loss {result.loss})"
+                remedy = "lower --max_lr, lengthen the warmup, or use --precision=fp32; then start again"
+                raise ValueError(f"{problem}: {remedy} from the last checkpoint")
 
-    def print_step(self, step: int, lr: float, n_tokens: int, dt: float, out: training.StepResult) -> None:
-        """Print one line for a step that took dt seconds. Tokens per second do not count padding."""
+    def print_step(self, step: int, lr: float, n_tokens: int, dt: float, result: training.StepResult) -> None:
+        """Print one line for a step that took dt seconds. n_tokens: without padding."""
         peak = runtime.peak_flops(self.rt.device) if self.flops_per_token else None
         mfu = f" | MFU {self.flops_per_token * n_tokens / dt / (peak * self.rt.world_size):5.1%}" if peak else ""
         left = timedelta(seconds=round(dt * (self.max_steps - step)))
-        line = f"step {step:6d}/{self.max_steps} | loss {out.loss:8.5f} | lr {lr:.2e} | norm {out.grad_norm:7.4f}"
+        line = f"step {step:6d}/{self.max_steps} | loss {result.loss:8.5f} | lr {lr:.2e} | norm {result.grad_norm:7.4f}"
         line += f" | {dt * 1e3:8.1f} ms | {n_tokens / dt:9,.0f} tok/s{mfu} | {left} left"
-        print(line + " | skipped: not finite" * out.skipped, flush=True)
+        print(line + " | skipped: not finite" * result.skipped, flush=True)
 
     def record(self, **values: float) -> None:
-        """Log the results of an evaluation, with tokens and seconds so far, and keep them in `scores`."""
+        """Log the results of an evaluation, with the tokens and seconds until now, and keep them in `scores`."""
         self.scores = self.scores | values
-        if self.log:
-            self.log.scalars(self.step, **values, tokens=self.n_tokens, seconds=self.seconds)
+        self.log.scalars(self.step, **values, tokens=self.n_tokens, seconds=self.seconds)
         self.clock = time.perf_counter()  # the time of an evaluation is not part of a step
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint in the background, and best.pt if `best`. Does nothing if this step is saved already, or
-        while losses are not finite.
+        if the last step was not finite.
         """
         if (self.step == self.saved_step and not best) or self.n_nonfinite:
             return
@@ -219,28 +209,17 @@ class Run:
             adapters = lora.lora_weights(self.raw)
             if adapters:
                 lora.save_adapter(self.out_dir / "adapter", self.raw, self.cfg.checkpoint, self.base)
-            ckpt = checkpoint.Checkpoint(
-                stage=self.stage,
-                step=self.step,
-                model=lora.merged_weights(self.raw) if adapters else self.raw.state_dict(),
-                model_config=asdict(self.raw.config),
-                tokenizer=self.tokenizer,
-                config=asdict(self.cfg),
-                optimizers=[optimizer.state_dict()["state"] for optimizer in self.optimizers],
-                adapters=adapters,
-                base=self.base,
-                n_sequences=self.n_sequences,
-                n_tokens=self.n_tokens,
-                seconds=self.seconds,
-                scores=self.scores,
-                B=self.B,
-                world_size=self.rt.world_size,
-            )
+            weights = lora.merged_weights(self.raw) if adapters else self.raw.state_dict()
+            ckpt = checkpoint.Checkpoint(self.stage, self.step, weights, asdict(self.raw.config), self.tokenizer)
+            moments = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
+            settings = dict(config=asdict(self.cfg), base=self.base, B=self.B, world_size=self.rt.world_size)
+            progress = dict(n_sequences=self.n_sequences, n_tokens=self.n_tokens, seconds=self.seconds)
+            ckpt = replace(ckpt, optimizers=moments, adapters=adapters, **settings, **progress, scores=self.scores)
             self.writing = checkpoint.save_in_background(self.writer, self.out_dir, ckpt, self.cfg.keep_last, best)
         self.saved_step, self.clock = self.step, time.perf_counter()
 
     def wait_for_writer(self) -> None:
-        """Wait for the checkpoint in the background; raises its error, for example on a full disk."""
+        """Wait until the last checkpoint is written. Raises its error, for example if the disk is full."""
         if self.writing:
             self.writing.result()
 
@@ -251,6 +230,5 @@ class Run:
         self.wait_for_writer()
         stopped = f"stopped at step {self.step}; the same command continues"
         runtime.print0(stopped if self.stopped else f"done: {self.out_dir}")
-        if self.log:
-            runtime.logger.removeHandler(self.log)
+        runtime.logger.removeHandler(self.log)
         runtime.cleanup(self.rt)

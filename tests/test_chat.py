@@ -385,9 +385,12 @@ def test_scores_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert score._asdict() == pytest.approx(dict(exact=1 / 5, begins=3 / 5, ended=4 / 5))
     # stopped after the reference without end-of-text: it begins with the reference, but is not an exact match
     assert chat.score_answers(raw, questions[:1], 4, BYTES, ALONE) == (0, 1, 0)
+    total = torch.tensor([1.0, 3.0, 4.0])
     for n_ranks in (2, 7):  # 7: more ranks than questions
         counts: list[Tensor] = []
-        monkeypatch.setattr(runtime, "all_reduce_sum", lambda x, rt, counts=counts: counts.append(x) or x)
+        monkeypatch.setattr(runtime, "all_reduce_sum", lambda x, rt, counts=counts: counts.append(x) or total)
         for rank in range(n_ranks):
-            chat.score_answers(raw, questions, 12, BYTES, rank_of(rank, n_ranks))
-        assert sum(counts).tolist() == [1, 3, 4]
+            assert chat.score_answers(raw, questions, 12, BYTES, rank_of(rank, n_ranks)) == pytest.approx(
+                (0.2, 0.6, 0.8)
+            )
+        assert torch.equal(sum(counts), total)

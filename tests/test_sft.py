@@ -208,7 +208,7 @@ def test_compiled_step_with_packing_has_one_shape(cfg: Config, packing: bool, mo
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_killed_and_resumed_run_equals_uninterrupted_run(cfg: Config, kind: str, server: ForkServer) -> None:
-    cfg = replace(cfg, max_steps=50, eval_every=7, save_every=5, n_eval_prompts=2, **KINDS[kind])
+    cfg = replace(cfg, max_steps=120, eval_every=11, save_every=5, n_eval_prompts=2, **KINDS[kind])
     whole = tune(cfg)
     killed = replace(cfg, out_dir=cfg.out_dir + "-killed")
     harness.kill_and_resume(server, "sft", killed, moments=[8, 0, 13, 9], seed=len(kind))

@@ -2,7 +2,6 @@
 
     python -m tools.bench train       # the training step against a plain PyTorch loop; --profile also writes a trace
     python -m tools.bench choices     # the training step with one choice changed at a time
-    python -m tools.bench data        # reading batches
     python -m tools.bench sample      # prefill, and decoding with and without a KV cache
     python -m tools.bench hellaswag   # against scoring one row at a time
     python -m tools.bench tokenize --data='books-*.parquet'    # fineweb.py against a pool of tiktoken processes
@@ -37,7 +36,7 @@ if multiprocessing.parent_process() is None:  # the workers of `tokenize` import
 
 @dataclass(frozen=True)
 class Config:
-    bench: Literal["train", "choices", "sample", "data", "hellaswag", "tokenize"] = "train"  # what to measure
+    bench: Literal["train", "choices", "sample", "hellaswag", "tokenize"] = "train"  # what to measure
     data: str = str(config.ROOT / "input.txt")  # text or shards; hellaswag: rows; tokenize: parquet files
     tokenizer: Literal["gpt2", "bytes"] = "bytes"  # of the data
     models: tuple[str, ...] = ("demo",)  # names of model.SIZES; the weights are random
@@ -62,7 +61,6 @@ class Config:
 CONFIGS = {
     "train": Config(),
     "choices": Config(bench="choices", repeats=4),
-    "data": Config(bench="data"),
     "sample": Config(bench="sample", models=("gpt2",), B=(1, 8), repeats=4),
     "hellaswag": Config(bench="hellaswag", data="", tokenizer="gpt2", models=("gpt2",), repeats=4),
     "tokenize": Config(bench="tokenize", data="*.parquet", tokenizer="gpt2", repeats=4),
@@ -151,19 +149,6 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     return timing.run_alternating(variants | {"prefill": prefill}, cfg.repeats, "tok/s")
 
 
-def bench_data(cfg: Config) -> list[dict]:
-    """Reading the batches of training, on one thread."""
-    train = data.Windows(data.open_data(cfg.data, data.get_tokenizer(cfg.tokenizer))[0], cfg.T)
-    n, step = cfg.total_batch_size // cfg.T, itertools.count()
-
-    def read() -> int:
-        for _ in range(cfg.steps):
-            train.read(data.windows_at(next(step) * n, n, len(train), 1))
-        return cfg.steps * n * cfg.T
-
-    return timing.run_alternating({f"{n} windows per step": read}, cfg.repeats, "tok/s")
-
-
 def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
     """hellaswag.py against scoring the four padded endings of one row at a time."""
     raw, tokenizer, rt = trainer.build_model(cfg, name)
@@ -219,7 +204,6 @@ def bench_tokenize(cfg: Config) -> list[dict]:
 
 
 PER_MODEL = {"train": bench_train, "choices": bench_choices, "sample": bench_sample, "hellaswag": bench_hellaswag}
-OTHERS = {"data": bench_data, "tokenize": bench_tokenize}
 
 
 def main(cfg: Config) -> None:
@@ -229,7 +213,7 @@ def main(cfg: Config) -> None:
     config.require("[2, inf)", repeats=cfg.repeats)
     config.require(f"[{cfg.T}, inf)", total_batch_size=cfg.total_batch_size)
     files.make_folder(cfg.out_dir)
-    rows = OTHERS[cfg.bench](cfg) if cfg.bench in OTHERS else []
+    rows = bench_tokenize(cfg) if cfg.bench == "tokenize" else []
     try:
         for name, B in itertools.product(cfg.models, cfg.B) if cfg.bench in PER_MODEL else ():
             print(f"{name}, B={B}")

@@ -13,7 +13,7 @@ out=${OUT:-out/bench-gpu}
 step="--models gpt2 --tokenizer=gpt2 --data=$data --T=1024 --total_batch_size=524288 --steps=3"
 sample="--tokenizer=gpt2 --B 1 8 64 --uncached_stride=16"
 failed=()
-parts="tests train sample choices muon data compiled hellaswag"
+parts="tests train sample choices muon compiled hellaswag"
 
 for name in $wanted; do
   [[ " $parts " = *" $name "* ]] || { echo "unknown part $name: expected some of $parts"; exit 2; }
@@ -32,7 +32,6 @@ part train $bench train $step --B 16 32 64 --repeats=4 --profile --out_dir=$out 
 part sample $bench sample $sample --compile=False --out_dir=$out
 part choices $bench choices $step --B 32 --repeats=3 --out_dir=$out
 part muon $bench train $step --B 32 --repeats=3 --optimizer=muon --out_dir=$out/muon
-part data $bench data $step --out_dir=$out
 part compiled $bench sample $sample --compile --out_dir=$out/compiled
 part hellaswag $bench hellaswag --rows=1000 --out_dir=$out
 [ ${#failed[@]} -eq 0 ] && echo "all parts passed" || { printf 'failed: %s\n' "${failed[*]}"; exit 1; }

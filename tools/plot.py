@@ -2,17 +2,17 @@
 
     python -m tools.plot                     # out/gpt2 -> Images/Loss.png, Images/Hellaswag.png
     python -m tools.plot demo                # out/demo
-    python -m tools.plot --runs out/adamw out/muon --labels AdamW Muon --x=tokens
+    python -m tools.plot --runs out/adamw out/muon --x=tokens
 
-GPT-2 and GPT-3 124M are shown for comparison if all runs are pretraining runs with the GPT-2 tokenizer, and
-on HellaSwag only if all were scored on its own questions.
+GPT-2 and GPT-3 124M are shown for comparison if all runs are pretraining runs with the GPT-2 tokenizer, and on
+HellaSwag only if all were scored on its own questions.
 """
 
 import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -28,13 +28,11 @@ STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth
 @dataclass(frozen=True)
 class Config:
     runs: tuple[str, ...] = ("out/gpt2",)  # out_dirs or log files, one curve each
-    labels: tuple[str, ...] = ()  # names in the legend; default: the names of the folders
     x: Literal["steps", "tokens", "seconds"] = "steps"  # horizontal axis
-    smooth: int = 50  # steps over which the training loss is averaged; 1: not smoothed
     out_dir: str = "Images"  # folder of Loss.png and Hellaswag.png
 
 
-CONFIGS = {"gpt2": Config(), "demo": Config(runs=("out/demo",), smooth=20)}
+CONFIGS = {"gpt2": Config(), "demo": Config(runs=("out/demo",))}
 
 
 class Run(NamedTuple):
@@ -68,11 +66,11 @@ def read_log(path: str | Path) -> Run:
     return Run(path.resolve().parent.name, curves, constants)
 
 
-def transform(run: Run, x: str, smooth: int) -> Run:
-    """The run with curves over x instead of steps, and a training loss averaged over `smooth` steps."""
+def transform(run: Run, x: str) -> Run:
+    """The run with curves over x instead of steps, and a training loss averaged over 2 % of the steps."""
     curves = dict(run.curves)
     if "train" in curves:
-        n = min(smooth, len(curves["train"][0]))
+        n = 1 + len(curves["train"][0]) // 50
         curves["train"] = tuple(np.convolve(array, np.ones(n) / n, "valid") for array in curves["train"])
     if x != "steps":
         if x not in curves:
@@ -82,24 +80,15 @@ def transform(run: Run, x: str, smooth: int) -> Run:
     return run._replace(curves=curves)
 
 
-def fit_losses(axes: Any, runs: list[Run]) -> None:
-    """Set the vertical range. It ignores the first evaluation: an untrained model's loss would flatten the curve."""
-    low = np.concatenate([run.curves[n][1] for run in runs for n in ("val", "train") if n in run.curves])
-    high = np.concatenate([run.curves["val"][1][1:] for run in runs if "val" in run.curves])
-    low, high = low[np.isfinite(low)], high[np.isfinite(high)]
-    if len(high):
-        axes.set_ylim(low.min() - 0.1 * abs(low.min()), high.max() + 0.15 * abs(high.max()))
-
-
-def draw(runs: list[Run], folder: str | Path, x: str = "steps", smooth: int = 50) -> list[Path]:
+def draw(runs: list[Run], folder: str | Path, x: str = "steps") -> list[Path]:
     """Write Loss.png and, if a run was scored on HellaSwag, Hellaswag.png into `folder`; return their paths.
 
-    x, smooth: as in Config. Raises ValueError if a log has no values of x.
+    x: as in Config. Raises ValueError if a log has no values of x.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
-    runs = [transform(run, x, smooth) for run in runs]
+    runs = [transform(run, x) for run in runs]
     like_gpt2 = all(c.get("tokenizer") == "gpt2" and "checkpoint" not in c for _, _, c in runs)
     other_questions = any(c.get("hellaswag_data", c.get("hella_data")) for _, _, c in runs)
     loss = "loss" if any("beta" in c for _, _, c in runs) else "loss (nats per token)"  # of DPO: per pair
@@ -120,7 +109,12 @@ def draw(runs: list[Run], folder: str | Path, x: str = "steps", smooth: int = 50
                 for style, (model, value) in zip(("--", "-."), REFERENCES[name].items()):
                     axes.axhline(value, color="0.3", linestyle=style, linewidth=1.2, label=f"{model}, {value}")
             if name == "val":
-                fit_losses(axes, runs)
+                # without the first evaluation: an untrained model's loss would flatten the curves
+                low = np.concatenate([run.curves[n][1] for run in runs for n in ("val", "train") if n in run.curves])
+                high = np.concatenate([run.curves["val"][1][1:] for run in runs if "val" in run.curves])
+                low, high = low[np.isfinite(low)], high[np.isfinite(high)]
+                if len(high):
+                    axes.set_ylim(low.min() - 0.1 * abs(low.min()), high.max() + 0.15 * abs(high.max()))
             else:
                 axes.axhline(0.25, color="0.6", linestyle=":", linewidth=1.2, label="chance, 0.25")
             axes.set(title=title, xlabel=x, ylabel=ylabel)
@@ -133,13 +127,7 @@ def draw(runs: list[Run], folder: str | Path, x: str = "steps", smooth: int = 50
 
 def main(cfg: Config) -> None:
     """Read the logs and draw the figures."""
-    config.require("[1, inf)", smooth=cfg.smooth)
-    runs = [read_log(path) for path in cfg.runs]
-    if cfg.labels:
-        if len(cfg.labels) != len(runs):
-            raise ValueError(f"{len(cfg.labels)} --labels for {len(runs)} --runs: give one label per run")
-        runs = [run._replace(label=label) for run, label in zip(runs, cfg.labels)]
-    for path in draw(runs, cfg.out_dir, cfg.x, cfg.smooth):
+    for path in draw([read_log(path) for path in cfg.runs], cfg.out_dir, cfg.x):
         print(path)
 
 
