@@ -6,9 +6,8 @@
     python dpo.py --data=pairs.jsonl --loss=ipo --lora_rank=16 --max_lr=2e-5
     python sample.py --checkpoint=out/dpo --chat         # talk to the result
 
-Rows have the fields of red_teaming_reward_modeling_pairwise (prompt, response_a, response_b, and preferred, "A" or
-"B"), or prompt, chosen and rejected. The policy starts as the reference model. The reference log-probabilities are
-computed once before the first step and cached in out_dir, so only one model is in memory.
+Rows have prompt, response_a, response_b and preferred ("A" or "B"), or prompt, chosen and rejected. The policy starts
+as the reference model, whose log-probabilities are computed once and cached in out_dir: one model is in memory.
 
 Logged at every step and for held-out pairs: rewards/chosen, rewards/rejected (beta times the log-ratio of policy to
 reference), rewards/margins, rewards/accuracies, logps/chosen, logps/rejected. The probability of chosen answers often
@@ -16,11 +15,9 @@ falls too: watch logps/chosen; rpo_alpha counteracts it. tok/s counts the tokens
 """
 
 import hashlib
-import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,59 +26,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neogpt import chat, checkpoint, config, data, files, finetune, model, optim, preferences, runtime, training
+from neogpt import chat, checkpoint, config, data, files, finetune, optim, preferences, runtime, training
 from neogpt.preferences import Pair
 from neogpt.run import Run
 
-Loss = Literal["sigmoid", "robust", "hinge", "ipo"]
-DEMO = Path(__file__).parent / "demo"
-
 
 @dataclass(frozen=True)
-class Config:
+class Config(finetune.FinetuneConfig):
     checkpoint: str = "out/sft"  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
     data: str = "andersonbcdefg/red_teaming_reward_modeling_pairwise"  # dataset on the hub, or a file
-    val_frac: float = 0.03  # the fraction held out, selected by the seed; split by prompt
-    eval_questions: str = ""  # held-out questions and answers, as for sft.py: how many answers begin correctly
-    out_dir: str = "out/dpo"  # where log.txt and checkpoints go
-
-    loss: Loss = "sigmoid"  # sigmoid: DPO; robust: arXiv:2403.00409; hinge: SLiC; ipo: arXiv:2310.12036
+    out_dir: str = "out/dpo"  # log.txt, checkpoints, best.pt (lowest held-out loss), reference log-probabilities
+    eval_questions: str = ""  # rows as for sft.py: how many answers begin with the reference; "": not evaluated
+    loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"  # DPO, robust DPO, SLiC or IPO
     beta: float = 0.1  # KL penalty strength (beta in Eq. 7)
     label_smoothing: float = 0.0  # assumed fraction of wrong preferences, for sigmoid (cDPO) and robust
     rpo_alpha: float = 0.0  # weight of the chosen response's negative log-likelihood per token (RPO)
-
-    T: int | None = None  # longest sequence, tokens; None: the model's block_size
-    B: int = 8  # pairs per forward pass and device. Does not change the curve
     pairs_per_step: int = 32  # pairs per optimizer step over all devices
     epochs: float = 1.0  # passes over the data
-    max_steps: int | None = None  # optimizer steps, instead of epochs
     max_lr: float = 2e-6  # peak learning rate; about ten times as much with LoRA
     warmup_frac: float = 0.1  # fraction of the steps for linear warmup; then a cosine to 0
-    weight_decay: float = 0.0  # on matrices and embeddings
-    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
-    seed: int = 1337  # of the split, the order of the pairs, and the adapters
-    lora_rank: int = 0  # train adapters of this rank; 0: train all weights
-    lora_alpha: float = 32.0  # adapters are scaled by alpha / rank
-
-    eval_every: int = 100  # steps between evaluations on the held-out pairs
-    n_eval_prompts: int = 0  # compare greedy answers to this many held-out prompts with the chosen ones
     prompts: tuple[str, ...] = ("What is the capital of France?", "Tell me about your day.")  # answered when evaluating
-    answer_tokens: int = 128  # longest answer, tokens
-    save_every: int = 500  # steps between checkpoints
-    keep_last: int = 2  # number of newest checkpoints to keep
-
-    device: str = "auto"  # auto: cuda, else mps, else cpu
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
-    deterministic: bool = True  # CUDA kernels that give the same bits every time: a resumed run is exact
 
 
 CONFIGS = {
     "gpt2": Config(),
     "demo": Config(
         checkpoint="out/demo-sft",
-        data=str(DEMO / "dpo.jsonl"),
+        data=str(config.ROOT / "demo" / "dpo.jsonl"),
         val_frac=0.1,
-        eval_questions=str(DEMO / "sft_held_out.jsonl"),
+        eval_questions=str(config.ROOT / "demo" / "sft_held_out.jsonl"),
         out_dir="out/demo-dpo",
         pairs_per_step=16,
         rpo_alpha=1.0,
@@ -95,7 +68,7 @@ CONFIGS = {
 
 
 def response_logps(net: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Summed log-probabilities of the responses with end-of-text: chosen (B,) and rejected (B,)."""
+    """Log-probabilities of the responses with end-of-text, summed over tokens: chosen (B,) and rejected (B,)."""
     nll = chat.forward(net, batch, "none")[1].view(batch["y"].shape)  # (2B, W), 0 outside the response
     chosen, rejected = -nll.sum(dim=1).view(2, -1)
     return chosen, rejected
@@ -104,13 +77,13 @@ def response_logps(net: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tenso
 def preference_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor, cfg: Config) -> Tensor:
     """The loss of each pair, (B,).
 
-    *_logratios: (B,) log π - log π_ref of the response. lengths: (2, B) tokens of the responses, which ipo divides by,
-    as its authors do.
+    *_logratios: (B,) log π - log π_ref of the response. lengths: (2, B) tokens of the chosen and rejected responses,
+    by which ipo divides, as its authors do.
     """
     logits, beta, eps = chosen_logratios - rejected_logratios, cfg.beta, cfg.label_smoothing
-    if cfg.loss == "sigmoid":  # Eq. 7, arXiv:2305.18290; with smoothing Eq. 3 of the note on conservative DPO
+    if cfg.loss == "sigmoid":  # Eq. 7, arXiv:2305.18290; with smoothing: Eq. 3 of the note on conservative DPO
         return -(1 - eps) * F.logsigmoid(beta * logits) - eps * F.logsigmoid(-beta * logits)
-    if cfg.loss == "robust":  # Eq. 8, arXiv:2403.00409: unbiased if a fraction eps of the preferences is flipped
+    if cfg.loss == "robust":  # Eq. 8, arXiv:2403.00409: unbiased if the fraction eps of the preferences is wrong
         return (-(1 - eps) * F.logsigmoid(beta * logits) + eps * F.logsigmoid(-beta * logits)) / (1 - 2 * eps)
     if cfg.loss == "hinge":  # arXiv:2309.06657
         return F.relu(1 - beta * logits)
@@ -119,7 +92,7 @@ def preference_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, length
 
 
 def dpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """The batch's summed loss, and detached sums of the metrics over its pairs."""
+    """The loss and the detached metrics of a micro-batch of `preferences.collate`, summed over its pairs."""
     chosen, rejected = response_logps(net, batch)
     chosen_logratios, rejected_logratios = chosen - batch["reference"][:, 0], rejected - batch["reference"][:, 1]
     lengths = (batch["y"] >= 0).sum(dim=1).clamp(min=1).view(2, -1)
@@ -139,26 +112,14 @@ def dpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config) -> tuple[Tensor
 
 
 @torch.no_grad()
-def evaluate(raw: model.GPT, pairs: Sequence[Pair], cfg: Config, rt: runtime.Runtime) -> dict[str, float]:
-    """The mean loss and metrics over these pairs."""
-    sums = []
-    for batch in preferences.collate(pairs, cfg.B, rt):
-        with rt.autocast():
-            loss, metrics = dpo_loss(raw, batch, cfg)
-        sums.append(torch.stack([loss.float(), *(value.float() for value in metrics.values())]))
-    means = runtime.all_reduce_sum(torch.stack(sums).sum(dim=0), rt) / len(pairs)
-    return dict(zip(("loss", *metrics), means.tolist()))
-
-
-@torch.no_grad()
 def reference_logps(raw: nn.Module, pairs: Sequence[Pair], B: int, rt: runtime.Runtime) -> np.ndarray:
-    """Log-probabilities of the two responses of every pair, (n, 2). Each pair is computed by one rank."""
+    """Log-probabilities of the chosen and rejected responses, (n, 2) fp32. Each pair is computed by one rank."""
     out = torch.zeros(len(pairs), 2, device=rt.device)
     order = sorted(range(len(pairs)), key=lambda i: -preferences.longest(pairs[i]))
     alone = rt._replace(rank=0, world_size=1)
     for start in range(rt.rank * B, len(order), B * rt.world_size):
         rows = order[start : start + B]
-        (batch,) = preferences.collate([pairs[i] for i in rows], B, alone)  # sorted already, so the order stays
+        (batch,) = preferences.collate([pairs[i] for i in rows], B, alone)  # keeps the order, which is longest first
         with rt.autocast():
             out[rows] = torch.stack(response_logps(raw, batch), dim=1).float()
     return runtime.all_reduce_sum(out, rt).cpu().numpy()
@@ -166,44 +127,44 @@ def reference_logps(raw: nn.Module, pairs: Sequence[Pair], B: int, rt: runtime.R
 
 def add_reference(run: Run, splits: Sequence[list[Pair]]) -> list[list[Pair]]:
     """The splits with reference log-probabilities: from the cache in out_dir, or computed once and written there."""
-    cfg, rt, flat = run.cfg, run.rt, [pair for split in splits for pair in split]
-    hashed = hashlib.sha256(f"{run.base} {rt.precision}".encode())  # valid for these weights, precision and tokens
-    for pair in flat:
-        for example in pair[:2]:
-            hashed.update(f"{len(example.ids)} {example.n_prompt}".encode() + example.ids.tobytes())
-    path, logps = run.out_dir / f"reference_{hashed.hexdigest()[:16]}.npz", None
+    rt, pairs = run.rt, [pair for split in splits for pair in split]
+    key = hashlib.sha256(f"{run.base} {rt.precision}".encode())  # weights and precision; the tokens follow
+    for example in (example for pair in pairs for example in pair[:2]):
+        key.update(f"{len(example.ids)} {example.n_prompt}".encode() + example.ids.tobytes())
+    path, logps = run.out_dir / f"reference_{key.hexdigest()[:16]}.npz", np.empty(0)
     with suppress(Exception):  # a missing or damaged file: zipfile and numpy raise many kinds
         logps = np.load(path, allow_pickle=False)["log_probs"]
-    usable = logps is not None and logps.shape == (len(flat), 2) and np.isfinite(logps).all()
-    if runtime.all_reduce_sum(torch.tensor(float(not usable), device=rt.device), rt):  # all ranks compute, or none
-        runtime.print0(f"computing the reference log-probabilities of {len(flat):,} pairs")
-        start = checkpoint.load_model(cfg.checkpoint).raw.to(rt.device) if run.resumed else run.raw
-        logps = reference_logps(start, flat, cfg.B, rt)
+    is_usable = logps.shape == (len(pairs), 2) and np.isfinite(logps).all()
+    if runtime.all_reduce_sum(torch.tensor(float(not is_usable), device=rt.device), rt):  # on any rank
+        runtime.print0(f"computing the reference log-probabilities of {len(pairs):,} pairs")
+        start = checkpoint.load_model(run.cfg.checkpoint).raw.to(rt.device) if run.resumed else run.raw
+        logps = reference_logps(start, pairs, run.cfg.B, rt)
         if rt.rank == 0:
             with files.atomic_write(path) as temporary, open(temporary, "wb") as file:
                 np.savez(file, log_probs=logps)
-    filled = iter(Pair(*pair[:2], (c, r)) for pair, (c, r) in zip(flat, logps.tolist()))
-    return [[next(filled) for _ in split] for split in splits]
+    rows = iter(logps.tolist())
+    return [[pair._replace(reference=tuple(next(rows))) for pair in split] for split in splits]
 
 
-Questions = list[tuple[list[int], str]]  # prompt ids and reference response
-
-
-def evaluate_and_report(
-    run: Run, pairs: Sequence[Pair], chosen: Questions, questions: Questions, tokenizer: tiktoken.Encoding
+@torch.no_grad()
+def evaluate(
+    run: Run, pairs: Sequence[Pair], chosen: chat.EvalPrompts, questions: chat.EvalPrompts, tokenizer: tiktoken.Encoding
 ) -> bool:
     """Evaluate on held-out pairs, log and print the results; return whether the loss is the lowest so far."""
-    cfg, rt, step = run.cfg, run.rt, run.step
-    means = evaluate(run.raw, pairs, cfg, rt)
-    best = step > 0 and means["loss"] < run.scores.get("best", math.inf)
-    if step == 0:  # the policy is the reference: only rounding may differ, of bf16, TF32 or fp32
+    cfg, rt, sums = run.cfg, run.rt, []
+    for batch in preferences.collate(pairs, cfg.B, rt):
+        with rt.autocast():
+            loss, metrics = dpo_loss(run.raw, batch, cfg)
+        sums.append(torch.stack([loss.float(), *(value.float() for value in metrics.values())]))
+    means = runtime.all_reduce_sum(torch.stack(sums).sum(dim=0), rt) / len(pairs)
+    means = dict(zip(("loss", *metrics), means.tolist()))
+    scores = dict(val=means["loss"]) | {f"val/{name}": value for name, value in means.items()}
+    if run.step == 0:  # the policy is the reference model, so log-ratios are 0 but for rounding to fp32, TF32 or bf16
         n_targets = sum(len(e.ids) - e.n_prompt for pair in pairs for e in pair[:2]) / len(pairs)
         logratio = (abs(means["rewards/chosen"]) + abs(means["rewards/rejected"])) / cfg.beta / n_targets
         tolerance = 1e-2 if rt.precision == "bf16" or rt.device.type == "cuda" else 1e-4
         assert logratio <= tolerance, f"the policy does not start as the reference: log-ratio {logratio} per token"
-    scores = {f"val/{name}": value for name, value in means.items()}
-    text = f"step {step}: held-out loss {means['loss']:.4f}, reward margin {means['rewards/margins']:.3f}, "
-    text += f"reward accuracy {means['rewards/accuracies']:.1%}, "
+    text = f"reward margin {means['rewards/margins']:.3f}, reward accuracy {means['rewards/accuracies']:.1%}, "
     text += f"log-probabilities {means['logps/chosen']:.2f} and {means['logps/rejected']:.2f}"
     if chosen:
         scores["chosen"] = chat.score_answers(run.raw, chosen, cfg.answer_tokens, tokenizer, rt).exact
@@ -211,12 +172,7 @@ def evaluate_and_report(
     if questions:
         scores["right"] = chat.score_answers(run.raw, questions, cfg.answer_tokens, tokenizer, rt).begins
         text += f"; {len(questions)} answers begin correctly {scores['right']:.1%}"
-    run.record(val=means["loss"], **scores)
-    if best:
-        run.scores["best"] = means["loss"]
-    runtime.print0(text)
-    chat.show_answers(run.raw, cfg.prompts, cfg.answer_tokens, tokenizer, rt)
-    return best
+    return finetune.report(run, scores, text, tokenizer)
 
 
 def main(cfg: Config) -> None:
@@ -235,10 +191,10 @@ def main(cfg: Config) -> None:
     train, val = add_reference(run, tokenized)
     held_out = [chat.Row(pairs[i][0], "", pairs[i][1]) for i in splits[1][: cfg.n_eval_prompts]]
     rows = chat.read_rows(cfg.eval_questions, rt) if cfg.eval_questions else []
-    chosen, questions = (finetune.encode_questions(part, cfg, T, tokenizer) for part in (held_out, rows))
+    chosen, questions = (finetune.encode_prompts(part, cfg, T, tokenizer) for part in (held_out, rows))
     n = cfg.pairs_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(train) / n))
-    runtime.print0(f"{len(train):,} pairs to train on, {len(val):,} held out; {max_steps:,} steps of {n} pairs")
+    runtime.print0(f"{len(train):,} pairs to train on, {len(val):,} held out; {max_steps:,} steps of {n}")
 
     def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
         with rt.autocast():
@@ -253,7 +209,7 @@ def main(cfg: Config) -> None:
     lr_at = optim.schedule("cosine", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr)
     batches = data.prefetch(read, run.step, max_steps)
     for step in run.steps(max_steps):
-        best = run.due(cfg.eval_every) and evaluate_and_report(run, val, chosen, questions, tokenizer)
+        best = run.due(cfg.eval_every) and evaluate(run, val, chosen, questions, tokenizer)
         if best or run.due(cfg.save_every):
             run.save(best)
         if run.last:

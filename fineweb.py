@@ -7,13 +7,12 @@
     python fineweb.py --data=hf://datasets/OWNER/NAME/FOLDER --out_dir=NAME  # another dataset of the hub
     pip install gigatoken                                       # optional: five times faster, same shards
 
-Reads .parquet files with a column `text`, or .jsonl files with a field `text`; documents without text are skipped.
-Every document begins with the end-of-text token. Writes <out_dir>/val_000000.npy (validation), train_000001.npy, …
-(training), uint16, `shard_size` tokens each, the last one shorter; and manifest.json, which lists them.
+Reads the column or field `text`; documents without text are skipped. Every document begins with end-of-text. Writes
+val_000000.npy (validation), train_000001.npy, … (training), uint16, and manifest.json, which lists them, into out_dir.
 
-After an interruption (Ctrl-C, kill -9, power failure) the same command continues after the last finished shard. The
-shards do not depend on interruptions or on the number of workers. Disk space, checked first: 2 bytes per token and two
-files of the hub, which are deleted after they are read (sample-10BT: 20 GB and twice 2.2 GB).
+After an interruption the same command continues after the last finished shard. The shards do not depend on the number
+of workers. Needs 2 bytes of disk per token and space for two files of the hub, which are deleted after they are read
+(sample-10BT: 20 GB and twice 2.2 GB).
 """
 
 import functools
@@ -62,14 +61,13 @@ CONFIGS = {
     "sample-100BT": Config(data=HUB + "HuggingFaceFW/fineweb-edu/sample/100BT", out_dir="edu_fineweb100B"),
     "sample-350BT": Config(data=HUB + "HuggingFaceFW/fineweb-edu/sample/350BT", out_dir="edu_fineweb350B"),
 }
-
 SUFFIXES = (".parquet", ".jsonl")
 CHUNK_BYTES = 2**20  # text per task of a worker
 TOKENS_PER_BYTE = {"gpt2": 0.36, "bytes": 1.6}  # of FineWeb-Edu's parquet files; for the estimate
 
 
 def ask_hub(call: Callable[..., Any], *args: str, **options: object) -> Any:
-    """call(*args, **options), with every error raised as an OSError that names `args`."""
+    """call(*args, **options); every error becomes an OSError that names `args`."""
     try:
         return call(*args, **options)
     except Exception as error:  # no network, no such name, HTTP 429, …: no common class
@@ -77,7 +75,7 @@ def ask_hub(call: Callable[..., Any], *args: str, **options: object) -> Any:
 
 
 def find_source(url: str, manifest: dict | None) -> tuple[dict, list[Path]]:
-    """The files of --data: the entry `source` of the manifest, and their paths, [] if they are on the hub."""
+    """(manifest entry `source`, paths) of the files of --data; the paths are [] if the files are on the hub."""
     paths, revision = [], None
     if url.startswith(HUB):
         if manifest and manifest["source"]["data"] == url:
@@ -87,8 +85,8 @@ def find_source(url: str, manifest: dict | None) -> tuple[dict, list[Path]]:
         parts = url.removeprefix(HUB).strip("/").split("/")
         repo, folder = "/".join(parts[:2]), "/".join(parts[2:])
         revision = ask_hub(HfApi().dataset_info, repo).sha
-        options = {"recursive": True, "revision": revision, "repo_type": "dataset"}
-        tree = ask_hub(lambda *args: list(HfApi().list_repo_tree(*args, **options)), repo, folder)
+        list_tree = functools.partial(HfApi().list_repo_tree, recursive=True, revision=revision, repo_type="dataset")
+        tree = ask_hub(lambda *args: list(list_tree(*args)), repo, folder)
         found = sorted((entry.path, entry.size) for entry in tree if entry.path.endswith(SUFFIXES))
     else:
         names = glob.glob(os.path.join(url, "*") if os.path.isdir(url) else url, recursive=True)
@@ -148,7 +146,7 @@ def read_file(path: Path) -> Iterator[list[bytes | None]]:
 
 
 def read_chunks(paths: Iterable[Path], file: int, start: int) -> Iterator[Chunk]:
-    """Read files, the first of which has number `file` and is read from document number `start` on."""
+    """Yield the chunks of the files. The first file has the number `file` and is read from document `start` on."""
     for number, path in enumerate(paths, file):
         n_read = 0  # documents of this file
         for documents in read_file(path):
@@ -166,10 +164,6 @@ def parse_document(document: bytes | None, is_json: bool) -> str:
     except (ValueError, LookupError, TypeError, RecursionError):  # bad UTF-8, bad JSON, no field, no object
         return ""
     return text if isinstance(text, str) and not text.isspace() else ""
-
-
-# -----------------------------------------------------------------------------
-# Tokenizing in worker processes
 
 
 def start_worker() -> None:
@@ -195,7 +189,7 @@ def get_encoder(tokenizer: str, encoder: str) -> Callable[[str], np.ndarray]:
 
 
 def tokenize(chunk: Chunk, tokenizer: str, encoder: str) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of all documents, (n,) uint16, and where each document ends in them, (n_documents,) int64."""
+    """The ids of all documents, (n,) uint16, and the end of each document in them, (n_documents,) int64."""
     encode = get_encoder(tokenizer, encoder)
     texts = [parse_document(document, chunk.is_json) for document in chunk.documents]
     rows = [encode(text) if text else np.empty(0, np.uint16) for text in texts]
@@ -203,7 +197,7 @@ def tokenize(chunk: Chunk, tokenizer: str, encoder: str) -> tuple[np.ndarray, np
 
 
 def choose_encoder(cfg: Config, chunk: Chunk) -> str:
-    """ "gigatoken" if it is wanted and encodes the first documents of the chunk as tiktoken does."""
+    """The encoder: gigatoken if it is wanted and encodes the first documents of the chunk as tiktoken does."""
     if cfg.tokenizer != "gpt2" or cfg.encoder == "tiktoken":
         return "tiktoken"
     sample = chunk._replace(documents=chunk.documents[:32])
@@ -219,7 +213,7 @@ def choose_encoder(cfg: Config, chunk: Chunk) -> str:
 
 
 def tokenize_all(chunks: Iterator[Chunk], cfg: Config, pool: Executor) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield (file number, document number, ids) of all documents in order; reads 4 chunks ahead per worker."""
+    """Yield (file number, document number, ids) of all documents in order; read 4 chunks ahead per worker."""
     encoder, pending = None, deque()
     while True:
         for chunk in islice(chunks, 4 * cfg.workers - len(pending)):
@@ -231,10 +225,6 @@ def tokenize_all(chunks: Iterator[Chunk], cfg: Config, pool: Executor) -> Iterat
         ids, ends = future.result()
         for number, row in enumerate(np.split(ids, ends[:-1]), chunk.start):
             yield chunk.file, number, row
-
-
-# -----------------------------------------------------------------------------
-# Shards
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
@@ -254,14 +244,14 @@ def write_shard(folder: Path, manifest: dict, tokens: np.ndarray) -> None:
 
 
 def write_shards(documents: Iterable[tuple[int, int, np.ndarray]], folder: Path, manifest: dict, bar: tqdm) -> None:
-    """Divide documents into shards. After every shard manifest.json says where the next one begins."""
+    """Write documents as shards. After every shard manifest.json says where the next shard begins."""
     shard, filled = np.empty(manifest["shard_size"], dtype=np.uint16), 0
     n_left = (manifest["max_tokens"] or 2**63) - manifest["n_tokens"]
-    token = manifest["next"]["token"]  # position in the current document
+    token = manifest["next"]["token"]  # number of tokens of the current document that are written
     for file, number, ids in documents:
         ids = ids[: token + n_left]
         while token < len(ids):
-            # written only when another token follows: a source of at most one shard is split below
+            # a full shard is written only when another token follows: a source of one shard is split below
             if filled == len(shard):
                 write_shard(folder, manifest, shard)
                 manifest["next"] = {"file": file, "document": number, "token": token}
@@ -275,7 +265,6 @@ def write_shards(documents: Iterable[tuple[int, int, np.ndarray]], folder: Path,
         manifest["n_documents" if len(ids) else "n_skipped"] += 1
         if not n_left:
             break
-
     if not filled:
         raise ValueError(f"no text in {manifest['source']['data']}: {manifest['n_skipped']:,} documents skipped")
     if not manifest["shards"]:
@@ -289,12 +278,12 @@ def write_shards(documents: Iterable[tuple[int, int, np.ndarray]], folder: Path,
 
 
 def open_manifest(cfg: Config, source: dict, manifest: dict | None) -> dict:
-    """The manifest to continue from, the folder's or a new one. ValueError if the folder has other shards."""
-    settings = {"tokenizer": cfg.tokenizer, "shard_size": cfg.shard_size, "max_tokens": cfg.max_tokens or 0}
+    """The folder's manifest, or a new one. Raises ValueError if the folder has shards with other settings."""
+    settings = dict(tokenizer=cfg.tokenizer, shard_size=cfg.shard_size, max_tokens=cfg.max_tokens or 0, source=source)
     if manifest is None or not manifest["shards"]:
-        empty = {"source": source, "n_tokens": 0, "n_documents": 0, "n_skipped": 0, "shards": []}
-        return {"complete": False, **settings, **empty, "next": {"file": 0, "document": 0, "token": 0}}
-    for name, value in {**settings, "source": source}.items():
+        empty = dict(n_tokens=0, n_documents=0, n_skipped=0, shards=[], next=dict(file=0, document=0, token=0))
+        return dict(complete=False) | settings | empty
+    for name, value in settings.items():
         if manifest[name] != value:
             raise ValueError(f"{cfg.out_dir} was begun with {name}={manifest[name]}, not {value}: change --out_dir")
     for entry in manifest["shards"]:
@@ -302,8 +291,32 @@ def open_manifest(cfg: Config, source: dict, manifest: dict | None) -> dict:
     return manifest
 
 
+def write_missing(cfg: Config, folder: Path, manifest: dict, paths: list[Path]) -> None:
+    """Write the shards that are missing. `paths`: the source files, [] if they are on the hub."""
+    sizes = [entry["size"] for entry in manifest["source"]["files"]]
+    n_done, file, document = manifest["n_tokens"], manifest["next"]["file"], manifest["next"]["document"]
+    n_tokens = int(min(TOKENS_PER_BYTE[cfg.tokenizer] * sum(sizes), cfg.max_tokens or 2**63))
+    n_bytes = 2 * max(0, n_tokens - n_done) + (0 if paths else 2 * max(sizes))
+    print(f"estimate: {n_tokens / 1e6:,.1f}M tokens ({n_done / 1e6:,.1f}M done), {n_bytes / 1e9:,.2f} GB of disk")
+    files.require_space(files.make_folder(folder), n_bytes, f"--out_dir={folder}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cfg = replace(cfg, workers=cfg.workers or min(cores, 60))  # Windows allows 61
+    inputs = paths[file:] or iter_downloads(manifest["source"], file, folder / "download")
+    chunks = read_chunks(inputs, file, document)
+    pool = ProcessPoolExecutor(cfg.workers, initializer=start_worker)
+    pool.submit(int).result()  # forks the workers before there are threads, which a fork does not copy
+    try:
+        with tqdm(total=n_tokens, initial=n_done, unit=" tokens", unit_scale=True, mininterval=1) as bar:
+            write_shards(tokenize_all(chunks, cfg, pool), folder, manifest, bar)
+    except BrokenExecutor as error:
+        raise OSError("a worker died (out of memory?): run the same command with fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+    shutil.rmtree(folder / "download", ignore_errors=True)
+
+
 def main(cfg: Config) -> None:
-    """Write the shards, or those that are missing."""
+    """Write the missing shards and print a summary."""
     config.require("[2, inf)", shard_size=cfg.shard_size, max_tokens=cfg.max_tokens)
     config.require("[1, inf)", workers=cfg.workers)
     data.get_tokenizer(cfg.tokenizer)  # raises if it cannot be downloaded
@@ -319,31 +332,6 @@ def main(cfg: Config) -> None:
     small = sum(n_train) < 2**19  # tokens per step of the default configuration of train_gpt2.py
     command = f"train_gpt2.py demo --out_dir=out/{folder.name}" if small else "train_gpt2.py"
     print(f"next: python {command} --data={folder} --tokenizer={cfg.tokenizer}")
-
-
-def write_missing(cfg: Config, folder: Path, manifest: dict, paths: list[Path]) -> None:
-    """Write the shards that are missing. `paths`: the source files, [] if they are on the hub."""
-    sizes = [entry["size"] for entry in manifest["source"]["files"]]
-    n_done = manifest["n_tokens"]
-    n_tokens = int(min(TOKENS_PER_BYTE[cfg.tokenizer] * sum(sizes), cfg.max_tokens or 2**63))
-    n_bytes = 2 * max(0, n_tokens - n_done) + (0 if paths else 2 * max(sizes))
-    print(f"estimate: {n_tokens / 1e6:,.1f}M tokens ({n_done / 1e6:,.1f}M done), {n_bytes / 1e9:,.2f} GB of disk")
-    files.require_space(files.make_folder(folder), n_bytes, f"--out_dir={folder}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cfg = replace(cfg, workers=cfg.workers or min(cores, 60))  # Windows allows 61
-    pool = ProcessPoolExecutor(cfg.workers, initializer=start_worker)
-    pool.submit(int).result()  # forks the workers before there are threads, which a fork does not copy
-    bar = tqdm(total=n_tokens, initial=n_done, unit=" tokens", unit_scale=True, mininterval=1)
-    try:
-        file, document = manifest["next"]["file"], manifest["next"]["document"]
-        inputs = paths[file:] or iter_downloads(manifest["source"], file, folder / "download")
-        write_shards(tokenize_all(read_chunks(inputs, file, document), cfg, pool), folder, manifest, bar)
-    except BrokenExecutor as error:
-        raise OSError("a worker died (out of memory?): run the same command with fewer --workers") from error
-    finally:
-        bar.close()
-        pool.shutdown(cancel_futures=True)
-    shutil.rmtree(folder / "download", ignore_errors=True)
 
 
 if __name__ == "__main__":

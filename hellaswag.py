@@ -4,7 +4,7 @@
     python hellaswag.py                              # out/gpt2's newest checkpoint; downloads the rows once
     python hellaswag.py --checkpoint=gpt2 --style=harness    # OpenAI's GPT-2, scored as lm-evaluation-harness does
     python hellaswag.py --checkpoint=out/gpt2/ckpt_019073.pt --out=rows.jsonl
-    torchrun --nproc_per_node=8 hellaswag.py         # eight GPUs: the same numbers to the last bit
+    torchrun --nproc_per_node=8 hellaswag.py         # eight GPUs: the same bits
 
 Two scoring conventions are in use. `completion` (build-nanogpt, llm.c) continues `ctx` with " " + ending. `harness`
 (lm-evaluation-harness, task hellaswag) prepends the activity, capitalizes ctx_b and removes WikiHow's markup. In both,
@@ -80,24 +80,25 @@ def read_rows(source: str, limit: int | None, rt: runtime.Runtime) -> list[Row]:
 
 def texts(row: Row, style: Style) -> tuple[str, list[str]]:
     """The context and the endings of a row. Raises ValueError if a field that the style needs is missing."""
-    fields = row.fields
-    for name in ("ctx",) if style == "completion" else ("activity_label", "ctx_a", "ctx_b"):
+    fields, names = row.fields, ["ctx"]
+    if style == "harness":  # some editions have only ctx, which is ctx_a and ctx_b without the capital letter
+        names = ["activity_label", *(("ctx_a", "ctx_b") if "ctx_b" in fields else names)]
+    for name in names:
         if not isinstance(fields.get(name), str):
             raise ValueError(f"{row.where}: --style={style} needs text in the field {name!r}")
     if style == "completion":
         return fields["ctx"], fields["endings"]
-    context = f"{fields['activity_label']}: {fields['ctx_a']} {fields['ctx_b'].capitalize()}"
+    ctx = f"{fields['ctx_a']} {fields['ctx_b'].capitalize()}" if "ctx_b" in fields else fields["ctx"]
     # remove WikiHow's markup as lm-evaluation-harness does: in this order, and each step once
-    cleaned = [text.strip().replace(" [title]", ". ") for text in (context, *fields["endings"])]
+    cleaned = [f"{fields['activity_label']}: {ctx}", *fields["endings"]]
+    cleaned = [text.strip().replace(" [title]", ". ") for text in cleaned]
     cleaned = [re.sub(r"\[.*?\]", "", text).replace("  ", " ") for text in cleaned]
     return cleaned[0], cleaned[1:]
 
 
 def encode(context: str, endings: list[str], style: Style, tokenizer: tiktoken.Encoding) -> tuple[Ids, list[Ids]]:
-    """Token ids of the context (end-of-text if it is empty) and of each ending.
-
-    Completion style tokenizes them separately. Harness style tokenizes context and ending together and removes as
-    many tokens as the context has alone; spaces at the end of the context count as the ending's.
+    """Token ids of the context (end-of-text if it is empty) and of each ending. Harness style tokenizes both together
+    and removes as many tokens as the context has alone; spaces at the end of the context belong to the ending.
     """
     stripped = context.rstrip() if style == "harness" else context
     head = tokenizer.encode_ordinary(stripped)
@@ -107,25 +108,23 @@ def encode(context: str, endings: list[str], style: Style, tokenizer: tiktoken.E
 
 
 class Packed(NamedTuple):
-    """A context followed by its endings, which attend to the context but not to each other, so that the context is
-    computed only once. int64 arrays over the t input tokens and the p predicted tokens.
-    """
+    """A context and its endings as one sequence: the context is computed once. t inputs, p predictions, int64."""
 
     inputs: np.ndarray  # (3, t): ids, positions (endings continue from the context), part (0: context, 1 … 4: endings)
-    outputs: np.ndarray  # (3, p): the input that predicts, the id to predict, the sum it is part of: 4 · row + ending
+    outputs: np.ndarray  # (3, p): index of the input that predicts, id to predict, sum to add to (4 · row + ending)
 
 
 class Questions(NamedTuple):
-    """n tokenized rows, ready to be scored any number of times."""
+    """n tokenized rows."""
 
     packed: list[Packed]  # longest first
     index: np.ndarray  # (n,) place in the file
     label: np.ndarray  # (n,)
-    length: dict[str, np.ndarray]  # (n, 4) what sums are divided by: 1 for "sum", tokens for "per token", …
+    length: dict[str, np.ndarray]  # (n, 4) divisors of the sums: 1 for "sum", tokens for "per token", …
 
 
 def pack(context: Ids, endings: list[Ids], row: int) -> Packed:
-    """A context and its endings, none of them empty, as one sequence. The last token of an ending is no input."""
+    """One sequence of a context and its endings, none of them empty. The last token of an ending is only predicted."""
     n = len(context)
     inputs, outputs = [(token, i, 0) for i, token in enumerate(context)], []
     for number, ending in enumerate(endings):
@@ -144,14 +143,16 @@ def prepare(rows: list[Row], tokenizer: tiktoken.Encoding, style: Style, block_s
         if not all(tails) or not all(map(str.strip, endings)):
             raise ValueError(f"{row.where}: an ending has no text or no tokens: {row.fields['endings']!r:.200}")
         longest = max(map(len, tails))
-        n_truncated += len(head) + longest > block_size + 1  # the last token is only predicted
+        n_truncated += len(head) + longest > block_size + 1  # + 1: the last token is no input
         head, tails = head[-max(1, block_size + 1 - longest) :], [tail[-block_size:] for tail in tails]
         packed.append(pack(head, tails, i))
         n_bytes = [len(ending.encode()) for ending in endings]
         lengths.append([[1] * N_ENDINGS, [*map(len, tails)], [*map(len, endings)], n_bytes])
     if n_truncated:
         runtime.print0(f"{n_truncated:,} rows exceed the model's {block_size} tokens: contexts truncated")
-    # sorted by content: the order of the rows must not decide who shares a batch, which would change the last bits
+    if style == "harness" and (n := sum("ctx_b" not in row.fields for row in rows)):
+        runtime.print0(f"{n:,} rows have no ctx_a and ctx_b: ctx is used, without the harness's capital letter")
+    # sorted by content, so that the order of the rows does not change the batches and thereby the last bits
     packed.sort(key=lambda p: (p.inputs.shape[1], p.inputs[0].tolist()), reverse=True)
     length = dict(zip(("sum", "per token", "per character", "per byte"), np.array(lengths).swapaxes(0, 1)))
     return Questions(packed, np.array([r.index for r in rows]), np.array([r.label for r in rows]), length)
@@ -160,7 +161,7 @@ def prepare(rows: list[Row], tokenizer: tiktoken.Encoding, style: Style, block_s
 def load_questions(
     source: str, limit: int | None, tokenizer: tiktoken.Encoding, style: Style, block_size: int, rt: runtime.Runtime
 ) -> Questions:
-    """Read and tokenize rows; source: a file, or "" for HellaSwag's validation set."""
+    """`prepare` of `read_rows`."""
     return prepare(read_rows(source, limit, rt), tokenizer, style, block_size)
 
 
@@ -173,9 +174,7 @@ class Result(NamedTuple):
 
 
 def log_probs(raw: model.GPT, batch: list[Packed], T: int, head_rows: int, device: torch.device) -> Tensor:
-    """The log-probability of every predicted token of the batch, (P,) fp32, sequence after sequence; padded vocabulary
-    rows are excluded.
-    """
+    """The log-probability of every predicted token, (P,) fp32, in order, without the padded rows of the vocabulary."""
     inputs = np.zeros((3, len(batch), T), dtype=np.int64)  # padded on the right
     for b, p in enumerate(batch):
         inputs[:, b, : p.inputs.shape[1]] = p.inputs
@@ -196,9 +195,9 @@ def log_probs(raw: model.GPT, batch: list[Packed], T: int, head_rows: int, devic
 def evaluate(
     raw: model.GPT, questions: Questions, rt: runtime.Runtime, n_tokens: int | None = None, progress: bool = False
 ) -> Result:
-    """Score the questions over all ranks; the same result, to the bit, on any number of ranks.
+    """Score the questions over all ranks; the result has the same bits on any number of ranks.
 
-    n_tokens: batch size in tokens with padding; None selects one for the device. progress: show a bar.
+    n_tokens: tokens per batch, with padding; None selects a number for the device. progress: show a bar.
     """
     default, head_rows = (2**15, 2**11) if rt.device.type == "cuda" else (2**11, 2**7)  # 25 MB of logits on a CPU
     batches, rest = [], questions.packed
@@ -231,11 +230,10 @@ def main(cfg: Config) -> None:
     result = evaluate(raw.to(rt.device), questions, rt, progress=True)
     if not np.isfinite(result.sums).all():
         raise ValueError(f"{cfg.checkpoint} gives log-probabilities that are not finite")
-    names = {"sum": "sum (acc)", ACC_NORM[cfg.style]: f"{ACC_NORM[cfg.style]} (acc_norm)"}
-    n = len(result.sums)
+    n, names = len(result.sums), {"sum": "sum (acc)", ACC_NORM[cfg.style]: f"{ACC_NORM[cfg.style]} (acc_norm)"}
     scores = [f"{p:.4f} ± {math.sqrt(p * (1 - p) / n):.4f}" for p in result.accuracy.values()]  # ± one standard error
     table = [["", *(names.get(by, by) for by in result.accuracy)], [cfg.checkpoint, *scores]]
-    # published values are for HellaSwag's own rows, not for the demo's
+    # published values are for HellaSwag's own rows and GPT-2's tokens
     for other, known in PUBLISHED[cfg.style].items() if not cfg.data and tokenizer.name == "gpt2" else ():
         table.append([other, *(f"{known[by]:.4f}" if by in known else "-" for by in result.accuracy)])
     runtime.print0(f"{n:,} rows, {cfg.style} style; chance is 0.25\n{config.format_table(table)}")
@@ -245,7 +243,7 @@ def main(cfg: Config) -> None:
             for i, sums in enumerate(result.sums.tolist()):
                 row = dict(index=int(questions.index[i]), label=int(questions.label[i]), sums=sums)
                 row |= {name: questions.length[by][i].tolist() for name, by in counts.items()}
-                row["predictions"] = {by: int(p[i]) for by, p in result.predictions.items()}
+                row |= dict(predictions={by: int(p[i]) for by, p in result.predictions.items()})
                 file.write(json.dumps(row) + "\n")
     runtime.cleanup(rt)
 

@@ -6,8 +6,8 @@
         --max_lr=6e-5 --max_steps=500 --warmup_steps=50  # training keeps the zeros
 
 Wanda scores a weight by its absolute value times the L2 norm of its input over the calibration tokens, and prunes the
-lowest scores of every output. Blocks are pruned in order: the input of a block is the output of the pruned blocks
-before it. Embeddings, head, norms and biases are not pruned.
+weights of every output with the lowest scores. Blocks are pruned in order: the input of a block is the output of the
+pruned blocks before it. Embeddings, head, norms and biases are not pruned.
 
 Writes a checkpoint that every script reads, and report.json with the metrics of `evaluate` before and after.
 """
@@ -51,16 +51,9 @@ class Config(EvalConfig):
     T: int | None = None  # tokens per calibration and validation sequence; None: the model's block_size
 
 
-CONFIGS = {
-    "gpt2": Config(),
-    "demo": Config(
-        checkpoint="out/demo",
-        out_dir="out/demo-pruned",
-        data=str(config.ROOT / "input.txt"),
-        hellaswag_data=str(config.ROOT / "demo" / "hellaswag.jsonl"),
-        val_tokens=2**16,
-    ),
-}
+DEMO = dict(data=str(config.ROOT / "input.txt"), hellaswag_data=str(config.ROOT / "demo" / "hellaswag.jsonl"))
+DEMO |= dict(val_tokens=2**16)
+CONFIGS = {"gpt2": Config(), "demo": Config(checkpoint="out/demo", out_dir="out/demo-pruned", **DEMO)}
 
 
 def require_prunable(raw: model.GPT, cfg: Config) -> None:
@@ -75,9 +68,8 @@ def require_prunable(raw: model.GPT, cfg: Config) -> None:
 
 
 def make_mask(weight: Tensor, norm: Tensor | None, cfg: Config) -> Tensor:
-    """The mask of a weight matrix (out, in), True where a weight is kept.
-
-    norm: L2 norms of the inputs (in,) for Wanda, None for magnitude. The first of equal scores is pruned first.
+    """The mask of a weight matrix, (out, in), True where a weight is kept. The first of equal scores is pruned first.
+    norm: L2 norms of the inputs, (in,), for Wanda; None for magnitude.
     """
     score = weight.abs().float() * (1.0 if norm is None else norm)  # Eq. 1, arXiv:2306.11695
     if cfg.pattern:
@@ -92,9 +84,8 @@ def make_mask(weight: Tensor, norm: Tensor | None, cfg: Config) -> Tensor:
 
 @torch.no_grad()
 def prune_model(raw: model.GPT, idx: Tensor, cfg: Config, rt: runtime.Runtime) -> None:
-    """Prune the model in place, block by block.
-
-    idx: calibration tokens (n, T) on the model's device. Needs memory for the input of one block, (n, T, C).
+    """Prune the model in place, block by block. idx: calibration tokens, (n, T), on the model's device.
+    Needs memory for the input of one block, (n, T, C).
     """
     squared_norms: dict[nn.Module, Tensor] = {}  # per linear layer: (in,) fp32, sums over all tokens
 
@@ -142,9 +133,9 @@ def evaluate(
     """Shares of zeros, numbers of parameters, loss in nats per token, perplexity, HellaSwag's acc and acc_norm."""
     weights = {name.removeprefix("transformer."): x.weight for name, x in raw.weight_matrices().items()}
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
-    n_zeros, n_weights = sum(zeros.values()), sum(weight.numel() for weight in weights.values())
+    n_zeros, n_weights, n_params = sum(zeros.values()), sum(w.numel() for w in weights.values()), raw.n_params()
     metrics = dict(by_matrix={name: zeros[name] / weight.numel() for name, weight in weights.items()})
-    metrics |= dict(sparsity=n_zeros / n_weights, parameters=raw.n_params(), parameters_left=raw.n_params() - n_zeros)
+    metrics |= dict(sparsity=n_zeros / n_weights, parameters=n_params, parameters_left=n_params - n_zeros)
     loss = training.validate(raw, val, cfg.val_tokens, cfg.B, rt)
     metrics |= dict(loss=loss, perplexity=math.exp(min(loss, 99)))
     if questions:
@@ -170,7 +161,6 @@ def main(cfg: Config) -> None:
         if other.exists() and other != path:
             raise ValueError(f"--out_dir={out_dir} holds {other.name} of another run: use another --out_dir")
     idx, val, questions = load_data(cfg, cfg.T or raw.config.block_size, tokenizer, rt)
-
     raw.to(rt.device)
     before = evaluate(raw, val, questions, cfg, rt)
     prune_model(raw, idx, cfg, rt)

@@ -8,7 +8,7 @@
     python sample.py demo-chat                                  # after the demos of sft.py and dpo.py
 
 Prompts and samples go to standard output, messages to standard error. A sample depends on its prompt and its seed; on a
-CPU, where one row and several rows use different matrix products, in rare cases also on whether --n_samples is 1.
+CPU in rare cases also on whether --n_samples is 1, because a batch of one uses other matrix products.
 """
 
 import codecs
@@ -60,7 +60,7 @@ def show(text: str) -> None:
     print(CONTROL.sub("\ufffd", text), end="", flush=True)
 
 
-def stream(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding, prompt: Ids, seeds: Ids) -> list[Ids]:
+def stream(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding, prompt: Ids, seeds: list[int]) -> list[Ids]:
     """Continue the prompt once per seed; return the new ids without end-of-text. The first row is printed meanwhile."""
     eot, decoder, steps = tokenizer.eot_token, codecs.getincrementaldecoder("utf-8")(errors="replace"), []
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, compile=cfg.compile)
@@ -110,7 +110,8 @@ def main(cfg: Config) -> None:
     rt = runtime.setup(cfg.device, cfg.precision, console=sys.stderr)
     config.require("[1, inf)", n_samples=cfg.n_samples)
     config.require("[0, inf)", max_new_tokens=cfg.max_new_tokens, history_turns=cfg.history_turns)
-    generate.check_sampling(cfg.temperature, cfg.top_k, cfg.top_p)
+    config.require("[0, inf)", temperature=cfg.temperature, top_k=cfg.top_k)
+    config.require("(0, 1]", top_p=cfg.top_p)
     if cfg.compile:
         runtime.require_compiler(rt.device)
     try:

@@ -8,73 +8,45 @@
 
 Rows have the fields of databricks-dolly-15k (instruction, context, response), or prompt and response. The loss is on
 the response and the end-of-text after it. For a row that is too long the context is truncated first, then the response;
-rows without a response are dropped and counted.
-
-Writes log.txt and checkpoints into out_dir (the same command continues; dpo.py, hellaswag.py and sample.py read them),
-best.pt (the one with the lowest held-out loss) and, with LoRA, the adapters in PEFT's format.
+rows without a response are dropped and counted. The same command continues an interrupted run.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import tiktoken
 import torch
 from torch import Tensor, nn
 
-from neogpt import chat, config, data, finetune, model, optim, runtime, training
-from neogpt.chat import Example
+from neogpt import chat, config, data, finetune, optim, runtime, training
 from neogpt.run import Run
-
-DEMO = Path(__file__).parent / "demo"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(finetune.FinetuneConfig):
     checkpoint: str = "out/gpt2"  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
     data: str = "databricks/databricks-dolly-15k"  # dataset on the hub, or a .json, .jsonl or .parquet file
-    val_data: str = ""  # held-out rows, likewise; "": a part of data
-    val_frac: float = 0.03  # the fraction of data held out, selected by the seed; split by prompt
-    out_dir: str = "out/sft"  # where log.txt and checkpoints go
-
-    T: int | None = None  # longest sequence, tokens; None: the model's block_size
+    out_dir: str = "out/sft"  # log.txt, checkpoints, best.pt (lowest held-out loss) and, with LoRA, adapter/ for PEFT
+    val_data: str = ""  # held-out rows, as in data; "": the fraction val_frac of data
     packing: bool = False  # several rows per sequence, without attention between them: less padding
-    B: int = 8  # sequences per forward pass and device. Does not change the curve
     rows_per_step: int = 32  # rows per optimizer step over all devices
     epochs: float = 3.0  # passes over the data
-    max_steps: int | None = None  # optimizer steps, instead of epochs
     max_lr: float = 5e-5  # peak learning rate; about ten times as much with LoRA
     warmup_frac: float = 0.03  # fraction of the steps for linear warmup; then a cosine to 0
-    weight_decay: float = 0.0  # on matrices and embeddings
-    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
-    seed: int = 1337  # of the split, the order of the rows, and the adapters
-    lora_rank: int = 0  # train adapters of this rank; 0: train all weights
-    lora_alpha: float = 32.0  # adapters are scaled by alpha / rank
-
-    eval_every: int = 100  # steps between held-out losses
-    n_eval_prompts: int = 0  # score greedy answers to this many held-out prompts
     prompts: tuple[str, ...] = (  # answered when evaluating
         "What is the capital of France?",
         "Write a short poem about the sea.",
     )
-    answer_tokens: int = 128  # longest answer, tokens
-    save_every: int = 500  # steps between checkpoints
-    keep_last: int = 2  # number of newest checkpoints to keep
-
-    device: str = "auto"  # auto: cuda, else mps, else cpu
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
     compile: bool | None = None  # torch.compile the step; None: on CUDA with packing, which has a fixed shape
-    deterministic: bool = True  # CUDA kernels that give the same bits every time: a resumed run is exact
 
 
 CONFIGS = {
     "gpt2": Config(),
     "demo": Config(
         checkpoint="out/demo",
-        data=str(DEMO / "sft.jsonl"),
-        val_data=str(DEMO / "sft_held_out.jsonl"),
+        data=str(config.ROOT / "demo" / "sft.jsonl"),
+        val_data=str(config.ROOT / "demo" / "sft_held_out.jsonl"),
         out_dir="out/demo-sft",
         rows_per_step=16,
         epochs=4.0,
@@ -87,75 +59,50 @@ CONFIGS = {
 }
 
 
-def make_examples(rows: Sequence[chat.Row], T: int, tokenizer: tiktoken.Encoding, source: str) -> list[Example]:
+def make_examples(rows: Sequence[chat.Row], T: int, tokenizer: tiktoken.Encoding, source: str) -> list[chat.Example]:
     """Rows -> examples of at most T input tokens. Truncated and dropped rows are counted and reported."""
-    examples, n_truncated = [], 0
+    examples = []
     for row in rows:
-        # leave room for the response and its end-of-text, whose last token is only predicted
+        # the context makes room for the whole response; its end-of-text is only predicted and takes no input
         budget = max(1, T - len(tokenizer.encode_ordinary(row.response)))
         prompt = chat.encode_prompt(row.instruction, row.context, budget, tokenizer)
         if example := chat.make_example(prompt, row.response, T, tokenizer):
-            n_truncated += example.ids[-1] != tokenizer.eot_token
             examples.append(example)
     if len(examples) < len(rows):
         runtime.print0(f"{source}: {len(rows) - len(examples):,} rows dropped: prompts exceed T={T} tokens")
-    if n_truncated:
+    if n_truncated := sum(example.ids[-1] != tokenizer.eot_token for example in examples):
         runtime.print0(f"{source}: {n_truncated:,} responses truncated to T={T} tokens")
     if not examples:
         raise ValueError(f"no row of {source} is usable with T={T}")
     return examples
 
 
-def make_bins(examples: Sequence[Example], T: int, packing: bool) -> list[list[Example]]:
-    """Packed sequences, or one example per sequence, longest first so that neighbors need little padding."""
-    return chat.pack(examples, T) if packing else [[e] for e in sorted(examples, key=lambda e: -len(e.ids))]
+def make_bins(examples: Sequence[chat.Example], T: int | None) -> list[list[chat.Example]]:
+    """Examples packed into sequences of T tokens; None: one per sequence, longest first for little padding."""
+    return chat.pack(examples, T) if T else [[e] for e in sorted(examples, key=lambda e: -len(e.ids))]
 
 
 @torch.no_grad()
-def evaluate(raw: model.GPT, examples: Sequence[Example], B: int, rt: runtime.Runtime) -> tuple[float, float]:
-    """Held-out loss, nats per target token, and token accuracy."""
-    sums = []
-    for bins in chat.shard_across_ranks(make_bins(examples, 0, packing=False), B, rt):
+def evaluate(
+    run: Run, examples: Sequence[chat.Example], eval_prompts: chat.EvalPrompts, tokenizer: tiktoken.Encoding
+) -> bool:
+    """Evaluate on held-out rows, log and print the results; return whether the loss is the lowest so far."""
+    cfg, rt, sums = run.cfg, run.rt, []
+    for bins in chat.shard_across_ranks(make_bins(examples, None), cfg.B, rt):
         batch = chat.collate(bins, rt.device)
         with rt.autocast():
-            logits, loss = chat.forward(raw, batch, "sum")
-        hits = (logits[..., : raw.config.n_tokens].argmax(-1) == batch["y"]).sum()
+            logits, loss = chat.forward(run.raw, batch, "sum")
+        hits = (logits[..., : run.raw.config.n_tokens].argmax(-1) == batch["y"]).sum()
         n = loss.new_tensor(batch["n"], dtype=torch.float32)
         sums.append(torch.stack([loss.float(), hits.float(), n]))
     loss, hits, n = runtime.all_reduce_sum(torch.stack(sums).sum(0), rt).tolist()
-    return loss / n, hits / n
-
-
-def read_data(cfg: Config, rt: runtime.Runtime) -> tuple[list[chat.Row], list[chat.Row]]:
-    """The rows to train on and the held-out rows."""
-    rows = chat.read_rows(cfg.data, rt)
-    if cfg.val_data:
-        return rows, chat.read_rows(cfg.val_data, rt)
-    prompts = [chat.prompt_text(row.instruction, row.context) for row in rows]
-    train, held_out = chat.split_rows(prompts, cfg.val_frac, cfg.seed)
-    return [rows[i] for i in train], [rows[i] for i in held_out]
-
-
-def evaluate_and_report(
-    run: Run, examples: Sequence[Example], questions: list[tuple[list[int], str]], tokenizer: tiktoken.Encoding
-) -> bool:
-    """Evaluate on held-out rows, log and print the results; return whether the loss is the lowest so far."""
-    cfg, rt = run.cfg, run.rt
-    loss, accuracy = evaluate(run.raw, examples, cfg.B, rt)
-    best = run.step > 0 and loss < run.scores.get("best", math.inf)
-    scores = dict(val=loss, accuracy=accuracy)
-    text = f"step {run.step}: held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 99)):.2f}, "
-    text += f"token accuracy {accuracy:.3f}{', the best so far' if best else ''}"
-    if questions:
-        score = chat.score_answers(run.raw, questions, cfg.answer_tokens, tokenizer, rt)
+    scores = dict(val=loss / n, accuracy=hits / n)  # nats per target token; share of the targets
+    text = f"perplexity {math.exp(min(loss / n, 99)):.2f}, token accuracy {hits / n:.3f}"
+    if eval_prompts:
+        score = chat.score_answers(run.raw, eval_prompts, cfg.answer_tokens, tokenizer, rt)
         scores |= score._asdict()
-        text += f"; {len(questions)} answers: {score.exact:.1%} exact match, {score.ended:.1%} ended"
-    run.record(**scores)
-    if best:
-        run.scores["best"] = loss
-    runtime.print0(text)
-    chat.show_answers(run.raw, cfg.prompts, cfg.answer_tokens, tokenizer, rt)
-    return best
+        text += f"; {len(eval_prompts)} answers: {score.exact:.1%} exact match, {score.ended:.1%} ended"
+    return finetune.report(run, scores, text, tokenizer)
 
 
 def main(cfg: Config) -> None:
@@ -164,12 +111,17 @@ def main(cfg: Config) -> None:
     config.require("[1, inf)", rows_per_step=cfg.rows_per_step)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     compiled = cfg.packing and rt.device.type == "cuda" if cfg.compile is None else cfg.compile
-    stages = ("pretraining", "sft")
-    run, tokenizer, T = finetune.open_run(cfg, "sft", stages, rt, compiled, dynamic=not cfg.packing)
-    rows, val_rows = read_data(cfg, rt)
+    run, tokenizer, T = finetune.open_run(cfg, "sft", ("pretraining", "sft"), rt, compiled, dynamic=not cfg.packing)
+    rows = chat.read_rows(cfg.data, rt)
+    if cfg.val_data:
+        val_rows = chat.read_rows(cfg.val_data, rt)
+    else:
+        prompts = [chat.prompt_text(row.instruction, row.context) for row in rows]
+        train, held_out = chat.split_rows(prompts, cfg.val_frac, cfg.seed)
+        rows, val_rows = [rows[i] for i in train], [rows[i] for i in held_out]
     examples = make_examples(rows, T, tokenizer, cfg.data)
     val_examples = make_examples(val_rows, T, tokenizer, cfg.val_data or "the held-out part")
-    questions = finetune.encode_questions(val_rows[: cfg.n_eval_prompts], cfg, T, tokenizer)
+    eval_prompts = finetune.encode_prompts(val_rows[: cfg.n_eval_prompts], cfg, T, tokenizer)
     n = cfg.rows_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(examples) / n))
 
@@ -179,7 +131,7 @@ def main(cfg: Config) -> None:
 
     def read(step: int) -> training.Batch:
         chosen = [examples[i] for i in run.items(step, n, len(examples))]
-        parts = chat.shard_across_ranks(make_bins(chosen, T, cfg.packing), cfg.B, rt)
+        parts = chat.shard_across_ranks(make_bins(chosen, T if cfg.packing else None), cfg.B, rt)
         width = 1
         if cfg.packing and compiled:  # a fixed shape for the compiler
             parts, width = [bins + [[]] * (cfg.B - len(bins)) for bins in parts], T
@@ -187,16 +139,14 @@ def main(cfg: Config) -> None:
         return training.Batch([chat.collate(bins, rt.device, width) for bins in parts], n, n_tokens)
 
     run.warm_up(read(run.step), loss_fn)
+    runtime.print0(f"{len(examples):,} rows to train on, {len(val_examples):,} held out; {max_steps:,} steps of {n}")
     ids, n_prompt = examples[0]
     prompt, target = (tokenizer.decode(part.tolist()) for part in (ids[:n_prompt], ids[n_prompt:]))
-    runtime.print0(
-        f"{len(examples):,} rows to train on, {len(val_examples):,} held out; {max_steps:,} steps of {n} rows\n"
-        f"the first row, with the loss on [the text in brackets]: {prompt}[{target}]"
-    )
+    runtime.print0(f"the first row, with the loss on [the text in brackets]: {prompt}[{target}]")
     lr_at = optim.schedule("cosine", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr)
     batches = data.prefetch(read, run.step, max_steps)
     for step in run.steps(max_steps):
-        best = run.due(cfg.eval_every) and evaluate_and_report(run, val_examples, questions, tokenizer)
+        best = run.due(cfg.eval_every) and evaluate(run, val_examples, eval_prompts, tokenizer)
         if best or run.due(cfg.save_every):
             run.save(best)
         if run.last:

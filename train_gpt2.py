@@ -27,7 +27,7 @@ class Config:
     data: str = "edu_fineweb10B"  # folder of token shards (python fineweb.py), or one .txt file
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # of the shards, or for the .txt file
     out_dir: str = "out/gpt2"  # where log.txt and checkpoints go
-    init_from: str = ""  # start from the weights of this checkpoint, of equal shape; "": random weights
+    init_from: str = ""  # start from the weights of this checkpoint, of the same shape; "": random weights
     model: str = "gpt2"  # a name of model.SIZES
     attention: Literal["flash", "manual"] = "flash"  # flash: fused kernels; manual: written out, slower
     T: int = 1024  # sequence length, tokens; becomes the model's block_size
@@ -49,7 +49,7 @@ class Config:
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping (GPT-3 paper, appendix B)
     seed: int = 1337  # of initial weights, data order and samples
     eval_every: int = 250  # steps between validation losses and samples
-    val_tokens: int = 10_485_760  # tokens per validation, or all there are; the same on any number of devices
+    val_tokens: int = 10_485_760  # tokens of a validation, or all if there are fewer; the same on any number of devices
     hellaswag_every: int | None = None  # steps between HellaSwag scores; 0: never; None: eval_every on CUDA, else 0
     hellaswag_rows: int | None = None  # score only this many rows; None: all
     hellaswag_data: str = ""  # rows, a .jsonl or .parquet file; "": the validation set, downloaded once
@@ -124,7 +124,7 @@ CONFIGS = {
 }
 
 
-def check(cfg: Config) -> None:
+def check(cfg: Config, world_size: int) -> None:
     """Raise ValueError for the first constant that is out of range."""
     config.require("[1, inf)", T=cfg.T, B=cfg.B, total_batch_size=cfg.total_batch_size, max_steps=cfg.max_steps)
     config.require("[1, inf)", eval_every=cfg.eval_every, save_every=cfg.save_every, keep_last=cfg.keep_last)
@@ -137,45 +137,42 @@ def check(cfg: Config) -> None:
     config.require("[0, 9e18]", seed=cfg.seed)
     if cfg.model not in model.SIZES:
         raise ValueError(f"--model={cfg.model}: expected one of {', '.join(model.SIZES)}")
-
-
-def sequences_per_rank(cfg: Config, rt: runtime.Runtime) -> int:
-    """Sequences of T tokens that a device processes per step. Raises ValueError if they do not divide."""
-    unit = cfg.T * rt.world_size
+    unit = cfg.T * world_size
     per_rank, rest = divmod(cfg.total_batch_size, unit)
-    if rest or not per_rank:
-        problem = f"is not divisible by T={cfg.T} x {rt.world_size} device(s): use {(per_rank + 1) * unit}"
-        raise ValueError(f"--total_batch_size={cfg.total_batch_size} {problem}")
+    if rest:
+        raise ValueError(f"--total_batch_size={cfg.total_batch_size} must be a multiple of T x devices = {unit}")
     if cfg.B and per_rank % cfg.B:
         raise ValueError(f"--B={cfg.B} does not divide the {per_rank} sequences per device and step: omit it")
-    return per_rank
 
 
 def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.Checkpoint | None) -> model.GPT:
     """The model on the CPU: resumed, from init_from, or with random weights. Raises ValueError on another shape."""
-    start = checkpoint.load_model(cfg.init_from).raw if cfg.init_from and not resumed else None
-    found = start.config if start else model.GPTConfig(**resumed.model_config) if resumed else None
-    shape = dict(block_size=cfg.T, n_tokens=tokenizer.n_vocab, attention=cfg.attention)
-    # OpenAI's vocabulary is not padded, and a run that started from it continues that way
-    shape["vocab_size"] = found.vocab_size if found else model.pad_vocab(tokenizer.n_vocab)
-    shape = model.GPTConfig(**model.SIZES[cfg.model] | shape)
-    if found and (changed := checkpoint.differences(asdict(found) | dict(attention=cfg.attention), asdict(shape))):
-        where = cfg.init_from if start else f"{cfg.out_dir}, use another --out_dir"
+    shape = model.SIZES[cfg.model] | dict(block_size=cfg.T, n_tokens=tokenizer.n_vocab, attention=cfg.attention)
+    if resumed:
+        if resumed.config["optimizer"] != cfg.optimizer:
+            raise ValueError(f"the run in {cfg.out_dir} has --optimizer={resumed.config['optimizer']}")
+        start, weights = model.GPTConfig(**resumed.model_config), resumed.model
+    elif cfg.init_from:
+        raw = checkpoint.load_model(cfg.init_from).raw
+        start, weights = raw.config, raw.state_dict()
+    else:
+        torch.manual_seed(cfg.seed)
+        return model.GPT(model.GPTConfig(**shape, vocab_size=model.pad_vocab(tokenizer.n_vocab)))
+    # OpenAI's vocabulary is not padded, and a run that starts from its weights keeps that size
+    expected = model.GPTConfig(**shape, vocab_size=start.vocab_size)
+    if changed := checkpoint.differences(asdict(start) | dict(attention=cfg.attention), asdict(expected)):
+        where = f"{cfg.out_dir}, use another --out_dir" if resumed else cfg.init_from
         raise ValueError(f"--model={cfg.model} has another shape ({changed}) than the model in {where}")
-    if resumed and resumed.config["optimizer"] != cfg.optimizer:
-        raise ValueError(f"the run in {cfg.out_dir} has --optimizer={resumed.config['optimizer']}")
-    torch.manual_seed(cfg.seed)
-    weights = start.state_dict() if start else resumed.model if resumed else None
-    return model.GPT.from_weights(shape, weights) if weights else model.GPT(shape)
+    return model.GPT.from_weights(expected, weights)
 
 
 def pick_B(cfg: Config, raw: model.GPT, per_rank: int, run: Run) -> int:
-    """The micro-batch size: as many sequences as fit, unless the configuration or the resumed run says otherwise."""
+    """The micro-batch size: that of the configuration or of the resumed run, else as many sequences as fit."""
     rt, resumed = run.rt, run.resumed
     if cfg.B:
         return cfg.B
     if resumed and resumed.world_size == rt.world_size and per_rank % resumed.B == 0:
-        return resumed.B  # the same B keeps the same bits
+        return resumed.B  # the same B gives the same bits
     limit = 2**16 if rt.device.type == "cuda" else 2**12  # tokens: larger is not faster on a GPU, and slower on a CPU
     sizes = [B for B in range(1, per_rank + 1) if per_rank % B == 0 and (B == 1 or B * cfg.T <= limit)]
     if rt.device.type != "cuda":
@@ -186,33 +183,22 @@ def pick_B(cfg: Config, raw: model.GPT, per_rank: int, run: Run) -> int:
         with runtime.strict_determinism(), rt.autocast():
             raw(idx, idx)[1].backward()
 
-    # not allocated yet: the moments, unless they were loaded, and DDP's copy of the gradients
+    # bytes to be allocated later: the moments, which a resumed run has already, and DDP's copy of the gradients
     reserved = raw.n_params() * ((0 if resumed else 8) + (4 if rt.world_size > 1 else 0))
     B = runtime.fit_micro_batch(forward_backward, sizes, reserved, rt)
     raw.zero_grad()
     return B
 
 
-def load_questions(cfg: Config, tokenizer: tiktoken.Encoding, rt: runtime.Runtime) -> hellaswag.Questions | None:
-    """HellaSwag's questions; None if they are switched off or cannot be downloaded."""
-    if cfg.hellaswag_every == 0 or (cfg.hellaswag_every is None and rt.device.type != "cuda"):
-        return None
-    try:
-        return hellaswag.load_questions(cfg.hellaswag_data, cfg.hellaswag_rows, tokenizer, "completion", cfg.T, rt)
-    except OSError as error:
-        runtime.print0(f"training without HellaSwag: {error}")
-        return None
-
-
 def print_samples(raw: model.GPT, cfg: Config, tokenizer: tiktoken.Encoding, step: int, rt: runtime.Runtime) -> None:
-    """Print continuations of the prompt, sampled from (seed, step)."""
-    if rt.rank or not cfg.n_samples or not step:  # an untrained model only produces noise
+    """Print continuations of the prompt. They depend on seed and step only."""
+    if rt.rank or not cfg.n_samples or not step:  # samples of an untrained model are noise
         return
-    prompt = tokenizer.encode_ordinary(cfg.prompt) or [tokenizer.eot_token]
-    n, first_seed = cfg.n_samples, cfg.seed + step * cfg.n_samples
-    options = dict(top_k=50, seeds=range(first_seed, first_seed + n))
+    n, eot = cfg.n_samples, tokenizer.eot_token
+    prompt = tokenizer.encode_ordinary(cfg.prompt) or [eot]
+    seeds = range(cfg.seed + step * n, cfg.seed + (step + 1) * n)
     with rt.autocast():
-        for ids, _ in generate.complete(raw, [prompt] * n, cfg.sample_tokens, tokenizer.eot_token, **options):
+        for ids, _ in generate.complete(raw, [prompt] * n, cfg.sample_tokens, eot, top_k=50, seeds=seeds):
             runtime.print0(f"  > {tokenizer.decode(prompt + ids)}")
 
 
@@ -225,12 +211,12 @@ def warn_if_slow(cfg: Config, raw: model.GPT, rt: runtime.Runtime) -> None:
 
 
 def results_table(cfg: Config, run: Run) -> str:
-    """This run, beside GPT-2 124M and GPT-3 124M if they are comparable."""
+    """The results of this run and, if they are comparable, of GPT-2 124M and GPT-3 124M."""
     scores = [f"{run.scores[name]:.4f}" if name in run.scores else "-" for name in ("val", "hella")]
     cost = f"{run.n_tokens:,}", f"{run.seconds / 3600:.2f}", f"{run.n_tokens / run.seconds:,.0f}"
     rows = [["", "validation loss", "HellaSwag", "parameters", "tokens", "hours", "tok/s"]]
-    rows += [[cfg.out_dir, *scores, f"{run.raw.n_params():,}", *cost]]
-    if cfg.tokenizer == "gpt2" and not cfg.hellaswag_data:  # GPT-2's loss is on FineWeb-Edu's first shard
+    rows.append([cfg.out_dir, *scores, f"{run.raw.n_params():,}", *cost])
+    if cfg.tokenizer == "gpt2" and not cfg.hellaswag_data:  # the loss of GPT-2 is on FineWeb-Edu's first shard
         rows.append(["GPT-2 124M", "3.2924", "0.2955", "124,439,808", "-", "-", "-"])
         rows.append(["GPT-3 124M", "-", "0.3370", "125,000,000", "300,000,000,000", "-", "-"])
     return config.format_table(rows)
@@ -238,10 +224,11 @@ def results_table(cfg: Config, run: Run) -> str:
 
 def main(cfg: Config) -> None:
     """Train until max_steps; evaluate, sample and save in between."""
-    check(cfg)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
+    check(cfg, rt.world_size)
     torch.backends.cuda.enable_cudnn_sdp(not cfg.deterministic)  # fast for the single shape of training
-    per_rank = sequences_per_rank(cfg, rt)
+    n = cfg.total_batch_size // cfg.T  # sequences per step
+    per_rank = n // rt.world_size
     tokenizer = data.get_tokenizer(cfg.tokenizer)
     if rt.rank == 0 and Path(cfg.data).is_dir():
         data.check_shards(cfg.data, tokenizer.n_vocab)
@@ -249,18 +236,20 @@ def main(cfg: Config) -> None:
     train, val = (data.Windows(shards, cfg.T) for shards in data.open_data(cfg.data, tokenizer))
     run = Run(cfg, "pretraining", cfg.tokenizer, rt)
     raw = build_model(cfg, tokenizer, run.resumed).to(rt.device)
-    betas = (cfg.beta1, cfg.beta2)
-    settings = dict(weight_decay=cfg.weight_decay, betas=betas, eps=cfg.eps, momentum=cfg.momentum)
+    settings = dict(weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, momentum=cfg.momentum)
     compiled = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
     run.attach(raw, optim.make_optimizers(raw, optimizer=cfg.optimizer, **settings), compiled)
     run.B, run.flops_per_token = pick_B(cfg, raw, per_rank, run), raw.flops_per_token(cfg.T)
-    questions = load_questions(cfg, tokenizer, rt)
+    questions, limit = None, cfg.hellaswag_rows
+    if cfg.hellaswag_every or (cfg.hellaswag_every is None and rt.device.type == "cuda"):
+        try:
+            questions = hellaswag.load_questions(cfg.hellaswag_data, limit, tokenizer, "completion", cfg.T, rt)
+        except OSError as error:  # no network
+            runtime.print0(f"training without HellaSwag: {error}")
 
     def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
         with rt.autocast():
             return net(batch["x"], batch["y"], reduction="sum")[1], {}
-
-    n = per_rank * rt.world_size  # sequences per step
 
     def read(step: int) -> training.Batch:
         windows = run.items(step, n, len(train))[rt.rank * per_rank : (rt.rank + 1) * per_rank]
@@ -271,9 +260,9 @@ def main(cfg: Config) -> None:
 
     run.warm_up(read(run.step), loss_fn)
     kernel = runtime.attention_kernel(raw.config, run.B, cfg.T, rt)
-    batching = f"{cfg.total_batch_size:,} tokens per step, {per_rank // run.B} x B={run.B} sequences per device"
     runtime.print0(f"{cfg.model}: {raw.n_params():,} parameters, {len(train):,} training windows of {cfg.T} tokens")
-    runtime.print0(f"{rt.world_size} x {rt.device.type}, {rt.precision}, compile={compiled}, {kernel}; {batching}")
+    runtime.print0(f"{cfg.total_batch_size:,} tokens per step, {per_rank // run.B} x B={run.B} sequences per device")
+    runtime.print0(f"{rt.world_size} x {rt.device.type}, {rt.precision}, compile={compiled}, {kernel}")
     warn_if_slow(cfg, raw, rt)
     lr_at = optim.schedule(cfg.schedule, cfg.max_steps, cfg.warmup_steps, cfg.max_lr, cfg.min_lr_frac, cfg.decay_frac)
     batches = data.prefetch(read, run.step, cfg.max_steps)

@@ -1,4 +1,4 @@
-"""Instruction data for sft.py and dpo.py: rows, prompt template, masks, packing, and greedy answers.
+"""Rows of prompts and responses for sft.py and dpo.py: files, prompt template, masks, packing, and greedy answers.
 
 The loss is on the response tokens and the end-of-text after them, not on the prompt.
 """
@@ -6,7 +6,7 @@ The loss is on the response tokens and the end-of-text after them, not on the pr
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -15,66 +15,63 @@ from torch import Tensor, nn
 
 from neogpt import data, files, generate, model, runtime
 
+EvalPrompts = list[tuple[list[int], str]]  # (prompt ids, reference response) of each prompt
+
 
 def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[dict[str, Any]]:
-    """The rows of a local .json (a list), .jsonl or .parquet file, or of a split of a dataset on the Hugging Face hub.
+    """The rows of a .json (a list), .jsonl or .parquet file, or of a dataset on the Hugging Face hub.
 
     Raises ValueError for a file and OSError for a dataset that cannot be read, on all ranks.
     """
     path = Path(source)
     is_local = path.exists() or path.suffix in (".json", ".jsonl", ".parquet")
+    if rt.rank > 0:
+        runtime.barrier(rt)  # read what rank 0 has downloaded
+    try:
+        if not is_local:
+            from datasets import load_dataset
 
-    def read() -> list | Exception:
-        try:
-            if not is_local:
-                from datasets import load_dataset
+            rows = load_dataset(source, split=split).to_list()
+        elif path.suffix == ".parquet":
+            import pyarrow.parquet
 
-                return load_dataset(source, split=split).to_list()
-            if path.suffix == ".parquet":
-                import pyarrow.parquet
-
-                return pyarrow.parquet.read_table(path).to_pylist()
+            rows = pyarrow.parquet.read_table(path).to_pylist()
+        else:
             text = path.read_text(encoding="utf-8")
             # not splitlines, which also splits at U+2028 and other characters that JSON strings may contain
-            rows = [line for line in text.split("\n") if line.strip()]
-            return json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in rows]
-        except Exception as error:  # json, pyarrow, the file system and the hub raise many kinds
-            return error
-
-    rows = read() if rt.rank == 0 else []
-    runtime.barrier(rt)  # the other ranks read what rank 0 has downloaded
-    rows = read() if rt.rank > 0 else rows
-    if isinstance(rows, Exception):
-        reason = files.one_line(rows)
+            lines = [line for line in text.split("\n") if line.strip()]
+            rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
+    except Exception as error:  # json, pyarrow, the file system and the hub raise many kinds
+        reason = files.one_line(error)
         if is_local:
-            raise ValueError(f"cannot read the rows of {source}: {reason}") from rows
-        raise OSError(f"cannot download {source} ({reason}): check the name and the network, or give a file") from rows
+            raise ValueError(f"cannot read the rows of {source}: {reason}") from error
+        raise OSError(f"cannot download {source} ({reason}): check the name and the network, or give a file") from error
+    finally:
+        if rt.rank == 0:
+            runtime.barrier(rt)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"cannot read the rows of {source}: they must be objects with named fields")
     return rows
 
 
 def read_texts(rows: list[dict[str, Any]], kinds: Sequence[tuple[str, ...]], source: str) -> list[list[str]]:
-    """The fields of each row as text, "" for null: those of the first of `kinds` that the rows have.
-
-    Raises ValueError if the rows are of no kind, or names the row with a missing field or a value that is not text.
+    """The text fields of each row; null becomes "". kinds: alternative lists of fields; the first whose names all occur
+    in the rows is used. Raises ValueError if there is none, or for a field that is missing in a row or is not text.
     """
     known = sorted({name for row in rows for name in row})
     names = next((names for names in kinds if set(names) <= set(known)), None)
     if not names:
         expected = " or ".join(map(", ".join, kinds))
         raise ValueError(f"{source} has the fields {', '.join(known) or '(none)'}: expected {expected}")
-    texts = []
     for number, row in enumerate(rows, 1):
-        values = ["" if row.get(name, 0) is None else row.get(name) for name in names]
-        if wrong := [name for name, value in zip(names, values) if not isinstance(value, str)]:
-            raise ValueError(f"{source}, row {number}: {wrong[0]}={row.get(wrong[0])!r:.60} is not text")
-        texts.append(values)
-    return texts
+        for name in names:
+            if not isinstance(row.get(name, 0), str | None):  # 0: missing
+                raise ValueError(f"{source}, row {number}: {name}={row.get(name)!r:.60} is not text")
+    return [[row[name] or "" for name in names] for row in rows]
 
 
 class Row(NamedTuple):
-    """An instruction, optionally with a context, and the response."""
+    """An instruction, its context ("" for none), and the response."""
 
     instruction: str
     context: str
@@ -82,23 +79,20 @@ class Row(NamedTuple):
 
 
 def read_rows(source: str, rt: runtime.Runtime) -> list[Row]:
-    """The rows of a file or a dataset; rows with a blank response are dropped and counted."""
-    fields = load_rows(source, rt)
-    if any("response" in row for row in fields):
-        fields = [dict(context="") | row for row in fields]  # optional
+    """The rows of a file or a dataset. Rows with a blank response are dropped and counted."""
+    rows = load_rows(source, rt)
+    if any("response" in row for row in rows):
+        rows = [dict(context="") | row for row in rows]  # the context is optional
     kinds = [("instruction", "context", "response"), ("prompt", "context", "response")]
-    texts = read_texts(fields, kinds, source)
-    rows = [Row(prompt.strip(), context.strip(), response) for prompt, context, response in texts if response.strip()]
-    if len(rows) < len(texts):
-        runtime.print0(f"{source}: {len(texts) - len(rows):,} of {len(texts):,} rows dropped: blank responses")
-    return rows
+    texts = read_texts(rows, kinds, source)
+    out = [Row(prompt.strip(), context.strip(), response) for prompt, context, response in texts if response.strip()]
+    if len(out) < len(texts):
+        runtime.print0(f"{source}: {len(texts) - len(out):,} of {len(texts):,} rows dropped: blank responses")
+    return out
 
 
 def split_rows(prompts: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the training rows and of the held-out rows, about this fraction, selected by the seed.
-
-    The split is by prompt, so no held-out prompt is seen in training.
-    """
+    """Indices of the training and of the held-out rows, which are all rows of `fraction` of the distinct prompts."""
     distinct = list(dict.fromkeys(prompts))
     order = data.permute(np.arange(len(distinct)), len(distinct), seed, 0)
     n_held_out = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
@@ -108,7 +102,7 @@ def split_rows(prompts: Sequence[str], fraction: float, seed: int) -> tuple[list
 
 
 def prompt_text(instruction: str, context: str = "") -> str:
-    """The prompt template: what the model reads before its response."""
+    """The prompt template: the text before the response."""
     return f"{instruction}\nContext:\n{context}\nResponse:\n" if context else f"{instruction}\nResponse:\n"
 
 
@@ -125,29 +119,26 @@ class Example(NamedTuple):
 
 
 def encode_prompt(instruction: str, context: str, budget: int, tokenizer: tiktoken.Encoding) -> list[int]:
-    """The ids of the prompt. The end of the context is truncated to reach `budget` tokens, if possible.
-
-    The prompt is tokenized apart from the response, so their boundary cannot shift.
-    """
+    """The ids of the prompt, with the end of its context truncated to reach `budget` tokens, if that is possible."""
     ids = tokenizer.encode_ordinary(prompt_text(instruction, context))
     context_ids = tokenizer.encode_ordinary(context)
     while len(ids) > budget and context_ids:
         context_ids = context_ids[: max(0, len(context_ids) - (len(ids) - budget))]
-        context = tokenizer.decode(context_ids).rstrip("\ufffd")  # an incomplete character
+        context = tokenizer.decode(context_ids).rstrip("\ufffd")  # of an incomplete character
         ids = tokenizer.encode_ordinary(prompt_text(instruction, context))
     return ids
 
 
 def make_example(prompt: list[int], response: str, T: int, tokenizer: tiktoken.Encoding) -> Example | None:
-    """The example, with its response truncated to T input tokens; None if no target is left."""
+    """The example, truncated to T input tokens; None if no target is left."""
+    # prompt and response are tokenized separately, so no token contains parts of both
     ids = [*prompt, *tokenizer.encode_ordinary(response), tokenizer.eot_token][: T + 1]
     return Example(np.array(ids, dtype=np.int64), len(prompt)) if len(ids) > len(prompt) else None
 
 
 def pack(examples: Sequence[Example], T: int) -> list[list[Example]]:
-    """Examples -> bins of at most T input tokens: longest first, each into the first bin with enough room."""
-    bins: list[list[Example]] = []
-    free: list[int] = []
+    """Examples -> bins of at most T input tokens, by first-fit decreasing: each into the first bin with enough room."""
+    bins, free = [], []  # free: input tokens left in each bin
     for example in sorted(examples, key=lambda e: -len(e.ids)):
         at = next((i for i, n in enumerate(free) if n >= example.n_inputs), len(bins))
         if at == len(bins):
@@ -159,14 +150,14 @@ def pack(examples: Sequence[Example], T: int) -> list[list[Example]]:
 
 
 def collate(bins: Sequence[Sequence[Example]], device: torch.device, width: int = 1) -> dict[str, Any]:
-    """Bins of examples -> a micro-batch; each bin becomes one packed sequence.
+    """Bins of examples -> a micro-batch, in which each bin is one sequence, padded on the right to W tokens.
 
     Returns x, y (B, W) int64, with y = -100 where there is no loss, and n, the number of targets. If a bin holds
     several examples, also pos (B, W), which restarts at 0 in each example, and mask (B, 1, W, W), causal within each
-    example. W is the longest bin, at least `width`. Sequences are padded on the right.
+    example. W is the length of the longest bin, at least `width`.
     """
     W = max(width, *(sum(e.n_inputs for e in row) for row in bins))
-    x, pos, doc = (np.zeros((len(bins), W), dtype=np.int64) for _ in range(3))
+    x, pos, doc = (np.zeros((len(bins), W), dtype=np.int64) for _ in range(3))  # doc: number of the example
     y = np.full((len(bins), W), -100)
     for b, row in enumerate(bins):
         start = 0
@@ -176,7 +167,7 @@ def collate(bins: Sequence[Sequence[Example]], device: torch.device, width: int 
             y[b, start + example.n_prompt - 1 : end] = example.ids[example.n_prompt :]
             start = end
     batch = dict(x=torch.from_numpy(x), y=torch.from_numpy(y))
-    if width > 1 or any(len(row) > 1 for row in bins):  # a fixed width is for the compiler: always the same tensors
+    if width > 1 or any(len(row) > 1 for row in bins):  # a compiled model needs the same tensors every time
         same = torch.from_numpy(doc)[:, :, None] == torch.from_numpy(doc)[:, None, :]  # (B, W, W)
         batch |= dict(pos=torch.from_numpy(pos), mask=same.tril()[:, None])
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | dict(n=int((y >= 0).sum()))
@@ -187,11 +178,8 @@ def forward(net: nn.Module, batch: dict[str, Any], reduction: str) -> tuple[Tens
     return net(batch["x"], batch["y"], reduction=reduction, pos=batch.get("pos"), mask=batch.get("mask"))
 
 
-Item = TypeVar("Item")
-
-
-def shard_across_ranks(rows: list[list[Item]], B: int, rt: runtime.Runtime) -> list[list[list[Item]]]:
-    """This rank's rows of a step in micro-batches of B. Empty rows make the number of rows equal on every rank."""
+def shard_across_ranks(rows: list[list], B: int, rt: runtime.Runtime) -> list[list[list]]:
+    """This rank's rows of a step, in micro-batches of B. Empty rows are added so that all ranks have equally many."""
     missing = -len(rows) % rt.world_size
     mine = (rows + [[] for _ in range(missing)])[rt.rank :: rt.world_size]
     return [mine[i : i + B] for i in range(0, len(mine), B)]
@@ -209,38 +197,22 @@ def greedy_answers(
 
 
 class Score(NamedTuple):
-    """Shares of greedy answers."""
+    """The fractions of greedy answers that meet a condition."""
 
-    exact: float  # exact match with the reference response
+    exact: float  # exact match: equal to the reference, and ended
     begins: float  # equal to the reference, or beginning with it and a space
     ended: float  # ended with end-of-text
 
 
 def score_answers(
-    raw: model.GPT,
-    questions: Sequence[tuple[list[int], str]],
-    max_new_tokens: int,
-    tokenizer: tiktoken.Encoding,
-    rt: runtime.Runtime,
+    raw: model.GPT, prompts: EvalPrompts, max_new_tokens: int, tokenizer: tiktoken.Encoding, rt: runtime.Runtime
 ) -> Score:
-    """Compare greedy answers to (prompt ids, reference response) with the references, over all ranks."""
-    mine = questions[rt.rank :: rt.world_size]
+    """Compare greedy answers with the references, over all ranks."""
+    mine = prompts[rt.rank :: rt.world_size]
     with rt.autocast():
-        answers = greedy_answers(raw, [prompt for prompt, _ in mine], max_new_tokens, tokenizer)
+        answers = greedy_answers(raw, [ids for ids, _ in mine], max_new_tokens, tokenizer)
     counts = torch.zeros(3)
     for (text, ended), (_, reference) in zip(answers, mine):
         begins = text == reference or text.startswith(reference + " ")
         counts += torch.tensor([text == reference and ended, begins, ended])
-    return Score(*(runtime.all_reduce_sum(counts.to(rt.device), rt) / len(questions)).tolist())
-
-
-def show_answers(
-    raw: model.GPT, prompts: Sequence[str], max_new_tokens: int, tokenizer: tiktoken.Encoding, rt: runtime.Runtime
-) -> None:
-    """Print the greedy answers to these instructions on rank 0."""
-    if rt.rank == 0 and prompts:
-        ids = [tokenizer.encode_ordinary(prompt_text(text)) for text in prompts]
-        with rt.autocast():
-            answers = greedy_answers(raw, ids, max_new_tokens, tokenizer)
-        for text, (answer, ended) in zip(prompts, answers):
-            runtime.print0(f"  > {text} -> {answer}{'' if ended else ' …'}")
+    return Score(*(runtime.all_reduce_sum(counts.to(rt.device), rt) / len(prompts)).tolist())

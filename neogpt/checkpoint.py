@@ -1,8 +1,7 @@
 """Checkpoint files, and `load_model`, which opens a model from any source."""
 
-import re
 import zipfile
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ FORMAT = 2  # increase when a key changes its meaning
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Every key of a checkpoint file: tensors and plain Python values."""
+    """Every key of a checkpoint file. Values are tensors and plain Python values."""
 
     stage: str  # a key of SCRIPT_OF_STAGE
     step: int  # optimizer steps done
@@ -45,47 +44,45 @@ def write(path: Path, ckpt: Checkpoint) -> None:
     """Write one checkpoint file atomically."""
     with files.atomic_write(path) as temporary, open(temporary, "wb") as file:
         try:
-            torch.save({f.name: getattr(ckpt, f.name) for f in fields(ckpt)}, file)
-        except RuntimeError as error:  # torch hides the OSError of a full disk
+            torch.save(vars(ckpt), file)
+        except RuntimeError as error:  # raised by torch.save while it handles the OSError of a full disk
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def save(folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False) -> None:
-    """Write folder/ckpt_<step>.pt and, if `best`, best.pt without moments; then keep the `keep_last` newest files."""
-    path = Path(folder) / f"ckpt_{ckpt.step:06d}.pt"
+    """Write folder/ckpt_<step>.pt and, if `best`, best.pt without moments; keep only the newest `keep_last` files."""
+    path = folder / f"ckpt_{ckpt.step:06d}.pt"
     if best:
-        write(Path(folder) / "best.pt", replace(ckpt, optimizers=None, adapters={}))
+        write(folder / "best.pt", replace(ckpt, optimizers=None, adapters={}))
     write(path, ckpt)
     checkpoints = list_checkpoints(folder)
-    # later checkpoints are unreadable leftovers: ignored here
-    for old in checkpoints[checkpoints.index(path) :][keep_last:]:
+    # a checkpoint of a later step was not readable when the run was resumed, so it does not count
+    for old in checkpoints[checkpoints.index(path) + keep_last :]:
         old.unlink()
 
 
 def copy_to_host(value: Any, copies: dict[int, Tensor]) -> Any:
-    """A copy of nested containers with their tensors in host memory; copies from CUDA are pinned and only queued.
+    """Copy nested dicts, lists and tensors to host memory; from CUDA the copies are pinned and only queued.
 
-    copies: tensors copied so far by address, so that tied weights stay one tensor.
+    copies: the copied tensors by address, so that tied weights stay one tensor.
     """
     if isinstance(value, dict):
         return {key: copy_to_host(item, copies) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(copy_to_host(item, copies) for item in value)
-    if isinstance(value, Tensor) and value.data_ptr() not in copies:
+    if isinstance(value, list):
+        return [copy_to_host(item, copies) for item in value]
+    if not isinstance(value, Tensor):
+        return value
+    if value.data_ptr() not in copies:
         host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         copies[value.data_ptr()] = host.copy_(value, non_blocking=value.is_cuda)
-    return copies[value.data_ptr()] if isinstance(value, Tensor) else value
+    return copies[value.data_ptr()]
 
 
-def save_in_background(
-    pool: ThreadPoolExecutor, folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False
-) -> Future:
+def save_in_background(pool: Executor, folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False) -> Future:
     """`save` on the pool's thread. Returns when the tensors are copied (CPU) or their copies are queued (CUDA)."""
     copies: dict[int, Tensor] = {}
-    ckpt = replace(ckpt, **{f.name: copy_to_host(getattr(ckpt, f.name), copies) for f in fields(ckpt)})
-    copied = torch.cuda.Event() if any(host.is_pinned() for host in copies.values()) else None
-    if copied:
-        copied.record()
+    ckpt = Checkpoint(**copy_to_host(vars(ckpt), copies))
+    copied = torch.cuda.current_stream().record_event() if any(host.is_pinned() for host in copies.values()) else None
 
     def write_when_copied() -> None:
         if copied:
@@ -96,9 +93,7 @@ def save_in_background(
 
 
 def require_space(folder: Path, n_params: int, keep_last: int) -> None:
-    """Raise OSError unless the disk has room for `keep_last` checkpoints of fp32 weights and two moments, and one more
-    that is being written. Existing checkpoints count as room.
-    """
+    """Raise OSError unless the disk has room for `keep_last` checkpoints (fp32: weights, two moments) and one more."""
     existing = sum(path.stat().st_size for path in list_checkpoints(folder)[:keep_last])
     n_bytes = (keep_last + 1) * 12 * n_params - existing
     files.require_space(folder, n_bytes, f"--keep_last={keep_last} checkpoints, plus one being written,")
@@ -106,14 +101,13 @@ def require_space(folder: Path, n_params: int, keep_last: int) -> None:
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints of a folder, highest step first."""
-    found = [(re.fullmatch(r"ckpt_(\d+)\.pt", path.name), path) for path in Path(folder).glob("ckpt_*.pt")]
-    return [path for _, path in sorted(((int(match[1]), path) for match, path in found if match), reverse=True)]
+    paths = [path for path in Path(folder).glob("ckpt_*.pt") if path.stem[5:].isdecimal()]
+    return sorted(paths, key=lambda path: int(path.stem[5:]), reverse=True)
 
 
 def read(path: Path, verify: bool = True) -> Checkpoint:
-    """Read a checkpoint onto the CPU without unpickling objects. Raises ValueError if it cannot be used.
-
-    verify: check the CRC of every tensor, which torch.load does not do; without it, tensors are memory-mapped.
+    """Read a checkpoint onto the CPU without unpickling objects. Raises ValueError if it cannot be used. verify: check
+    the CRC of every tensor, which torch.load does not do; otherwise tensors are memory-mapped.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -135,19 +129,19 @@ def read(path: Path, verify: bool = True) -> Checkpoint:
 
 def upgrade(state: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint of format 1 with the keys of format 2."""
-    config, step = state.get("config", {}), state["step"]
-    per_step = config.get("rows_per_step") or config.get("pairs_per_step")
-    per_step = per_step or config.get("total_batch_size", 0) // config.get("T", 1)
-    new = dict(n_sequences=step * per_step, n_tokens=state.get("tokens", step * config.get("total_batch_size", 0)))
-    scores = state.get("scores", {})
+    config, step, scores = state.get("config", {}), state["step"], state.get("scores", {})
+    tokens_per_step = config.get("total_batch_size", 0)  # sft.py and dpo.py counted no tokens
+    per_step = config.get("rows_per_step") or config.get("pairs_per_step") or tokens_per_step // config.get("T", 1)
     if isinstance(scores.get("best"), tuple):  # dpo.py stored (loss, margin, step)
-        new["scores"] = scores | dict(best=scores["best"][0])
+        scores = scores | dict(best=scores["best"][0])
     width = state["model_config"].get("mlp_width") or None
-    return dict(stage="pretraining") | state | new | dict(model_config=state["model_config"] | dict(mlp_width=width))
+    new = dict(model_config=state["model_config"] | dict(mlp_width=width), scores=scores)
+    new |= dict(n_sequences=step * per_step, n_tokens=state.get("tokens", step * tokens_per_step))
+    return dict(stage="pretraining") | state | new
 
 
 def read_newest(source: str | Path, script: str = "train_gpt2.py", verify: bool = True) -> Checkpoint:
-    """The checkpoint in a file, or the newest readable one in a folder. script: named if there is none."""
+    """The checkpoint in a file, or the newest readable one in a folder. script: for the message if there is none."""
     source = Path(source)
     candidates = [source] if source.is_file() else list_checkpoints(source)
     if not candidates:
@@ -161,29 +155,27 @@ def read_newest(source: str | Path, script: str = "train_gpt2.py", verify: bool 
 
 
 def find_resume(folder: Path, rt: runtime.Runtime) -> Checkpoint | None:
-    """The newest readable checkpoint, the same on all ranks; None for a new run.
-
-    Rank 0 verifies the files. The other ranks memory-map the file it selected, so a node holds it in memory once.
+    """The newest readable checkpoint, the same on all ranks; None for a new run. Rank 0 verifies the files, and the
+    other ranks memory-map the one it selected, so a node holds it in memory once.
     """
     ckpt = read_newest(folder) if rt.rank == 0 and list_checkpoints(folder) else None
     if rt.world_size > 1:
-        selected = [ckpt.step if ckpt else None]
+        selected = [f"ckpt_{ckpt.step:06d}.pt" if ckpt else ""]
         torch.distributed.broadcast_object_list(selected)
-        path = folder / f"ckpt_{selected[0] or 0:06d}.pt"
-        seen = [None] * rt.world_size
-        torch.distributed.all_gather_object(seen, selected[0] is None or path.is_file())
-        if not all(seen):
+        path, found = folder / selected[0], [None] * rt.world_size
+        torch.distributed.all_gather_object(found, not selected[0] or path.is_file())
+        if not all(found):
             raise ValueError(f"not every rank sees {path}: all nodes must share the folder {folder}")
-        if rt.rank and selected[0] is not None:
+        if rt.rank and selected[0]:
             ckpt = read(path, verify=False)
     if rt.rank == 0:
-        for stale in folder.glob("ckpt_*.pt.tmp"):
-            stale.unlink()
+        for incomplete in folder.glob("ckpt_*.pt.tmp"):
+            incomplete.unlink()
     return ckpt
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What changed between two configurations: "max_lr 0.0006 -> 0.001, B None -> 8"; "" if nothing did."""
+    """The changed constants of a configuration: "max_lr 0.0006 -> 0.001, B None -> 8"; "" if there are none."""
     return ", ".join(f"{key} {old[key]} -> {new[key]}" for key in new if key in old and old[key] != new[key])
 
 
@@ -197,53 +189,40 @@ class Loaded(NamedTuple):
 
 
 def load_model(source: str, stages: tuple[str, ...] = ()) -> Loaded:
-    """Open a model: an out_dir (its newest checkpoint), a checkpoint file, an adapter folder in PEFT's format, a folder
-    in Hugging Face's format, or a name on the Hugging Face hub.
+    """Open a model: an out_dir (its newest checkpoint), a checkpoint file, an adapter folder in PEFT's format (merged
+    into its base), a folder in Hugging Face's format, or a name on the hub. Raises ValueError or OSError.
 
-    stages: those that a checkpoint may come from; empty for all. Raises ValueError or OSError.
+    stages: the accepted stages of a checkpoint; empty for all.
     """
     path = Path(source)
-    if (path / "adapter_config.json").is_file():
-        return load_adapter(path)
+    is_adapter = (path / "adapter_config.json").is_file()
+    # a path that does not exist can be a name on the hub
     is_local = path.exists() or path.suffix == ".pt" or path.parts[:1] in [("out",), ("/",), (".",), ("..",)]
-    if (path / "config.json").is_file() or not is_local:
-        return load_hf(source)
-    ckpt = read_newest(path, SCRIPT_OF_STAGE[stages[0] if stages else "pretraining"])
-    if stages and ckpt.stage not in stages:
+    is_hf = (path / "config.json").is_file() or not is_local
+    ckpt = None if is_adapter or is_hf else read_newest(path, SCRIPT_OF_STAGE[stages[0] if stages else "pretraining"])
+    if ckpt and stages and ckpt.stage not in stages:
         expected = " or ".join(f"{stage} ({SCRIPT_OF_STAGE[stage]})" for stage in stages)
         raise ValueError(f"the checkpoint in {source} is of stage {ckpt.stage}: expected {expected}")
     try:
+        if is_adapter:
+            base = lora.read_adapter_config(path)["base_model_name_or_path"]
+            if Path(base).resolve() == path.resolve():
+                raise ValueError("the adapter is its own base")
+            loaded = load_model(base)
+            return Loaded(lora.apply_adapter(loaded.raw, path), loaded.tokenizer, "sft", 0)
+        if is_hf:
+            raw = hf.load(source)
+            name = {50257: "gpt2", 257: "bytes"}.get(raw.config.n_tokens, "unknown")
+            return Loaded(raw, data.get_tokenizer(name), "pretraining", 0)
         raw = model.GPT.from_weights(model.GPTConfig(**ckpt.model_config), ckpt.model)
         tokenizer = data.get_tokenizer(ckpt.tokenizer)
         if tokenizer.n_vocab != raw.config.n_tokens:
-            raise ValueError(f"{raw.config.n_tokens} token ids, but the tokenizer has {tokenizer.n_vocab}")
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"the checkpoint in {source} is inconsistent: {files.one_line(error)}") from error
+            raise ValueError(f"it has {raw.config.n_tokens} token ids, but its tokenizer has {tokenizer.n_vocab}")
+    except Exception as error:  # JSON, safetensors, the hub and wrong shapes raise many kinds
+        where = "" if is_local else ", which is not a local file or folder, from the Hugging Face hub"
+        raise ValueError(f"cannot load {source}{where}: {files.one_line(error)}") from error
     runtime.print0(f"{source}: {ckpt.stage}, step {ckpt.step}, {raw.n_params():,} parameters, {tokenizer.name} tokens")
     return Loaded(raw, tokenizer, ckpt.stage, ckpt.step)
-
-
-def load_hf(name: str) -> Loaded:
-    """A GPT-2 from the Hugging Face hub or a folder in its format."""
-    try:
-        raw = hf.load(name)
-        tokenizer = data.get_tokenizer({50257: "gpt2", 257: "bytes"}.get(raw.config.n_tokens, "unknown"))
-    except Exception as error:  # the hub, config.json and safetensors raise many kinds
-        what = "folder" if Path(name).exists() else "file, folder or model on the Hugging Face hub"
-        raise ValueError(f"cannot load {name!r} as a {what}: {files.one_line(error)}") from error
-    return Loaded(raw, tokenizer, "pretraining", 0)
-
-
-def load_adapter(folder: Path) -> Loaded:
-    """The base model that a folder in PEFT's format names, with the folder's adapter merged in."""
-    try:
-        base = lora.read_adapter_config(folder)["base_model_name_or_path"]
-        if Path(base).resolve() == folder.resolve():
-            raise ValueError("it is its own base")
-        loaded = load_model(base)
-        return loaded._replace(raw=lora.apply_adapter(loaded.raw, folder), stage="sft", step=0)
-    except Exception as error:  # JSON, safetensors and the checks above raise many kinds
-        raise ValueError(f"cannot use the adapter in {folder}: {files.one_line(error)}") from error
 
 
 def refuse_own_folder(out_dir: str, source: str) -> None:

@@ -1,6 +1,5 @@
-"""Command line and error reporting, the same for every script: `config.run(main, CONFIGS)`.
-
-CONFIGS maps names to instances of the script's Config dataclass; the first one is the default.
+"""Command line and error reporting, the same for every script: `config.run(main, CONFIGS)`, where CONFIGS maps names to
+instances of the script's Config dataclass. The first one is the default.
 """
 
 import os
@@ -18,9 +17,8 @@ Config = TypeVar("Config")
 
 
 def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = None) -> Config:
-    """Read the command line `script.py [NAME] [--constant=value …]`; NAME selects one of `configs`.
-
-    The comments of the dataclass become the help text. `--chat` means `--chat=True`. args: default sys.argv[1:].
+    """Read the command line `script.py [NAME] [--constant=value …]`; NAME selects one of `configs`. The comments of the
+    dataclass become the help text. `--chat` means `--chat=True`. args: default sys.argv[1:].
     """
     import tyro
 
@@ -28,11 +26,12 @@ def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = Non
     if not args or args[0].startswith("-"):
         args.insert(0, next(iter(configs)))
     flags = {f"__{field.name}" for field in fields(next(iter(configs.values()))) if "bool" in str(field.type)}
-    bare = [following.startswith("--") for following in [*args[1:], "--"]]
-    args = [f"{a}=True" if b and a.replace("-", "_") in flags else a for a, b in zip(args, bare)]
+    for i, following in enumerate([*args[1:], "--"]):
+        if args[i].replace("-", "_") in flags and following.startswith("--"):  # no value follows
+            args[i] += "=True"
+    description = f"{doc.strip()}\n\nConfigurations: {', '.join(configs)}"
     return tyro.extras.overridable_config_cli(
-        {name: ("", config) for name, config in configs.items()},
-        description=f"{doc.strip()}\n\nConfigurations: {', '.join(configs)}",
+        {name: (description, config) for name, config in configs.items() if name == args[0] or args[0] not in configs},
         args=args,
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff,),
@@ -41,10 +40,10 @@ def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = Non
 
 
 def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
-    """Run main(config) with the configuration of the command line; the only place that reports errors.
+    """Run main(config) with the configuration of the command line, and report errors.
 
-    An OSError, or a ValueError raised by this repository, is a message for the user: one line on rank 0 and exit code
-    1. Every other exception is a bug and keeps its traceback.
+    An OSError, or a ValueError raised by this repository, is a message for the user: one line and exit code 1. Every
+    other exception is a bug and keeps its traceback.
     """
     is_rank_0 = os.environ.get("RANK", "0") == "0"
     try:
@@ -59,17 +58,16 @@ def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
         ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts and origin.line.startswith("raise")
         if not ours and not isinstance(error, OSError):
             raise
-        # all ranks see the same wrong value, but a disk may be full on one node only
+        # all ranks see the same wrong value, but a disk can be full on one node only
         sys.exit(f"error: {files.one_line(error)}" if is_rank_0 or isinstance(error, OSError) else 1)
 
 
 def require(interval: str, **values: float | None) -> None:
     """Raise ValueError for the first of `values` outside `interval`, such as "[0, 1)". None passes."""
     low, high = map(float, interval[1:-1].split(","))
+    included = [end for end, bracket in ((low, interval[0]), (high, interval[-1])) if bracket in "[]"]
     for name, value in values.items():
-        above = value is None or (low < value if interval[0] == "(" else low <= value)
-        below = value is None or (value < high if interval[-1] == ")" else value <= high)
-        if not (above and below):  # also for NaN
+        if not (value is None or low < value < high or value in included):  # also for NaN
             raise ValueError(f"--{name}={value} must be in {interval}")
 
 

@@ -1,7 +1,7 @@
 """Faster decoding on a CPU: matrix products for small batches, and compilation. Results agree to rounding.
 
-Private PyTorch APIs used here: torch.ops.mkldnn._reorder_linear_weight and ._linear_pointwise, because no public
-function multiplies with weights that oneDNN has packed. The fallback is F.linear.
+Private PyTorch APIs: torch.ops.mkldnn._reorder_linear_weight and _linear_pointwise, because no public function packs a
+weight matrix once and multiplies with it often. The fallback is F.linear.
 """
 
 import functools
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from neogpt import lora
 
 MAX_ROWS = 64  # use the small-batch products up to this many rows; at 512 rows F.linear is as fast
-MIN_WEIGHTS = 2**18  # size of a matrix from which they are faster
+MIN_WEIGHTS = 2**18  # use them for matrices of at least this size
 N_SPLITS = 16  # parts of a matrix in split_matmul
 
 
 @contextmanager
 def fast_cpu_linears(raw: nn.Module, n_rows: int) -> Iterator[None]:
-    """Inside, large fp32 linear layers on a CPU use the fastest known product for `n_rows` rows, without gradients.
+    """Inside, large fp32 linear layers on a CPU use a faster product for inputs of `n_rows` rows, without gradients.
 
     PyTorch's BLAS leaves cores idle for one row, and for several rows it rearranges the matrix in every call. For
     several rows we pack a copy of the matrix once, in 0.1 s; for one row we split the matrix, which needs no copy. All
@@ -35,7 +35,7 @@ def fast_cpu_linears(raw: nn.Module, n_rows: int) -> Iterator[None]:
             if not W.is_cpu or W.dtype != torch.float32 or W.numel() < MIN_WEIGHTS:
                 continue
             if 1 < n_rows <= MAX_ROWS and "AVX" in instructions:
-                packed = torch.ops.mkldnn._reorder_linear_weight(W, 8)  # the same layout for 2 rows or more
+                packed = torch.ops.mkldnn._reorder_linear_weight(W, 8)  # 8 rows: the layout is the same from 2 rows on
                 linear.forward = functools.partial(small_batch, linear, functools.partial(packed_matmul, W=packed, b=b))
             elif n_rows == 1 and instructions == "AVX2":
                 linear.forward = functools.partial(small_batch, linear, functools.partial(split_matmul, W=W, b=b))
@@ -46,7 +46,7 @@ def fast_cpu_linears(raw: nn.Module, n_rows: int) -> Iterator[None]:
 
 
 def small_batch(linear: nn.Linear, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The layer's output, by `product` if x has few rows and no gradient is needed."""
+    """The layer's output, computed by `product` if x has few rows and no gradient is needed."""
     if torch.is_grad_enabled() or x.numel() > MAX_ROWS * x.size(-1):
         return F.linear(x, linear.weight, linear.bias)
     return product(x)
@@ -69,8 +69,8 @@ def split_matmul(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 
 
 def compile_frozen(step: Callable[..., Tensor], raw: nn.Module) -> Callable[..., Tensor]:
-    """step, compiled with the weights of `raw` as constants: a second copy of them in the layout of the compiler's own
-    matrix products, which take half the time of BLAS for a few rows. Changed weights are compiled again.
+    """step, compiled with the weights of `raw` as constants: a second copy of them in the layout of the compiler's
+    matrix products, which take half the time of BLAS for a few rows. With other weights it is compiled again.
     """
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor

@@ -8,11 +8,9 @@ from pathlib import Path
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; after the block, flush it to disk and rename it to `path`.
-
-    A reader sees the old file or the new file, never a part, even after a crash or a power failure. If the block
-    raises, the temporary file is removed. Raises OSError if the file cannot be written.
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path for the block to write to; then flush that file to disk and rename it to `path`. A reader
+    sees the whole old or the whole new file, even after a power failure. Raises OSError if it cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")  # same folder: a rename across file systems is not atomic
@@ -21,12 +19,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException as error:
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write {path}: {reason}; the previous file, if any, is unchanged") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise OSError(f"cannot write {path}: {reason}; the previous file, if any, is unchanged") from error
-        raise
     if os.name == "posix":  # make the rename itself durable; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -49,9 +46,7 @@ def require_space(folder: Path, n_bytes: int, purpose: str) -> None:
     """Raise OSError unless the disk that holds `folder` has `n_bytes` bytes free for `purpose`."""
     free = shutil.disk_usage(folder).free
     if free < n_bytes:
-        raise OSError(
-            f"{purpose} needs {n_bytes / 1e9:,.2f} GB, but the disk of {folder} has {free / 1e9:,.2f} GB free"
-        )
+        raise OSError(f"{purpose} needs {n_bytes / 1e9:,.2f} GB, but {folder} has {free / 1e9:,.2f} GB free")
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,8 @@
-"""What sft.py and dpo.py share: checks of their constants, and a run that starts from another model."""
+"""The common part of sft.py and dpo.py: constants, a run that starts from another model, and reports of evaluations."""
 
-from typing import Any
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import tiktoken
 import torch
@@ -9,13 +11,38 @@ from neogpt import chat, checkpoint, config, lora, model, optim, runtime
 from neogpt.run import Run
 
 
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """The constants that both scripts have."""
+
+    checkpoint: str  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
+    data: str  # dataset on the hub, or a .json, .jsonl or .parquet file
+    out_dir: str  # where log.txt and checkpoints go
+    val_frac: float = 0.03  # fraction of the data held out, selected by the seed; no prompt is in both parts
+    T: int | None = None  # longest sequence, tokens; None: the model's block_size
+    B: int = 8  # sequences (sft.py) or pairs (dpo.py) per forward pass and device. Does not change the curve
+    max_steps: int | None = None  # optimizer steps, instead of epochs
+    weight_decay: float = 0.0  # on matrices and embeddings
+    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
+    seed: int = 1337  # of the split, the order of the data, and the adapters
+    lora_rank: int = 0  # train adapters of this rank; 0: train all weights
+    lora_alpha: float = 32.0  # adapters are scaled by alpha / rank
+    eval_every: int = 100  # steps between evaluations on the held-out data
+    n_eval_prompts: int = 0  # compare greedy answers to this many held-out prompts with the responses in the data
+    answer_tokens: int = 128  # longest answer, tokens
+    save_every: int = 500  # steps between checkpoints
+    keep_last: int = 2  # number of newest checkpoints to keep
+    device: str = "auto"  # auto: cuda, else mps, else cpu
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
+    deterministic: bool = True  # CUDA kernels that give the same bits every time: a resumed run is exact
+
+
 def check(cfg: Any) -> None:
-    """Raise ValueError for the first shared constant that is out of range."""
+    """Raise ValueError for the first constant that is out of range. cfg: a Config of sft.py or dpo.py."""
     config.require("[1, inf)", T=cfg.T, B=cfg.B, max_steps=cfg.max_steps, eval_every=cfg.eval_every)
     config.require("[1, inf)", save_every=cfg.save_every, keep_last=cfg.keep_last)
-    config.require("[0, inf)", max_lr=cfg.max_lr, weight_decay=cfg.weight_decay, grad_clip=cfg.grad_clip)
-    config.require("[0, inf)", n_eval_prompts=cfg.n_eval_prompts, answer_tokens=cfg.answer_tokens)
-    config.require("[0, inf)", lora_rank=cfg.lora_rank)
+    config.require("[0, inf)", max_lr=cfg.max_lr, weight_decay=cfg.weight_decay, n_eval_prompts=cfg.n_eval_prompts)
+    config.require("[0, inf)", answer_tokens=cfg.answer_tokens, grad_clip=cfg.grad_clip, lora_rank=cfg.lora_rank)
     config.require("(0, inf)", epochs=cfg.epochs, lora_alpha=cfg.lora_alpha)
     config.require("[0, 1]", warmup_frac=cfg.warmup_frac)
     config.require("(0, 1)", val_frac=cfg.val_frac)
@@ -27,8 +54,8 @@ def open_run(
 ) -> tuple[Run, tiktoken.Encoding, int]:
     """A run that starts from the model `cfg.checkpoint`, the tokenizer, and the sequence length T.
 
-    cfg: a Config of sft.py or dpo.py. stages: those that the starting checkpoint may come from. Raises ValueError if
-    the run in out_dir started from other weights or has other adapters.
+    cfg: a Config of sft.py or dpo.py. stages: the accepted stages of the model. compile, dynamic: as in runtime.wrap.
+    Raises ValueError if the run in out_dir started from other weights or has other adapters.
     """
     checkpoint.refuse_own_folder(cfg.out_dir, cfg.checkpoint)
     raw, tokenizer, _, _ = checkpoint.load_model(cfg.checkpoint, stages)
@@ -38,29 +65,44 @@ def open_run(
     run = Run(cfg, stage, tokenizer.name, rt)
     run.base = lora.fingerprint(raw.state_dict())
     if run.resumed:
-        old = run.resumed.config
         if run.resumed.base != run.base:
-            raise ValueError(
-                f"the run in {cfg.out_dir} started from other weights than {cfg.checkpoint} holds now: use another "
-                "--out_dir, or give the checkpoint file it started from"
-            )
-        if (old["lora_rank"], old["lora_alpha"]) != (cfg.lora_rank, cfg.lora_alpha):
-            raise ValueError(f"{cfg.out_dir} has --lora_rank={old['lora_rank']} --lora_alpha={old['lora_alpha']}")
-    torch.manual_seed(cfg.seed)  # initial weights of the adapters
+            remedy = "use another --out_dir, or give the checkpoint file it started from"
+            raise ValueError(f"the run in {cfg.out_dir} did not start from the weights of {cfg.checkpoint}: {remedy}")
+        rank, alpha = run.resumed.config["lora_rank"], run.resumed.config["lora_alpha"]
+        if (rank, alpha) != (cfg.lora_rank, cfg.lora_alpha):
+            raise ValueError(f"the run in {cfg.out_dir} has --lora_rank={rank} --lora_alpha={alpha}")
+        if not cfg.lora_rank:
+            raw = model.GPT.from_weights(raw.config, run.resumed.model)
     if cfg.lora_rank:
+        torch.manual_seed(cfg.seed)  # initial weights of the adapters
         lora.add_lora(raw, cfg.lora_rank, cfg.lora_alpha)
         if run.resumed:
             lora.load_lora(raw, run.resumed.adapters)
-    elif run.resumed:
-        raw = model.GPT.from_weights(raw.config, run.resumed.model)
     raw.to(rt.device)
     run.attach(raw, optim.make_optimizers(raw, weight_decay=cfg.weight_decay), compile, dynamic)
     return run, tokenizer, cfg.T or raw.config.block_size
 
 
-def encode_questions(
-    rows: list[chat.Row], cfg: Any, T: int, tokenizer: tiktoken.Encoding
-) -> list[tuple[list[int], str]]:
-    """(prompt ids, reference response) of each row, with room for an answer within T tokens."""
+def encode_prompts(rows: list[chat.Row], cfg: Any, T: int, tokenizer: tiktoken.Encoding) -> chat.EvalPrompts:
+    """The prompt of each row, truncated so that an answer fits into T tokens, with the response as reference."""
     budget = T - min(cfg.answer_tokens, T // 2)
     return [(chat.encode_prompt(r.instruction, r.context, budget, tokenizer), r.response) for r in rows]
+
+
+def report(run: Run, scores: dict[str, float], text: str, tokenizer: tiktoken.Encoding) -> bool:
+    """Log and print an evaluation and greedy answers to cfg.prompts. scores: by name, with the held-out loss as "val".
+    Returns whether that loss is the lowest of the run so far.
+    """
+    cfg, loss = run.cfg, scores["val"]
+    best = run.step > 0 and loss < run.scores.get("best", math.inf)
+    run.record(**scores)
+    if best:
+        run.scores["best"] = loss
+    runtime.print0(f"step {run.step}: held-out loss {loss:.4f}{', the lowest so far' if best else ''}; {text}")
+    if run.rt.rank == 0:
+        prompts = [tokenizer.encode_ordinary(chat.prompt_text(prompt)) for prompt in cfg.prompts]
+        with run.rt.autocast():
+            answers = chat.greedy_answers(run.raw, prompts, cfg.answer_tokens, tokenizer)
+        for prompt, (answer, ended) in zip(cfg.prompts, answers):
+            runtime.print0(f"  > {prompt} -> {answer}{'' if ended else ' …'}")
+    return best

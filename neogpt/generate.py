@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -10,32 +10,32 @@ from torch import Tensor, nn
 
 from neogpt import config, cpu, model
 
-# Tokens generated before the host reads them, by device. A GPU need not wait after every token; up to CHUNK - 1 tokens
-# may be generated after the last row has stopped.
+# Tokens per row that are generated before the host reads them, by device (else 1), so that a GPU does not wait for the
+# host after every token. Up to CHUNK - 1 tokens are generated in vain after the last row has ended.
 CHUNK = {"cuda": 16}
+capture_stream = functools.cache(torch.cuda.Stream)  # one per device: a stream keeps a workspace for matrix products
 
 
 class KVCache:
     """Keys and values of every layer, for rows of different lengths.
 
-    Three modes: dynamic (attention reads the filled slots), static (it reads all slots, so every token is the same
-    work; required for CUDA graphs), and compiled (the slot count is a dynamic dimension). A mask is needed in the last
-    two, and wherever row lengths differ.
+    By default attention reads the filled slots. If `static`, it reads all slots, so that every decode step is the same
+    work, as CUDA graphs require. If `compiled`, the number of slots is a dynamic dimension for the compiler.
     """
 
     def __init__(self, n_layer: int, max_seq_len: int, static: bool = False, compiled: bool = False) -> None:
         self.max_seq_len, self.static, self.compiled = max_seq_len, static, compiled
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer  # keys, values: (B, nh, max_seq_len, hs)
         self.lengths: Tensor | None = None  # (B,) int64: filled slots of each row
-        self.longest = 0  # max of lengths, kept on the host
-        self.masked: bool | None = None  # whether attention needs a mask; None during prefill
+        self.longest = 0  # maximum of lengths, on the host; 0 during prefill
+        self.masked = False  # whether attention needs a mask
 
     def set_lengths(self, lengths: list[int], device: torch.device) -> None:
-        """After prefill: the first `lengths[b]` slots of row b are valid, the rest is padding."""
+        """Call after prefill: the first `lengths[b]` slots of row b are valid, the other slots are padding."""
         new = torch.tensor(lengths, device=device)
         if self.lengths is None:
             self.lengths, self.rows = new, torch.arange(len(new), device=device)
-            self.slots = torch.arange(self.max_seq_len, device=device)  # those that attention reads with a mask
+            self.slots = torch.arange(self.max_seq_len, device=device)  # that attention reads if masked
         else:
             self.lengths.copy_(new)  # in place: the CUDA graph holds this address
         self.masked = self.static or self.compiled or len(set(lengths)) > 1
@@ -49,55 +49,45 @@ class KVCache:
         if self.compiled:
             torch._dynamo.mark_dynamic(self.slots, 0)
 
-    def mask(self) -> Tensor | None:
-        """The slots that each row's next token attends to, (B, 1, 1, S): the filled ones and its own."""
-        return (self.slots <= self.lengths[:, None])[:, None, None] if self.masked else None
-
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, nh, T, hs) of a layer, T = 1 after prefill; return all keys and values (B, nh, S, hs)."""
         B, nh, T, hs = k.shape
-        if self.masked is None:
-            if self.layers[layer] is None:
-                shape = B, nh, self.max_seq_len, hs
-                self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
-            for stored, new in zip(self.layers[layer], (k, v)):
-                stored[:, :, :T] = new
-            return k, v
-        assert T == 1, f"decoding takes one token per row, got {T}"
+        if self.layers[layer] is None:
+            shape = B, nh, self.max_seq_len, hs
+            self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
         for stored, new in zip(self.layers[layer], (k, v)):
             if self.masked:
                 stored[self.rows, :, self.lengths] = new[:, :, 0]
             else:
-                stored[:, :, self.longest] = new[:, :, 0]
+                stored[:, :, self.longest : self.longest + T] = new
         keys, values = self.layers[layer]
-        S = len(self.slots) if self.masked else self.longest + 1
+        S = len(self.slots) if self.masked else self.longest + T
         return keys[:, :, :S], values[:, :, :S]
 
 
 def prefill(raw: model.GPT, prompts: list[list[int]], cache: KVCache) -> Tensor:
-    """Process prompts of different lengths, replacing the cache's content; return the next logits (B, V).
-
-    Rows are padded on the right, where a causal model does not look, so no mask is needed.
-    """
+    """Process whole prompts, replacing the cache's content; return the logits of the next token (B, V)."""
+    # padding on the right needs no mask: a causal model does not look there
     device = raw.lm_head.weight.device
     lengths = [len(prompt) for prompt in prompts]
     padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
-    cache.masked = None
+    cache.longest, cache.masked = 0, False
     x = raw.trunk(torch.tensor(padded, device=device), cache)  # (B, T, C)
     cache.set_lengths(lengths, device)
-    last = x[torch.arange(len(prompts), device=device), cache.lengths - 1]  # (B, C)
-    return raw.lm_head(last)
+    return raw.lm_head(x[cache.rows, cache.lengths - 1])
 
 
 def decode_one_token(raw: model.GPT, tokens: Tensor, cache: KVCache) -> Tensor:
-    """One token per row, (B,) -> the next logits (B, V). The caller advances the cache."""
-    x = raw.trunk(tokens[:, None], cache, pos=cache.lengths[:, None], mask=cache.mask())  # (B, 1, C)
+    """Process one token per row, (B,); return the logits of the next token (B, V). The caller advances the cache."""
+    lengths = cache.lengths[:, None]
+    mask = (cache.slots <= lengths)[:, None, None] if cache.masked else None  # (B, 1, 1, S): filled slots and its own
+    x = raw.trunk(tokens[:, None], cache, pos=lengths, mask=mask)  # (B, 1, C)
     cache.lengths += 1
     return raw.lm_head(x[:, 0])
 
 
 def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Sample one id per row, (B,), from logits (B, V) with uniform numbers in [0, 1), (B,)."""
+    """Sample one id per row, (B,), from logits (B, V) with uniform random numbers (B,) in [0, 1)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     logits, ids, k = logits.float(), None, min(top_k or logits.size(-1), logits.size(-1))
@@ -105,18 +95,12 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top
         logits, ids = logits.topk(k)  # (B, k), most likely first
     below = logits - logits.amax(dim=-1, keepdim=True)  # at most 0, so no temperature overflows
     probs = F.softmax(below / max(temperature, 1e-30), dim=-1)
-    if top_p < 1:  # keep ids while the probability before them is below top_p: the id that crosses it stays
+    if top_p < 1:  # keep an id if the more likely ids together have less than top_p
         probs = probs * (probs.cumsum(dim=-1) - probs < top_p)
     cdf = probs.cumsum(dim=-1)
-    # the first id whose cdf exceeds uniform · total; it has probability above 0, because uniform < 1
+    # the first id whose cdf exceeds uniform · total; its probability is above 0, because uniform < 1
     choice = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(dim=-1, keepdim=True)
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
-
-
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None:
-    """Raise ValueError for a sampling option that is out of range."""
-    config.require("[0, inf)", temperature=temperature, top_k=top_k)
-    config.require("(0, 1]", top_p=top_p)
 
 
 @torch.no_grad()
@@ -138,91 +122,78 @@ def generate(
     keep the k most likely ids, 0 for all. top_p: keep the most likely ids with this total probability. seeds: one per
     row, default 0, 1, …; a row depends on its prompt and seed, and on other rows only through rounding. stop: a row
     ends after this id. compile: compile the decode step, for up to a minute. Raises ValueError for values out of range.
-
-    On CUDA the decode step is captured as a graph, and the host waits once per CHUNK tokens. Learned positions end at
-    block_size: a longer row continues from the newer half of its window.
+    A row that reaches block_size, where the learned positions end, continues from its last block_size / 2 tokens.
     """
     block_size, n_tokens = raw.config.block_size, raw.config.n_tokens
     seeds = range(len(prompts)) if seeds is None else seeds
     if not prompts or not all(prompts) or len(seeds) != len(prompts):
         raise ValueError("generate needs prompts of at least one token, and one seed per prompt")
-    if any(not 0 <= token < n_tokens for prompt in prompts for token in prompt):
+    if not all(0 <= token < n_tokens for prompt in prompts for token in prompt):
         raise ValueError(f"a prompt has a token id outside 0 … {n_tokens - 1}")
-    check_sampling(temperature, top_k, top_p)
-    config.require("[0, inf)", max_new_tokens=max_new_tokens)
+    config.require("[0, inf)", max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
+    config.require("(0, 1]", top_p=top_p)
 
     windows = [list(prompt[-block_size:]) for prompt in prompts]
-    # all random numbers come from the CPU up front: equal on every device, and no row disturbs another
+    # all random numbers come from the CPU up front: equal on every device, and independent of the other rows
     uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     uniforms = torch.stack(uniforms, dim=1).to(raw.lm_head.weight.device)  # (max_new_tokens, B)
-    max_seq_len = min(block_size, max(map(len, windows)) + max_new_tokens)
-    if compile and uniforms.is_cpu:  # + 1: dynamo would specialize where the slot count equals the size
-        max_seq_len = block_size + 1
-    elif compile:  # a power of two, so that few sizes are compiled
-        max_seq_len = min(block_size, max(256, 2 ** (max_seq_len - 1).bit_length()))
-    static = uniforms.is_cuda or compile and not uniforms.is_cpu
-    cache = KVCache(raw.config.n_layer, max_seq_len, static, compiled=compile and uniforms.is_cpu)
-
-    def next_tokens(logits: Tensor, u: Tensor) -> Tensor:
-        return sample(logits[:, :n_tokens], u, temperature, top_k, top_p)  # (B,)
-
-    def step(tokens: Tensor, u: Tensor) -> Tensor:
-        return next_tokens(decode_one_token(raw, tokens, cache), u)
-
-    if compile:
-        on_cpu = uniforms.is_cpu
-        step = cpu.compile_frozen(step, raw) if on_cpu else torch.compile(step, fullgraph=True, dynamic=False)
+    choose = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
+    ended = [False] * len(prompts)
     with nullcontext() if compile else cpu.fast_cpu_linears(raw, len(prompts)):
-        yield from decode_loop(raw, windows, uniforms, cache, next_tokens, step, stop)
-
-
-def decode_loop(
-    raw: model.GPT,
-    windows: list[list[int]],
-    uniforms: Tensor,
-    cache: KVCache,
-    next_tokens: Callable[[Tensor, Tensor], Tensor],
-    step: Callable[[Tensor, Tensor], Tensor],
-    stop: int | None,
-) -> Iterator[list[int | None]]:
-    """Prefill, decode, and prefill again when a row has reached block_size; yields as `generate`.
-
-    uniforms: (max_new_tokens, B). next_tokens: logits (B, V), uniforms (B,) -> tokens (B,). step: tokens, uniforms ->
-    tokens.
-    """
-    block_size, max_new_tokens = raw.config.block_size, len(uniforms)
-    ended, done, captured = [False] * len(windows), 0, not uniforms.is_cuda
-    while done < max_new_tokens and not all(ended):
-        new = []  # tokens (B,) on the device, read together
-        if done == 0 or max(map(len, windows)) > block_size:
-            windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
-            tokens = next_tokens(prefill(raw, windows, cache), uniforms[done])
-            new.append(tokens)
-        free_slots = block_size - max(map(len, windows)) + 1
-        n_chunk = min(CHUNK.get(uniforms.device.type, 1), max_new_tokens - done, free_slots)
-        for i in range(len(new), n_chunk):
-            if not captured:  # only now the cache has a free slot
-                step, captured = capture_cuda_graph(step, (tokens, uniforms[done + i]), cache.lengths), True
-            tokens = step(tokens, uniforms[done + i])
-            cache.advance(cache.longest + 1)
-            new.append(tokens)
-        for ids in torch.stack(new).tolist():
-            for window, token in zip(windows, ids):
-                window.append(token)
-            done += 1
+        for ids in decode_loop(raw, windows, uniforms, choose, compile):
             yield [None if end else token for token, end in zip(ids, ended)]
             ended = [end or token == stop for token, end in zip(ids, ended)]
             if all(ended):
                 return
 
 
+def decode_loop(
+    raw: model.GPT, windows: list[list[int]], uniforms: Tensor, choose: Callable[..., Tensor], compile: bool
+) -> Iterator[list[int]]:
+    """Yield the next token of every row, max_new_tokens times: prefill, decode, and prefill again at block_size.
+    windows: B prompts; uniforms: (max_new_tokens, B); choose: logits (B, n_tokens), uniforms (B,) -> tokens (B,).
+    """
+    block_size, n_tokens, max_new_tokens = raw.config.block_size, raw.config.n_tokens, len(uniforms)
+    max_seq_len = min(block_size, max(map(len, windows)) + max_new_tokens)
+
+    def step(tokens: Tensor, u: Tensor) -> Tensor:
+        return choose(decode_one_token(raw, tokens, cache)[:, :n_tokens], u)
+
+    if compile and uniforms.is_cpu:
+        max_seq_len = block_size + 1  # + 1: the compiler would specialize for a slot count that equals the size
+        step = cpu.compile_frozen(step, raw)
+    elif compile:
+        max_seq_len = min(block_size, max(256, 2 ** (max_seq_len - 1).bit_length()))  # so that few sizes are compiled
+        step = torch.compile(step, fullgraph=True, dynamic=False)
+    static = uniforms.is_cuda or compile and not uniforms.is_cpu
+    cache = KVCache(raw.config.n_layer, max_seq_len, static, compiled=compile and uniforms.is_cpu)
+    done, captured = 0, not uniforms.is_cuda
+    while done < max_new_tokens:
+        new = []  # tokens (B,) on the device, read together
+        if done == 0 or cache.longest == block_size:
+            windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
+            tokens = choose(prefill(raw, windows, cache)[:, :n_tokens], uniforms[done])
+            new.append(tokens)
+        n_chunk = min(CHUNK.get(uniforms.device.type, 1), len(new) + block_size - cache.longest)
+        for u in uniforms[done + len(new) : done + n_chunk]:
+            if not captured:  # not earlier: the capture needs a free slot in the cache
+                step, captured = capture_cuda_graph(step, (tokens, u), cache.lengths), True
+            tokens = step(tokens, u)
+            cache.advance(cache.longest + 1)
+            new.append(tokens)
+        for ids in torch.stack(new).tolist():
+            for window, token in zip(windows, ids):
+                window.append(token)
+            done += 1
+            yield ids
+
+
 def complete(
     raw: model.GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, eot: int, **options: object
 ) -> list[tuple[list[int], bool]]:
     """The new tokens of each prompt without end-of-text, and whether the row ended with it. options: of `generate`."""
-    steps = list(generate(raw, prompts, max_new_tokens, stop=eot, **options))
-    rows = [[token for token in row if token is not None] for row in zip(*steps)] or [[] for _ in prompts]
-    return [(row[: len(row) - (row[-1:] == [eot])], row[-1:] == [eot]) for row in rows]
+    rows = [*zip(*generate(raw, prompts, max_new_tokens, stop=eot, **options))] or [()] * len(prompts)
+    return [([token for token in row if token not in (None, eot)], eot in row) for row in rows]
 
 
 def cast_linears(raw: model.GPT, dtype: torch.dtype) -> None:
@@ -232,43 +203,27 @@ def cast_linears(raw: model.GPT, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-@functools.cache
-def capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream for captures: every stream keeps a workspace for its matrix products."""
-    return torch.cuda.Stream(device)
-
-
-@contextmanager
-def nondeterministic_scatter() -> Iterator[None]:
-    """Inside, index_put writes directly. Its deterministic kernel handles duplicate indices by sorting; ours are
-    unique.
-    """
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-
-
 def capture_cuda_graph(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], state: Tensor) -> Callable[..., Tensor]:
-    """step(*inputs) as a CUDA graph: one launch instead of hundreds. The capture leaves `state`, which step changes in
-    place, as it was.
+    """step(*inputs) as a CUDA graph: one launch instead of hundreds. `step` changes `state` in place; the capture
+    leaves it as it was.
     """
     inputs, before = tuple(x.clone() for x in inputs), state.clone()
     side, graph = capture_stream(state.device), torch.cuda.CUDAGraph()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), nondeterministic_scatter():
+    deterministic = torch.get_deterministic_debug_mode()
+    # index_put's deterministic kernel sorts the indices, for duplicates; the indices of the cache are unique
+    torch.set_deterministic_debug_mode("default")
+    with torch.cuda.stream(side):
         for _ in range(3):  # compilation, kernel selection and workspaces must not be captured
             step(*inputs)
             state.copy_(before)
         torch.cuda.synchronize()
-        # not `torch.cuda.graph`: it empties the allocator's cache, and it fails if the threads of the loader or of a
-        # checkpoint use CUDA meanwhile
+        # not `torch.cuda.graph`: it empties the allocator's cache, and it fails if another thread (loader, checkpoint)
+        # uses CUDA during the capture
         graph.capture_begin(capture_error_mode="thread_local")
         out = step(*inputs)
         graph.capture_end()
+    torch.set_deterministic_debug_mode(deterministic)
     torch.cuda.current_stream().wait_stream(side)
 
     def replay(*new: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ def read_config(name: str) -> model.GPTConfig:
     allowed = dict(model_type=["gpt2"], layer_norm_epsilon=[1e-5], n_inner=[None, 4 * hf.get("n_embd", 0)])
     allowed |= dict(scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], tie_word_embeddings=[True])
     allowed |= dict(reorder_and_upcast_attn=[False], activation_function=[*HF_GELU.values()])
-    for key, values in allowed.items():
+    for key, values in allowed.items():  # the first value is the default
         if hf.get(key, values[0]) not in values:
             raise ValueError(f"{name} has {key}={hf[key]!r} in config.json: supported are {values}")
     shape = dict(n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"], block_size=hf["n_positions"])
@@ -45,13 +45,11 @@ def read_config(name: str) -> model.GPTConfig:
 
 
 def load(name: str) -> model.GPT:
-    """GPT-2 from the hub ("gpt2", "gpt2-xl", "user/model") or a folder, in fp32 on the CPU. The folder has config.json
-    and model.safetensors, or the parts that model.safetensors.index.json lists. Raises ValueError or OSError.
-    """
+    """GPT-2 from the hub ("gpt2", "user/model") or a folder, in fp32 on the CPU. Raises ValueError or OSError."""
     config = read_config(name)
     try:
         paths = [find_file(name, "model.safetensors")]
-    except FileNotFoundError:
+    except FileNotFoundError:  # a large model is stored in parts
         index = json.loads(find_file(name, "model.safetensors.index.json").read_text())
         paths = [find_file(name, part) for part in sorted(set(index["weight_map"].values()))]
     weights = {}
@@ -67,13 +65,13 @@ def load(name: str) -> model.GPT:
 
 def save(raw: model.GPT, folder: str | Path) -> None:
     """Write config.json and model.safetensors for transformers' GPT2LMHeadModel, without padded vocabulary rows."""
-    config, weights = raw.config, {}
+    config, weights = raw.config, raw.state_dict()
     if config.mlp != "dense":
         raise ValueError(f"Hugging Face's GPT-2 has no mlp={config.mlp!r}")
-    for name, tensor in raw.state_dict().items():
-        if name != "lm_head.weight":  # tied: stored once
-            tensor = tensor[: config.n_tokens] if name == "transformer.wte.weight" else tensor
-            weights[name] = (tensor.t() if name.endswith(CONV1D) else tensor).detach().cpu().contiguous()
+    del weights["lm_head.weight"]  # tied: stored once
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: config.n_tokens]
+    for name, tensor in weights.items():
+        weights[name] = (tensor.t() if name.endswith(CONV1D) else tensor).cpu().contiguous()
     eot = config.n_tokens - 1  # end-of-text is the last id of both tokenizers
     hf = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", activation_function=HF_GELU[config.gelu])
     hf |= dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, n_positions=config.block_size)

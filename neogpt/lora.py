@@ -74,10 +74,10 @@ def save_adapter(folder: Path, raw: model.GPT, base: str, base_fingerprint: str)
     """Write adapters as PEFT does. base: the source of their model. base_fingerprint: `fingerprint` of its weights."""
     matrices = raw.transformer.h[0].weight_matrices()
     r, scale = len(matrices["attn.c_attn"].lora_A), matrices["attn.c_attn"].scale
-    target_modules = list(dict.fromkeys(name.split(".", 1)[1] for name in matrices))
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=r, lora_alpha=scale * r)
-    config |= dict(lora_dropout=0.0, bias="none", inference_mode=True, target_modules=target_modules)
-    config |= dict(fan_in_fan_out=True)  # Hugging Face's GPT-2 stores its matrices as (in, out)
+    config |= dict(target_modules=list(dict.fromkeys(name.split(".", 1)[1] for name in matrices)), lora_dropout=0.0)
+    # fan_in_fan_out: Hugging Face's GPT-2 stores its matrices as (in, out)
+    config |= dict(bias="none", inference_mode=True, fan_in_fan_out=True)
     weights = {f"{PEFT_PREFIX}{n}.weight": w.cpu().contiguous() for n, w in lora_weights(raw).items()}
     files.make_folder(folder)
     with files.atomic_write(folder / "adapter_model.safetensors") as temporary:

@@ -1,6 +1,4 @@
-"""GPT-2: configuration, attention, MLP, blocks and the model. Every script uses this one definition.
-
-Parameters have GPT-2's names and shapes:
+"""GPT-2: configuration, attention, MLP, blocks and the model. Parameters have GPT-2's names and shapes.
 
     raw = GPT(GPTConfig(**SIZES["gpt2"]))     # random weights; OpenAI's: hf.load("gpt2")
     logits, loss = raw(idx, targets)          # idx, targets: (B, T) token ids; targets of -100 are ignored
@@ -8,6 +6,7 @@ Parameters have GPT-2's names and shapes:
 Letters: B batch, T time (tokens), S keys, C width (n_embd), V vocabulary, nh heads, hs head size.
 """
 
+import functools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -24,7 +23,7 @@ GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024)
 DEMO = dict(n_layer=3, n_head=4, n_embd=128, block_size=256, gelu="erf")
 SIZES: dict[str, dict[str, Any]] = {
     "demo": DEMO,  # trains in minutes on two CPU cores
-    "shakespeare": dict(n_layer=2, n_head=4, n_embd=128, block_size=64, gelu="erf"),  # in one minute
+    "shakespeare": dict(n_layer=2, n_head=4, n_embd=128, block_size=64, gelu="erf"),  # trains in one minute
     "gpt2": GPT2,  # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),  # 774M
@@ -43,29 +42,26 @@ CHOICES = {"attention": ("flash", "manual"), "gelu": ("tanh", "erf"), "mlp": ("d
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a model. Raises ValueError for a value out of range: configurations are read from files."""
+    """The shape of a model. Values are validated (ValueError), because configurations are read from files."""
 
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     block_size: int = 1024  # longest sequence, tokens
-    n_tokens: int = 50257  # ids of the tokenizer; only these are ever sampled
+    n_tokens: int = 50257  # number of ids of the tokenizer; padded ids are never sampled
     vocab_size: int = 50304  # rows of the embedding: n_tokens padded to a multiple of 64, for speed
     attention: str = "flash"  # flash: PyTorch's fused kernels; manual: `manual_attention` below
     gelu: str = "tanh"  # tanh: GPT-2's approximation; erf: exact, three times as fast on a CPU
     mlp: str = "dense"  # a name of MLPS below
     mlp_width: int | None = None  # ndlinear: size of the hidden tensor's first mode; None: 4 n_embd
-    mlp_modes: int = 1  # ndlinear: size of its second mode
+    mlp_modes: int = 1  # ndlinear: size of the hidden tensor's second mode
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            highest = 1000 if name == "n_layer" else 2**20
-            valid = type(value) is int and 0 < value <= highest or (name, value) == ("mlp_width", None)
-            if name in CHOICES:
-                valid = value in CHOICES[name]
-            if not valid:
-                expected = " or ".join(CHOICES.get(name, [f"an integer from 1 to {highest}"]))
-                raise ValueError(f"{name}={value!r} in the model configuration: expected {expected}")
+            allowed = CHOICES.get(name, range(1, 1001 if name == "n_layer" else 2**20 + 1))
+            valid = type(value) in (int, str) and value in allowed  # True and 1.0 are in the range too
+            if not valid and (name, value) != ("mlp_width", None):
+                raise ValueError(f"{name}={value!r} in the model configuration: expected a value in {allowed}")
         if self.n_embd % self.n_head or self.n_tokens > self.vocab_size:
             raise ValueError(f"{self}: n_head must divide n_embd, and n_tokens must not exceed vocab_size")
 
@@ -76,23 +72,21 @@ def pad_vocab(n_tokens: int) -> int:
 
 
 def is_matrix(p: Tensor) -> bool:
-    """Whether a parameter is a matrix: not a bias, a gain, or a matrix with a side of one."""
+    """Whether a parameter is a matrix with more than one row and column: not a bias or a gain."""
     return p.dim() >= 2 and min(p.shape) > 1
 
 
 class Cache(Protocol):
-    """What attention needs of a key-value cache (see generate.KVCache)."""
+    """What attention needs from a key-value cache (generate.KVCache)."""
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, nh, T, hs) of a layer; return all keys and values to attend to (B, nh, S, hs)."""
+        """Append a layer's k, v (B, nh, T, hs); return all keys and values to attend to, (B, nh, S, hs)."""
         ...
 
 
 def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(Q Kᵀ / √hs) V, written out.
-
-    q: (B, nh, T, hs); k, v: (B, nh, S, hs); mask: broadcasts to (B, nh, T, S), True where a query may attend. Without a
-    mask the queries are the last T of the S positions, and attention is causal.
+    """softmax(Q Kᵀ / √hs) V, (B, nh, T, hs), from q (B, nh, T, hs) and k, v (B, nh, S, hs). mask: broadcasts to
+    (B, nh, T, S), True where a query attends; None: causal, and the queries are the last T of the S positions.
     """
     T, S, hs = q.size(-2), k.size(-2), q.size(-1)
     if mask is None:
@@ -103,7 +97,7 @@ def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The same with PyTorch's fused kernels. Without a mask T must be S, or 1 (one new token)."""
+    """`manual_attention` with PyTorch's fused kernels. Without a mask, T must be S, or 1 (one new token)."""
     # is_causal aligns the triangle to the top left, which for one query would hide all keys but the first
     is_causal = mask is None and q.size(-2) > 1
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
@@ -116,8 +110,7 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-        self.n_head = config.n_head
-        self.layer = layer
+        self.n_head, self.layer = config.n_head, layer
         self.attend = flash_attention if config.attention == "flash" else manual_attention
 
     def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
@@ -169,8 +162,7 @@ class Block(nn.Module):
 
     def weight_matrices(self) -> dict[str, nn.Linear]:
         """The linear layers whose weight is a matrix, by name ("attn.c_attn", …)."""
-        modules = self.named_modules()
-        return {name: m for name, m in modules if isinstance(m, nn.Linear) and is_matrix(m.weight)}
+        return {name: m for name, m in self.named_modules() if isinstance(m, nn.Linear) and is_matrix(m.weight)}
 
 
 class GPT(nn.Module):
@@ -179,54 +171,44 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        parts = dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=nn.Embedding(config.block_size, config.n_embd),
-            h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-            ln_f=nn.LayerNorm(config.n_embd),
-        )
-        self.transformer = nn.ModuleDict(parts)
+        self.transformer = nn.Module()
+        self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.transformer.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer.ln_f = nn.LayerNorm(config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
         self.init_weights()
 
     def init_weights(self) -> None:
-        """GPT-2's initialization from PyTorch's global random state. Raises if a parameter has no rule.
+        """GPT-2's initialization from PyTorch's global random state. Raises AssertionError if a parameter has no rule.
 
-        N(0, 0.02), and N(0, 0.02 / √(2 n_layer)) for projections into the residual stream, so that its variance does not
-        grow with depth. OpenAI used 0.01 for wpe; like most reproductions we use 0.02.
+        The standard deviation is 0.02, and 0.02 / √(2 n_layer) for projections into the residual stream, so that its
+        variance does not grow with depth. OpenAI used 0.01 for wpe; like most reproductions we use 0.02.
         """
+        normal = functools.partial(nn.init.normal_, std=0.02)
+        residual = functools.partial(nn.init.normal_, std=0.02 / math.sqrt(2 * self.config.n_layer))
+        rules = ndlinear.INIT | {".bias": nn.init.zeros_}  # suffix of the name -> function
+        rules |= dict.fromkeys(("ln_1.weight", "ln_2.weight", "ln_f.weight"), nn.init.ones_)
+        rules |= dict.fromkeys(("c_proj.weight", "c_proj.modes.0.weight"), residual)
+        rules |= dict.fromkeys([f"{n}.weight" for n in ("wte", "wpe", "c_attn", "c_fc", "c_fc.modes.0")], normal)
         for name, p in self.named_parameters():
-            if rule := next((rule for suffix, rule in ndlinear.INIT.items() if name.endswith(suffix)), None):
-                rule(p)
-            elif name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
-                nn.init.ones_(p)
-            elif name.endswith(".bias"):
-                nn.init.zeros_(p)
-            elif name.endswith(("c_proj.weight", "c_proj.modes.0.weight")):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif name.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_fc.weight", "c_fc.modes.0.weight")):
-                nn.init.normal_(p, std=0.02)
-            else:
-                raise AssertionError(f"no initialization rule for the parameter {name}")
+            rule = next((rule for suffix, rule in rules.items() if name.endswith(suffix)), None)
+            assert rule, f"no initialization rule for the parameter {name}"
+            rule(p)
 
     def embed(self, idx: Tensor, pos: Tensor | None = None) -> Tensor:
-        """Token ids (B, T) -> the input of the first block (B, T, C).
-
-        pos: positions, broadcast to (B, T), below block_size; None: 0 … T - 1.
-        """
+        """Token ids (B, T) -> the input of the first block (B, T, C). pos: positions (B, T); None: 0 … T - 1."""
         if pos is None:
-            T, block_size = idx.size(1), self.config.block_size
-            assert T <= block_size, f"{T} tokens exceed block_size={block_size}"
-            pos = torch.arange(T, device=idx.device)  # (T,)
+            pos = torch.arange(idx.size(1), device=idx.device)
+            assert len(pos) <= self.config.block_size, f"{len(pos)} tokens exceed block_size={self.config.block_size}"
         return self.transformer.wte(idx) + self.transformer.wpe(pos)
 
     def trunk(
         self, idx: Tensor, cache: Cache | None = None, pos: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Token ids (B, T) -> normalized hidden states (B, T, C), the input of the head.
-
-        mask: broadcasts to (B, nh, T, S), True where a query may attend; None: causal. Packed sequences need both.
+        """Token ids (B, T) -> normalized hidden states (B, T, C), the input of the head. pos: see `embed`; mask: see
+        `manual_attention`. Packed sequences need both.
         """
         x = self.embed(idx, pos)
         for block in self.transformer.h:
@@ -241,9 +223,9 @@ class GPT(nn.Module):
         pos: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Token ids (B, T) -> logits (B, T, V) and, given targets (B, T), their cross-entropy in nats.
+        """Token ids (B, T) -> logits (B, T, V) and, given targets (B, T), their cross-entropy in nats (else None).
 
-        Targets of -100 are ignored. reduction: "mean" over the targets, "sum", or "none", (B · T,). pos, mask: see `trunk`.
+        Targets of -100 are ignored. reduction: "mean", "sum", or "none" (B · T,). pos, mask: see `trunk`.
         """
         logits = self.lm_head(self.trunk(idx, pos=pos, mask=mask))
         if targets is None:
@@ -254,35 +236,31 @@ class GPT(nn.Module):
 
     def weight_matrices(self) -> dict[str, nn.Linear]:
         """The linear layers of all blocks whose weight is a matrix, by name ("transformer.h.0.mlp.c_fc", …)."""
-        return {
-            f"transformer.h.{layer}.{name}": linear
-            for layer, block in enumerate(self.transformer.h)
-            for name, linear in block.weight_matrices().items()
-        }
+        blocks = enumerate(self.transformer.h)
+        return {f"transformer.h.{i}.{name}": m for i, block in blocks for name, m in block.weight_matrices().items()}
 
     def n_params(self) -> int:
         """Number of parameters; the tied embedding counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, T: int) -> int:
-        """Training FLOPs per token of a sequence of T tokens (PaLM, arXiv:2204.02311, appendix B): 6 per parameter of a
-        matrix product, the tied head included, and 12 · n_layer · C · T for attention, without a causal discount.
+        """Training FLOPs per token of a sequence of T tokens (PaLM, arXiv:2204.02311, appendix B): 6 per weight of the
+        matrices and the head, and 12 · n_layer · C · T for attention, without a causal discount.
         """
-        matmuls = [*self.weight_matrices().values(), self.lm_head]
-        attention = 12 * self.config.n_layer * self.config.n_embd * T
-        return 6 * sum(linear.weight.numel() for linear in matmuls) + attention
+        n_weights = sum(linear.weight.numel() for linear in [*self.weight_matrices().values(), self.lm_head])
+        return 6 * n_weights + 12 * self.config.n_layer * self.config.n_embd * T
 
     @classmethod
     def from_weights(cls, config: GPTConfig, weights: dict[str, Tensor]) -> "GPT":
         """A model with these weights (not copied). Raises ValueError if names, shapes or dtypes do not match."""
-        with torch.device("meta"):  # nothing is allocated before the shapes have been checked
+        with torch.device("meta"):  # allocates nothing: the weights replace the parameters
             raw = cls(config)
         for name, p in weights.items():
             if not (isinstance(p, Tensor) and p.is_floating_point() and p.layout == torch.strided):
                 raise ValueError(f"{name} is not a dense floating-point tensor")
         try:
             raw.load_state_dict(weights, assign=True)
-        except RuntimeError as error:  # one line per name
+        except RuntimeError as error:  # the second line of the message names the first mismatch
             raise ValueError(f"the weights do not fit the model: {str(error).splitlines()[1].strip():.200}") from error
-        raw.lm_head.weight = raw.transformer.wte.weight  # assigning loads the tied tensor twice
+        raw.lm_head.weight = raw.transformer.wte.weight  # tied again: the weights were assigned one by one
         return raw.requires_grad_(True)

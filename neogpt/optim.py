@@ -1,4 +1,4 @@
-"""AdamW, Muon, which parameter belongs to which, learning rate schedules, and masks of pruned weights."""
+"""Learning rate schedules, Muon, the optimizers of a model and their parameters, and masks of pruned weights."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from neogpt import model
 def schedule(
     kind: str, max_steps: int, warmup_steps: int, max_lr: float, min_lr_frac: float = 0.0, decay_frac: float = 0.0
 ) -> Callable[[int], float]:
-    """The learning rate of a step: linear warmup to max_lr, then down to min_lr_frac · max_lr at max_steps.
+    """Step -> learning rate: linear warmup to max_lr, then decay to min_lr_frac · max_lr at max_steps.
 
     kind: "cosine" follows half a cosine (GPT-3, appendix B). "wsd" (warmup, stable, decay; arXiv:2405.18392) stays
     constant, and decays linearly over the last decay_frac of max_steps; a run can be extended until its decay begins.
@@ -23,10 +23,10 @@ def schedule(
             return max_lr * (step + 1) / warmup_steps
         if kind == "cosine":
             progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-            left = 0.5 * (1 + math.cos(math.pi * progress))
+            decay = 0.5 * (1 + math.cos(math.pi * progress))
         else:
-            left = min(1.0, max(0, max_steps - step) / max(1, decay_frac * max_steps))
-        return max_lr * (min_lr_frac + (1 - min_lr_frac) * left)
+            decay = min(1.0, max(0, max_steps - step) / max(1, decay_frac * max_steps))
+        return max_lr * (min_lr_frac + (1 - min_lr_frac) * decay)
 
     return lr
 
@@ -37,7 +37,7 @@ NS = (3.4445, -4.7750, 2.0315)
 
 
 def newton_schulz(X: Tensor) -> Tensor:
-    """Five Newton-Schulz steps on matrices (n, rows, columns), rows <= columns, with norms of at most 1."""
+    """Five Newton-Schulz steps on n matrices (n, rows, columns), rows <= columns, with norms of at most 1."""
     a, b, c = NS
     for _ in range(5):
         G = X @ X.mT
@@ -46,9 +46,8 @@ def newton_schulz(X: Tensor) -> Tensor:
 
 
 def newton_schulz_factor(G: Tensor) -> Tensor:
-    """The same from Gram matrices G = X Xᵀ (n, rows, rows), X of any norm: the factor to multiply X with, in fp32.
-
-    The polynomials in G commute, so their product meets X only once: less than half the work where X is wide.
+    """Gram matrices G = X Xᵀ (n, rows, rows), X of any norm -> F with F X = newton_schulz(X / norm of X), for fp32. All
+    steps multiply X by polynomials in G, so X is multiplied only once: less than half the work for a wide X.
     """
     a, b, c = NS
     squared_norm = G.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-14)[:, None, None]  # of X
@@ -62,9 +61,8 @@ def newton_schulz_factor(G: Tensor) -> Tensor:
 
 
 def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
-    """Each matrix, of any shape -> approximately U Vᵀ of its singular value decomposition, same shape.
-
-    Matrices are batched: on CUDA those of equal shape, in bf16; elsewhere those with equal smaller sides.
+    """Each matrix, of any shape -> approximately U Vᵀ of its singular value decomposition, in the same shape. Matrices
+    are batched: on CUDA those of equal shape, in bf16; elsewhere those with equal smaller sides.
     """
     out = list(matrices)
     keys = [x.shape if x.is_cuda else min(x.shape) for x in matrices]
@@ -75,8 +73,7 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
         if same[0].is_cuda:
             X = torch.stack(same)
             X = (X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).bfloat16()
-            X = newton_schulz(X.mT).mT if tall[0] else newton_schulz(X)
-            new = X.to(same[0].dtype)
+            new = (newton_schulz(X.mT).mT if tall[0] else newton_schulz(X)).to(same[0].dtype)
         else:
             G = torch.stack([x.mT @ x if is_tall else x @ x.mT for x, is_tall in zip(same, tall)])
             factors = newton_schulz_factor(G)  # symmetric
@@ -87,10 +84,9 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): Nesterov momentum with an orthogonalized update, for the matrices of the blocks.
-
-    Updates have the root mean square of AdamW's, so one learning rate and weight decay serve both (arXiv:2502.16982).
-    Computes torch.optim.Muon with adjust_lr_fn="match_rms_adamw", many matrices at once.
+    """Muon (Jordan et al. 2024): Nesterov momentum with an orthogonalized update. Updates have the root mean square of
+    AdamW's, so one learning rate and weight decay serve both (arXiv:2502.16982). Computes torch.optim.Muon with
+    adjust_lr_fn="match_rms_adamw", many matrices at once.
     """
 
     def __init__(self, params: list[dict], momentum: float = 0.95) -> None:
@@ -98,16 +94,15 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every parameter from its gradient. A no-op where the tensor `found_inf` is 1."""
+        """Update every parameter from its gradient. Changes nothing if the tensor `self.found_inf` is 1."""
         found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             params, rate, beta = group["params"], group["lr"], group["momentum"]
             for p in params:
-                if not self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
+                self.state[p] = self.state[p] or dict(momentum=torch.zeros_like(p))
             momenta, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
             if found_inf is not None:
-                # a gradient equal to the momentum leaves the momentum unchanged, a rate of 0 the weights
+                # with a gradient equal to the momentum the momentum stays, with a rate of 0 the weights stay
                 grads = [torch.where(found_inf > 0, m, g) for m, g in zip(momenta, grads)]
                 rate = rate * (1 - found_inf.to(params[0].dtype))
             torch._foreach_lerp_(momenta, grads, 1 - beta)
@@ -127,17 +122,14 @@ def make_optimizers(
     eps: float = 1e-8,
     momentum: float = 0.95,
 ) -> list[torch.optim.Optimizer]:
-    """Fused AdamW; with optimizer="muon" also Muon with this momentum, for the matrices of the blocks.
-
-    Weight decay applies to matrices and embeddings, not to biases, gains and NdLinear's factors of size f.
+    """[AdamW], or [AdamW, Muon] with optimizer="muon": Muon, with this momentum, for the matrices of the blocks. Weight
+    decay applies to matrices and embeddings, not to biases, gains and the second mode of NdLinear.
     """
     params = {name: p for name, p in raw.named_parameters() if p.requires_grad}
-    muon = [p for name, p in params.items() if optimizer == "muon" and model.is_matrix(p) and ".h." in name]
-    taken = {id(p) for p in muon}
-    decayed = [p for p in params.values() if model.is_matrix(p) and id(p) not in taken]
     others = [p for p in params.values() if not model.is_matrix(p)]
-    groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
-    assert sorted(map(id, muon + decayed + others)) == sorted(map(id, params.values()))
+    matrices = {name: p for name, p in params.items() if model.is_matrix(p)}
+    muon = [matrices.pop(name) for name in list(matrices) if optimizer == "muon" and ".h." in name]
+    groups = [dict(params=[*matrices.values()], weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
     return [adamw, Muon([dict(params=muon, weight_decay=weight_decay)], momentum)] if muon else [adamw]
 
@@ -145,22 +137,21 @@ def make_optimizers(
 def load_moments(optimizers: list[torch.optim.Optimizer], moments: list[dict]) -> None:
     """Load the moments of a checkpoint; learning rates and other settings stay as configured."""
     for optimizer, state in zip(optimizers, moments, strict=True):
-        settings = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": settings})
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def zero_masks(raw: model.GPT) -> dict[str, Tensor]:
-    """The masks of a pruned model by parameter name, True where a weight is not zero; {} for a dense model.
+    """The masks of the pruned matrices by parameter name, True where a weight is not zero; {} for a dense model.
 
-    A matrix counts as pruned if at least 1 % of its weights are exactly zero, but not all: training and rounding do not
-    produce that many zeros, and a matrix of zeros has only been initialized.
+    A matrix counts as pruned if at least 1 %, but not all, of its weights are exactly zero: training and rounding do
+    not produce that many zeros, and a matrix of zeros has only been initialized.
     """
     masks = {f"{name}.weight": linear.weight.detach() != 0 for name, linear in raw.weight_matrices().items()}
     return {name: mask for name, mask in masks.items() if 0 < mask.float().mean() <= 0.99}
 
 
 def keep_zeros(optimizers: list[torch.optim.Optimizer], raw: model.GPT) -> int:
-    """After every optimizer step, restore the zeros that a pruned model has now; return the number of its matrices."""
+    """After every optimizer step, restore the zeros that a pruned model has now; return the number of masks."""
     masks = {raw.get_parameter(name): mask for name, mask in zero_masks(raw).items()}
 
     @torch.no_grad()
@@ -168,6 +159,6 @@ def keep_zeros(optimizers: list[torch.optim.Optimizer], raw: model.GPT) -> int:
         for p, mask in masks.items():
             p.mul_(mask)
 
-    for optimizer in optimizers if masks else []:
+    for optimizer in optimizers:
         optimizer.register_step_post_hook(apply_masks)
     return len(masks)

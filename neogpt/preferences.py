@@ -9,15 +9,14 @@ import tiktoken
 import torch
 
 from neogpt import chat, runtime
-from neogpt.chat import Example
 
 
 class Pair(NamedTuple):
-    """A pair as sequences, and the reference log-probabilities of the two responses, in nats."""
+    """A prompt with its chosen and with its rejected response: pair[:2] are both examples."""
 
-    chosen: Example
-    rejected: Example
-    reference: tuple[float, float] = (0.0, 0.0)
+    chosen: chat.Example
+    rejected: chat.Example
+    reference: tuple[float, float] = (0.0, 0.0)  # log-probabilities of the responses by the reference model, nats
 
 
 def longest(pair: Pair) -> int:
@@ -26,15 +25,12 @@ def longest(pair: Pair) -> int:
 
 
 def read(source: str, rt: runtime.Runtime) -> list[tuple[str, str, str]]:
-    """The (prompt, chosen, rejected) texts of a file or a dataset. Unusable pairs are dropped and counted.
-
-    Rows have prompt, response_a, response_b and preferred ("A" or "B"), or prompt, chosen and rejected.
-    """
+    """The (prompt, chosen, rejected) texts of a file or a dataset. Unusable pairs are dropped and counted."""
     rows = chat.load_rows(source, rt)
     kinds = [("prompt", "response_a", "response_b", "preferred"), ("prompt", "chosen", "rejected")]
     pairs, dropped = [], Counter()
     for texts in chat.read_texts(rows, kinds, source):
-        prompt, a, b, preferred = [*texts, "A"][:4]
+        prompt, a, b, preferred = [*texts, "A"][:4]  # rows without `preferred`: a is the chosen response
         if not a.strip() or not b.strip():
             dropped["a blank response"] += 1
         elif a == b:
@@ -42,7 +38,8 @@ def read(source: str, rt: runtime.Runtime) -> list[tuple[str, str, str]]:
         elif preferred not in ("A", "B"):
             dropped["a preference other than A or B"] += 1
         else:
-            pairs.append((prompt.strip(), *((a, b) if preferred == "A" else (b, a))))
+            chosen, rejected = (a, b) if preferred == "A" else (b, a)
+            pairs.append((prompt.strip(), chosen, rejected))
     if dropped:
         reasons = ", ".join(f"{n:,} with {reason}" for reason, n in dropped.items())
         runtime.print0(f"{source}: {dropped.total():,} of {len(rows):,} pairs dropped: {reasons}")
@@ -52,18 +49,17 @@ def read(source: str, rt: runtime.Runtime) -> list[tuple[str, str, str]]:
 
 
 def tokenize(pairs: Sequence[tuple[str, str, str]], T: int, tokenizer: tiktoken.Encoding, source: str) -> list[Pair]:
-    """Pairs -> sequences of at most T input tokens. Truncated and dropped pairs are counted and reported."""
-    out, n_truncated = [], 0
+    """Pairs of texts -> examples of at most T input tokens. Truncated and dropped pairs are counted and reported."""
+    out = []
     for prompt, *responses in pairs:
         ids = chat.encode_prompt(prompt, "", T, tokenizer)
         chosen, rejected = (chat.make_example(ids, text, T, tokenizer) for text in responses)
-        # truncated to the same tokens, a pair has no gradient
+        # a pair whose responses are equal after truncation has no gradient
         if chosen and rejected and not np.array_equal(chosen.ids, rejected.ids):
-            n_truncated += not chosen.ids[-1] == rejected.ids[-1] == tokenizer.eot_token
             out.append(Pair(chosen, rejected))
     if len(out) < len(pairs):
         runtime.print0(f"{source}: {len(pairs) - len(out):,} pairs dropped: the responses do not fit into T={T}")
-    if n_truncated:
+    if n_truncated := sum(any(e.ids[-1] != tokenizer.eot_token for e in pair[:2]) for pair in out):
         runtime.print0(f"{source}: {n_truncated:,} pairs with a response truncated to T={T} tokens")
     if not out:
         raise ValueError(f"no pair of {source} is usable with T={T}")
@@ -71,15 +67,19 @@ def tokenize(pairs: Sequence[tuple[str, str, str]], T: int, tokenizer: tiktoken.
 
 
 def collate(pairs: Sequence[Pair], B: int, rt: runtime.Runtime) -> list[dict[str, Any]]:
-    """This rank's micro-batches of B pairs, longest first. One forward pass processes chosen and rejected together."""
+    """This rank's micro-batches of B pairs, longest first: `chat.collate` of B chosen, then B rejected examples.
+
+    Each has also reference (B, 2), pair_mask (B,), which is 0 for an empty pair (see shard_across_ranks), and n, the
+    number of pairs.
+    """
     batches = []
-    for rows in chat.shard_across_ranks([[pair] for pair in sorted(pairs, key=longest, reverse=True)], B, rt):
-        chosen = [[pair.chosen for pair in row] for row in rows]
-        rejected = [[pair.rejected for pair in row] for row in rows]
-        batch = chat.collate([*chosen, *rejected], rt.device)  # (2B, W)
-        reference = [pair.reference for row in rows for pair in row] + [(0.0, 0.0)] * rows.count([])
-        pair_mask = [float(len(row)) for row in rows]  # 0 for the empty rows of a rank without enough pairs
-        batch |= dict(reference=torch.tensor(reference, device=rt.device))  # (B, 2)
-        batch |= dict(pair_mask=torch.tensor(pair_mask, device=rt.device), n=int(sum(pair_mask)))  # (B,)
-        batches.append(batch)
+    for part in chat.shard_across_ranks([[pair] for pair in sorted(pairs, key=longest, reverse=True)], B, rt):
+        chosen = [[pair.chosen for pair in row] for row in part]
+        rejected = [[pair.rejected for pair in row] for row in part]
+        batch = chat.collate([*chosen, *rejected], rt.device)  # (2B, W), for a single forward pass
+        reference = [row[0].reference if row else (0.0, 0.0) for row in part]
+        pair_mask = [float(len(row)) for row in part]
+        batch["reference"] = torch.tensor(reference, device=rt.device)
+        batch["pair_mask"] = torch.tensor(pair_mask, device=rt.device)
+        batches.append(batch | dict(n=int(sum(pair_mask))))
     return batches

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 
 from neogpt import checkpoint, data, files, lora, model, optim, runtime, training
 
@@ -83,11 +84,11 @@ class Run:
         self.log.header(**{name: repr(value) for name, value in asdict(cfg).items()})
         start = self.resumed or checkpoint.Checkpoint(stage, 0, {}, {}, tokenizer)
         self.start_step, self.start_sequences = start.step, start.n_sequences
-        self.step, self.n_sequences = start.step, start.n_sequences
-        self.n_tokens, self.scores = start.n_tokens, start.scores
+        self.step, self.n_sequences, self.n_tokens = start.step, start.n_sequences, start.n_tokens
+        self.scores = start.scores  # of the latest evaluation
         self.started = time.perf_counter() - start.seconds
         self.saved_step = start.step  # of the newest checkpoint
-        self.B, self.base, self.flops_per_token = 0, "", 0  # set by the scripts; FLOPs are for the MFU
+        self.B, self.base, self.flops_per_token = 0, "", 0  # set by the scripts: see Checkpoint; FLOPs for the MFU
         self.stopped, self.n_nonfinite = False, 0
         self.pending = deque()  # steps whose losses are not read: (step, lr, n_tokens, function that reads them)
         self.writer, self.writing = ThreadPoolExecutor(1), None  # writing: the Future of the last checkpoint
@@ -95,12 +96,8 @@ class Run:
             changed = checkpoint.differences(start.config, asdict(cfg)) or "nothing"
             runtime.print0(f"continuing {self.out_dir} from step {self.step}; changed: {changed}")
 
-    def attach(
-        self, raw: model.GPT, optimizers: list[torch.optim.Optimizer], compile: bool, dynamic: bool = False
-    ) -> None:
-        """Set the model to train, which is on the device already: compile and wrap it, and load the moments of a
-        resumed run. dynamic: as in runtime.wrap.
-        """
+    def attach(self, raw: model.GPT, optimizers: list[Optimizer], compile: bool, dynamic: bool = False) -> None:
+        """Compile and wrap the model, and load the moments of a resumed run. compile, dynamic: as in runtime.wrap."""
         self.raw, self.optimizers = raw, optimizers
         self.model = runtime.wrap(raw, self.rt, compile, dynamic)
         if n_pruned := optim.keep_zeros(optimizers, raw):
@@ -112,16 +109,13 @@ class Run:
             checkpoint.require_space(self.out_dir, raw.n_params(), self.cfg.keep_last)
 
     def items(self, step: int, n: int, n_items: int) -> np.ndarray:
-        """The indices of the n items of a step, (n,) int64 in [0, n_items).
-
-        The position is counted from the resumed checkpoint on, so n can change when a run is resumed.
-        """
-        position = self.start_sequences + (step - self.start_step) * n
+        """The indices of the n items of a step, (n,) int64 in [0, n_items)."""
+        position = self.start_sequences + (step - self.start_step) * n  # so n can change when a run is resumed
         return data.windows_at(position, n, n_items, self.cfg.seed)
 
     def warm_up(self, batch: training.Batch, loss_fn: training.LossFn) -> None:
-        """Run a backward pass and discard its gradients. It compiles the model before the first step is timed. After
-        it DDP rebuilds its buckets, which changes the order of sums: a resumed run must do that before its first step.
+        """Run one backward pass: it compiles the model, and after it DDP rebuilds its buckets. New buckets change the
+        order of sums, so without it the first step of a resumed run would have other bits.
         """
         if self.model is not self.raw:
             training.backward(self.model, batch.micro_batches[0], loss_fn, 1.0)
@@ -138,9 +132,7 @@ class Run:
         return time.perf_counter() - self.started
 
     def steps(self, max_steps: int) -> Iterator[int]:
-        """Yield the step numbers up to max_steps, from the resumed one on. The last one is not trained, only evaluated
-        and saved.
-        """
+        """Yield the steps from the resumed one to max_steps. Step max_steps is only evaluated and saved."""
         if self.step > max_steps:
             raise ValueError(f"the run in {self.out_dir} is at step {self.step} already: --max_steps={max_steps}")
         self.max_steps, self.clock = max_steps, time.perf_counter()
@@ -152,9 +144,7 @@ class Run:
             yield step
 
     def due(self, every: int | None) -> bool:
-        """Whether this step is the last one or a multiple of `every` (0 or None: never). If so, all losses are read
-        first, which can stop the run.
-        """
+        """Whether this step is a multiple of `every` (0 or None: never) or the last. If so, all losses are read."""
         is_due = bool(every) and (self.step % every == 0 or self.step == self.max_steps)
         if is_due:
             self.read_results(0)
@@ -172,12 +162,13 @@ class Run:
         """Read and log the losses of all but the last `lag` steps."""
         while len(self.pending) > lag:
             step, lr, n_tokens, read = self.pending.popleft()
-            result, before, self.clock = read(), self.clock, time.perf_counter()
+            result = read()
+            dt, self.clock = time.perf_counter() - self.clock, time.perf_counter()
             self.n_nonfinite = self.n_nonfinite + 1 if result.skipped else 0
             self.stopped = self.stopped or result.stop
             self.log.scalars(step, train=result.loss, lr=lr, norm=result.grad_norm, **result.metrics)
             if self.rt.rank == 0:
-                self.print_step(step, lr, n_tokens, self.clock - before, result)
+                self.print_step(step, lr, n_tokens, dt, result)
             if self.n_nonfinite == MAX_NONFINITE:
                 problem = f"loss or gradient not finite in {MAX_NONFINITE} steps in a row (loss {result.loss})"
                 remedy = "lower --max_lr, lengthen the warmup, or use --precision=fp32; then start again"
@@ -199,9 +190,7 @@ class Run:
         self.clock = time.perf_counter()  # the time of an evaluation is not part of a step
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint in the background, and best.pt if `best`. Does nothing if this step is saved already, or
-        if the last step was not finite.
-        """
+        """Write a checkpoint in the background, and best.pt if `best`. Does nothing after a nonfinite step."""
         if (self.step == self.saved_step and not best) or self.n_nonfinite:
             return
         self.wait_for_writer()

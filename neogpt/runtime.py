@@ -23,10 +23,11 @@ from torch.nn.parallel import DistributedDataParallel
 from neogpt import model
 
 logger = logging.getLogger("neogpt")
+SAME_STOP = 5.0  # seconds; SIGTERMs closer than this count as one: torchrun and Slurm both send it
 
 
 class Runtime(NamedTuple):
-    """This process among the processes that train together, and how it computes."""
+    """The rank of this process, the number of processes, and how this one computes."""
 
     rank: int
     world_size: int
@@ -49,8 +50,8 @@ def setup(
     """Select device and precision and, under torchrun, join the process group (nccl on CUDA, gloo on CPU).
 
     device: "auto" selects CUDA, else MPS, else the CPU. precision: "auto" selects bf16 where it is faster.
-    deterministic: CUDA kernels that give the same bits every time. console: of `print0`, default stdout. Raises
-    ValueError if the device does not exist.
+    deterministic: CUDA kernels that give the same bits every time. console: where `print0` prints; None: stdout.
+    Raises ValueError if the device does not exist.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -63,36 +64,37 @@ def setup(
     kind, _, index = device.partition(":")
     if kind not in ("cuda", "mps", "cpu") or index and not index.isdecimal() or (kind == "mps" and not has_mps):
         raise ValueError(f"--device={device} is not available: expected auto, cuda, mps or cpu")
-    if kind == "cuda":
-        n_devices = torch.cuda.device_count()
-        index = int(index or os.environ.get("LOCAL_RANK", "0"))
-        if index >= n_devices:
-            found = f"{n_devices} CUDA devices, start at most one process per device"
-            raise ValueError(f"--device=cuda:{index}, but PyTorch {torch.__version__} finds {found}")
-        device = f"cuda:{index}"
-        setup_cuda(torch.device(device), deterministic)
-    if world_size > 1 and kind == "mps":
+    if kind == "mps" and world_size > 1:
         raise ValueError("several processes need CUDA devices or --device=cpu, not mps")
+    if kind == "cuda":
+        device = f"cuda:{int(index or os.environ.get('LOCAL_RANK', '0'))}"
+        setup_cuda(device, deterministic)
     if world_size > 1:
-        torch.distributed.init_process_group(
-            "nccl" if kind == "cuda" else "gloo",
-            timeout=timedelta(minutes=30),  # rank 0 may read all shards while the others wait
-            device_id=torch.device(device) if kind == "cuda" else None,
-        )
-    return Runtime(rank, world_size, torch.device(device), pick_precision(precision, torch.device(device)))
+        timeout = timedelta(minutes=30)  # rank 0 can read all shards while the others wait
+        settings = dict(backend="nccl", device_id=torch.device(device)) if kind == "cuda" else dict(backend="gloo")
+        torch.distributed.init_process_group(timeout=timeout, **settings)
+    if precision == "auto":
+        fast_on_cuda = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        fast_on_cpu = kind == "cpu" and torch.cpu._is_amx_tile_supported()
+        precision = "bf16" if fast_on_cuda or fast_on_cpu else "fp32"
+    return Runtime(rank, world_size, torch.device(device), precision)
 
 
-def setup_cuda(device: torch.device, deterministic: bool) -> None:
-    """Process-wide settings of CUDA."""
+def setup_cuda(device: str, deterministic: bool) -> None:
+    """Set up PyTorch for this CUDA device. Raises ValueError if it does not exist."""
+    n_devices = torch.cuda.device_count()
+    if torch.device(device).index >= n_devices:
+        found = f"{n_devices} CUDA devices, start at most one process per device"
+        raise ValueError(f"--device={device}, but PyTorch {torch.__version__} finds {found}")
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
-    # On Hopper PyTorch prefers cuDNN attention, which plans for up to a second for every new shape. train_gpt2.py,
-    # which has a single shape, enables it where runs need not be exact.
+    # On Hopper PyTorch prefers cuDNN attention, which plans for up to a second for every new shape. train_gpt2.py has
+    # a single shape, and enables it if the run need not be deterministic.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not deterministic:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # only a warning where no deterministic kernel exists (cumsum); training steps use strict_determinism
+    # only warn, because cumsum has no deterministic kernel on CUDA; training steps use strict_determinism
     torch.use_deterministic_algorithms(True, warn_only=True)
     warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
     torch.utils.deterministic.fill_uninitialized_memory = False  # saves one pass over every new tensor
@@ -101,15 +103,6 @@ def setup_cuda(device: torch.device, deterministic: bool) -> None:
     from torch._functorch import config as functorch
 
     functorch.force_non_lazy_backward_lowering = True
-
-
-def pick_precision(precision: str, device: torch.device) -> str:
-    """ "bf16" or "fp32"; "auto" selects bf16 on CUDA with bf16 units and on CPUs with AMX."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "fp32"
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -140,9 +133,9 @@ def cleanup(rt: Runtime) -> None:
 
 
 def wrap(raw: nn.Module, rt: Runtime, compile: bool, dynamic: bool = False) -> nn.Module:
-    """The model of the training step: compiled if asked for, and wrapped by DDP if there are several ranks.
+    """The model of the training step: compiled if `compile`, and wrapped by DDP if there are several ranks.
 
-    Unless `dynamic`, the forward pass must be one graph with fixed shapes; anything else is an error.
+    dynamic: allow changing shapes and graph breaks. Without it, the compiled forward pass must be one graph.
     """
     if compile:
         require_compiler(rt.device)
@@ -159,8 +152,8 @@ def require_compiler(device: torch.device) -> None:
 
 @contextmanager
 def strict_determinism() -> Iterator[None]:
-    """Inside, nondeterministic kernels are refused. In warn-only mode attention may pick such a backward pass."""
-    if not torch.is_deterministic_algorithms_warn_only_enabled():  # not deterministic, or strict already
+    """Inside, nondeterministic kernels raise an error. In warn-only mode attention can use one in its backward pass."""
+    if not torch.is_deterministic_algorithms_warn_only_enabled():  # determinism is off, or strict already
         yield
         return
     torch.use_deterministic_algorithms(True)
@@ -171,7 +164,7 @@ def strict_determinism() -> Iterator[None]:
 
 
 def attention_kernel(config: model.GPTConfig, B: int, T: int, rt: Runtime) -> str:
-    """The name of the attention kernel in training. PyTorch selects it by device, dtype, head size and versions."""
+    """The attention kernel in training, which PyTorch selects by device, dtype, head size and versions."""
     if config.attention == "manual" or rt.device.type == "mps":
         return f"{config.attention} attention"
     dtype = torch.bfloat16 if rt.precision == "bf16" else torch.float32
@@ -184,37 +177,34 @@ def attention_kernel(config: model.GPTConfig, B: int, T: int, rt: Runtime) -> st
 
 
 def fit_micro_batch(step: Callable[[int], None], sizes: list[int], reserved: int, rt: Runtime) -> int:
-    """The largest of `sizes` (rows) whose forward and backward pass, `step(rows)`, fits into CUDA memory.
+    """The largest of `sizes` with which `step`, a forward and backward pass, fits into CUDA memory on all ranks.
 
-    reserved: bytes to leave free, for optimizer state and DDP buckets. `step` leaves gradients behind. With several
-    ranks the fullest GPU decides. Raises ValueError if no size fits.
+    reserved: bytes to leave free for optimizer state and DDP buckets. Raises ValueError if no size fits.
     """
     fitting = 0
-    for rows in sorted(sizes, reverse=True):
+    for size in sorted(sizes, reverse=True):
         with suppress(torch.cuda.OutOfMemoryError):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(rt.device)
             free = torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_allocated(rt.device)
-            step(rows)
+            step(size)
             if torch.cuda.max_memory_allocated(rt.device) + reserved <= 0.95 * free:
-                fitting = rows
+                fitting = size
                 break
-    largest = torch.tensor(fitting, device=rt.device)
+    smallest = torch.tensor(fitting, device=rt.device)
     if rt.world_size > 1:
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MIN)
-    if not largest:
+        torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+    if not smallest:
         raise ValueError(f"--B={min(sizes)} does not fit into the memory of {rt.device}: use a smaller --model or --T")
-    return int(largest)
+    return int(smallest)
 
 
 def async_to_host(x: Tensor) -> Callable[[], list]:
     """Start copying x to the host; return a function that waits for this copy only and returns the values."""
     if x.device.type != "cuda":
         return x.tolist
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    host.copy_(x, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
+    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    copied = torch.cuda.current_stream().record_event()
 
     def read() -> list:
         copied.synchronize()
@@ -223,18 +213,16 @@ def async_to_host(x: Tensor) -> Callable[[], list]:
     return read
 
 
-SAME_STOP = 5.0  # seconds; SIGTERMs closer than this count as one: torchrun and Slurm both send it
-
-
 def stop_on_signals() -> Callable[[], bool]:
-    """Catch the first Ctrl-C or SIGTERM; return a function that tells whether one came. A second one kills."""
+    """Catch Ctrl-C and SIGTERM; return a function that tells whether one was received. A second one kills."""
     received = []
 
     def handle(signum: int, frame: object) -> None:
         received.append(time.monotonic())
-        if signum == signal.SIGINT or received[-1] - received[0] > SAME_STOP:
+        is_second = received[-1] - received[0] > SAME_STOP
+        if is_second or signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
-        if received[-1] - received[0] > SAME_STOP:
+        if is_second:
             os.kill(os.getpid(), signum)
 
     for signum in (signal.SIGINT, signal.SIGTERM):

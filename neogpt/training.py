@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from neogpt import data, model, runtime
 
 # loss_fn(model, micro_batch) -> (loss, metrics): the loss summed over the units of the micro-batch (target tokens or
-# pairs), and detached sums of what to log beside it, by name
+# pairs), and detached sums of other quantities to log, by name
 LossFn = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
 
 
 class Batch(NamedTuple):
-    """What one optimizer step reads."""
+    """The data of one optimizer step."""
 
     micro_batches: list[dict[str, Any]]  # of this rank: arguments of loss_fn; "n" is the number of units
     n_sequences: int  # of all ranks
@@ -24,12 +24,12 @@ class Batch(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a training step did."""
+    """The result of one training step, equal on all ranks."""
 
     loss: float  # mean over the units of the whole step
     grad_norm: float  # before clipping
     skipped: bool  # loss or gradient was not finite, and no parameter changed
-    stop: bool  # some rank was asked to stop
+    stop: bool  # a rank was asked to stop
     metrics: dict[str, float]  # means over the units of the whole step
 
 
@@ -52,44 +52,41 @@ def train_step(
     rt: runtime.Runtime,
     stop: bool = False,
 ) -> Callable[[], StepResult]:
-    """One optimizer step over all micro-batches of all ranks, equal to one large batch for any split.
+    """Queue one optimizer step over the micro-batches of all ranks; return a function that waits for its result.
 
-    Losses are summed and divided by the number of units in the whole step: a mean of means would be wrong where
-    micro-batches differ in units. grad_clip: largest gradient norm, 0 for no limit. The optimizers must honor
-    `optimizer.found_inf`. The step is only queued; the returned function waits for its numbers.
+    Equal to one large batch, however it is split: losses are summed and divided by the number of units in the whole
+    step, because a mean of means would be wrong where micro-batches differ in units. grad_clip: largest gradient norm,
+    0 for no limit. The optimizers must honor `optimizer.found_inf`.
     """
     n = sum(batch["n"] for batch in micro_batches)
     if rt.world_size > 1:
         n = runtime.all_reduce_sum(torch.full((), n, dtype=torch.float64, device=rt.device), rt)
-    loss_sum, names, metrics = torch.zeros((), device=rt.device), [], []
+    sums = torch.zeros(1, device=rt.device)  # of the loss, then of each metric
     for i, batch in enumerate(micro_batches):
         # DDP reads this flag in the forward pass too; gradients are reduced with the last micro-batch
         accumulate = rt.world_size > 1 and i < len(micro_batches) - 1
         with net.no_sync() if accumulate else nullcontext():
-            loss, found = backward(net, batch, loss_fn, rt.world_size / n)  # DDP averages; we want the sum
-        loss_sum += loss
-        names, metrics = list(found), [*metrics, torch.stack([loss, *found.values()])]
+            loss, metrics = backward(net, batch, loss_fn, rt.world_size / n)  # DDP averages; we want the sum
+        sums = sums + torch.stack([loss, *metrics.values()])
     norm = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
     # one all-reduce, so that every rank has the same numbers and takes the same decision
-    sums = torch.stack([loss_sum, torch.full_like(loss_sum, stop), *torch.stack(metrics).sum(0)[1:]])
-    sums = runtime.all_reduce_sum(sums, rt)
-    numbers = torch.cat([torch.stack([sums[0] / n, norm, sums[1]]), sums[2:] / n])
-    nonfinite = (~numbers[:3].isfinite()).any().float()
+    sums = runtime.all_reduce_sum(torch.cat([sums, sums.new_full((1,), stop)]), rt)
+    numbers = torch.cat([torch.stack([norm, sums[-1]]), sums[:-1] / n])
+    nonfinite = (~numbers[:3].isfinite()).any().float()  # on the device, so that nothing waits
+    skip = rt.device.type == "mps" and bool(nonfinite)  # AdamW on MPS ignores found_inf
     for optimizer in optimizers:
-        if rt.device.type == "mps" and nonfinite:  # AdamW on MPS ignores found_inf
-            optimizer.zero_grad()
-            continue
-        optimizer.found_inf = nonfinite  # decided on the device: where it is 1, the step changes nothing
+        optimizer.found_inf = nonfinite  # if it is 1, the step changes nothing
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        if not skip:
+            optimizer.step()
         optimizer.zero_grad()
     read = runtime.async_to_host(numbers)
 
     def result() -> StepResult:
-        loss, norm, stops, *means = read()
+        norm, stops, loss, *means = read()
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        return StepResult(loss, norm, skipped, stops > 0, dict(zip(names, means)))
+        return StepResult(loss, norm, skipped, stops > 0, dict(zip(metrics, means)))
 
     return result
 
@@ -98,9 +95,8 @@ def train_step(
 def validate(raw: model.GPT, val: data.Windows, n_tokens: int, rows: int, rt: runtime.Runtime) -> float:
     """Mean loss, nats per token, over the first n_tokens of the validation windows, `rows` windows at a time."""
     n = max(1, min(len(val), n_tokens // val.T))
-    mine = torch.arange(n)[rt.rank :: rt.world_size]
     losses = [torch.zeros((), device=rt.device)]  # on the device, so that nothing waits
-    for windows in mine.split(rows):
+    for windows in torch.arange(n)[rt.rank :: rt.world_size].split(rows):
         xy = torch.from_numpy(val.read(windows.numpy()))  # (rows, T + 1)
         xy = (xy.pin_memory() if rt.device.type == "cuda" else xy).to(rt.device, non_blocking=True)
         with rt.autocast():

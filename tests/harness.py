@@ -54,6 +54,12 @@ def write_model(folder: Path, raw: model.GPT, stage: str = "pretraining", **keys
     return folder
 
 
+def write_rows(path: Path, rows: list[dict]) -> str:
+    """Write rows of fine-tuning data as .jsonl; return the path."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
 # -----------------------------------------------------------------------------
 # Logs and checkpoints
 

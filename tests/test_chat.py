@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -14,10 +15,10 @@ import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
-from harness import ALONE, tiny_model
+from harness import ALONE, tiny_model, write_rows
 from torch import Tensor
 
-from neogpt import chat, data, generate, model, runtime
+from neogpt import chat, data, generate, runtime
 from neogpt.chat import Example, Row
 
 CPU = torch.device("cpu")
@@ -34,23 +35,18 @@ def tokenizer(request: pytest.FixtureRequest) -> tiktoken.Encoding:
         pytest.skip(str(error))
 
 
-def rank_of(rank: int, world_size: int) -> runtime.Runtime:
-    """One of several ranks, without a process group."""
-    return runtime.Runtime(rank, world_size, CPU, "fp32")
-
-
 # -----------------------------------------------------------------------------
 # Rows
 
 
-def write_rows(path: Path, rows: list) -> str:
+def write(path: Path, rows: list) -> str:
     """Write rows in the format of the path's suffix; return the path."""
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
     else:
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        write_rows(path, rows)
     return str(path)
 
 
@@ -65,14 +61,14 @@ def test_rows_of_every_format(tmp_path: Path, suffix: str, capsys: pytest.Captur
     ]
     # prompts are stripped, responses stay as they are
     expected = [Row("Who?", "Rosa.", "\nRosa "), Row("Why?", "", "So\u2028that\x85is it — 日本語")]
-    assert chat.read_rows(write_rows(tmp_path / f"a.{suffix}", rows), rt) == expected
+    assert chat.read_rows(write(tmp_path / f"a.{suffix}", rows), rt) == expected
     assert "2 of 4 rows dropped: blank responses" in capsys.readouterr().out
 
     for name in ("prompt", "instruction"):  # the context is optional, also in a single row
-        path = write_rows(tmp_path / f"{name}.{suffix}", [{name: "Who?", "response": "Rosa"}])
+        path = write(tmp_path / f"{name}.{suffix}", [{name: "Who?", "response": "Rosa"}])
         assert chat.read_rows(path, rt) == [Row("Who?", "", "Rosa")]
     rows = [dict(instruction="c", context="d", response="e"), dict(instruction="a", response="b")]
-    assert chat.read_rows(write_rows(tmp_path / f"b.{suffix}", rows), rt) == [Row("c", "d", "e"), Row("a", "", "b")]
+    assert chat.read_rows(write(tmp_path / f"b.{suffix}", rows), rt) == [Row("c", "d", "e"), Row("a", "", "b")]
     assert not capsys.readouterr().out
 
 
@@ -85,49 +81,42 @@ def refused(source: Path | str, *words: str) -> None:
 
 
 GOOD = dict(instruction="a", context="", response="b")
+UNUSABLE = [
+    ("unknown.jsonl", [dict(question="a", answer="b")], ["answer, question", "instruction", "prompt"]),
+    ("empty.jsonl", [], ["(none)", "instruction"]),
+    ("empty.json", [{}], ["(none)", "instruction"]),
+    ("missing.jsonl", [GOOD, GOOD, dict(instruction="a")], ["row 3", "response"]),
+    ("number.jsonl", [GOOD, GOOD | dict(response=5)], ["row 2", "response=5"]),
+    ("list.json", [GOOD | dict(context=["a"])], ["row 1", "context=['a']"]),
+    ("numbers.parquet", [GOOD | dict(instruction=1.5)], ["row 1", "instruction=1.5"]),
+    ("text.json", ["a", "b"], ["objects"]),
+]
+UNREADABLE = {
+    "cut.json": b'[{"instruction": ',
+    "cut.jsonl": b'{"instruction": "a", "response": "b"}\n{"instruct',
+    "damaged.parquet": b"PAR1" + bytes(100),
+    "latin.jsonl": b'{"instruction": "\xe9"}',
+    "object.json": b'{"instruction": "a", "response": "b"}',
+    "table.csv": b"instruction,response\na,b\n",
+}
 
 
-@pytest.mark.parametrize(
-    "name, rows, words",
-    [
-        ("unknown.jsonl", [dict(question="a", answer="b")], ["answer, question", "instruction", "prompt"]),
-        ("empty.jsonl", [], ["(none)", "instruction"]),
-        ("empty.json", [{}], ["(none)", "instruction"]),
-        ("missing.jsonl", [GOOD, GOOD, dict(instruction="a")], ["row 3", "response"]),
-        ("number.jsonl", [GOOD, GOOD | dict(response=5)], ["row 2", "response=5"]),
-        ("list.json", [GOOD | dict(context=["a"])], ["row 1", "context=['a']"]),
-        ("numbers.parquet", [GOOD | dict(instruction=1.5)], ["row 1", "instruction=1.5"]),
-        ("text.json", ["a", "b"], ["objects"]),
-    ],
-)
-def test_unusable_rows_are_named(tmp_path: Path, name: str, rows: list, words: list[str]) -> None:
-    refused(write_rows(tmp_path / name, rows), name, *words)
-
-
-def test_unreadable_files_are_named(tmp_path: Path) -> None:
-    files = {
-        "cut.json": b'[{"instruction": ',
-        "cut.jsonl": b'{"instruction": "a", "response": "b"}\n{"instruct',
-        "damaged.parquet": b"PAR1" + bytes(100),
-        "latin.jsonl": b'{"instruction": "\xe9"}',
-        "object.json": b'{"instruction": "a", "response": "b"}',
-        "table.csv": b"instruction,response\na,b\n",
-    }
-    for name, content in files.items():
+def test_unusable_rows_and_unreadable_files_are_named(tmp_path: Path) -> None:
+    for name, rows, words in UNUSABLE:
+        refused(write(tmp_path / name, rows), name, *words)
+    for name, content in UNREADABLE.items():
         (tmp_path / name).write_bytes(content)
-    for name in [*files, "missing.json", "missing.parquet", "no/folder.jsonl"]:
+    for name in [*UNREADABLE, "missing.json", "missing.parquet", "no/folder.jsonl"]:
         refused(tmp_path / name, name)
     refused(tmp_path, str(tmp_path))  # a folder
 
 
 def test_rows_of_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(name: str, split: str) -> None:
-        raise ConnectionError(f"no route\nto {name}, {split}")
-
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list([GOOD]))
     assert chat.read_rows("some/rows", ALONE) == [Row("a", "", "b")]
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    refused("some/rows", "some/rows", "no route to some/rows, train")
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=ConnectionError("no\nroute")))
+    refused("some/rows", "some/rows", "no route")
+    datasets.load_dataset.assert_called_once_with("some/rows", split="train")
 
 
 @pytest.mark.parametrize("fraction", [0, 0.01, 0.1, 0.5, 0.999, 1, 2])
@@ -180,34 +169,6 @@ def test_targets_are_the_response_and_end_of_text(tokenizer: tiktoken.Encoding, 
     assert batch["n"] == len(after) + 1 + int((batch["y"][1] >= 0).sum())
 
 
-def test_loss_equals_single_predictions() -> None:
-    """Each target is predicted alone, from the text before it and without a batch, in float64."""
-    raw = tiny_model(scale=0.2).double()
-    rows = [("Q", "ab"), ("longer question", "\nc"), ("q", "a longer response")]
-    examples = [chat.make_example(chat.encode_prompt(q, "", 64, BYTES), a, 64, BYTES) for q, a in rows]
-    expected = 0.0
-    for question, answer in rows:
-        ids = [*f"{question}\nResponse:\n".encode(), *answer.encode(), 256]
-        for at in range(len(ids) - len(answer) - 1, len(ids)):
-            logits = raw(torch.tensor([ids[:at]]))[0][0, -1]
-            expected += F.cross_entropy(logits[None], torch.tensor([ids[at]])).item()
-    for bins in ([[e] for e in examples], [examples]):
-        loss = chat.forward(raw, chat.collate(bins, CPU), "sum")[1]
-        assert loss.item() == pytest.approx(expected, rel=1e-12)
-
-
-# -----------------------------------------------------------------------------
-# Truncation
-
-
-def test_truncated_context_in_bytes() -> None:
-    for budget in range(24, 40):
-        prompt = chat.encode_prompt("Q", "abcdefghijklmnop", budget, BYTES)
-        n_kept = max(0, min(16, budget - len(b"Q\nContext:\n\nResponse:\n")))
-        assert bytes(prompt).decode() == chat.prompt_text("Q", "abcdefghijklmnop"[:n_kept])
-    assert bytes(chat.encode_prompt("Q", "abc", 5, BYTES)) == b"Q\nResponse:\n"  # only the context is truncated
-
-
 def test_truncation_leaves_no_incomplete_character(tokenizer: tiktoken.Encoding) -> None:
     context = "日本語🦊é" * 20
     for budget in range(22, 60):
@@ -216,6 +177,7 @@ def test_truncation_leaves_no_incomplete_character(tokenizer: tiktoken.Encoding)
         assert len(prompt) <= budget and "\ufffd" not in text
         kept = text.removeprefix("Q\n").removesuffix("Response:\n").removeprefix("Context:\n").removesuffix("\n")
         assert context.startswith(kept) and prompt == tokenizer.encode(chat.prompt_text("Q", kept))
+    assert tokenizer.decode(chat.encode_prompt("Q", context, 2, tokenizer)) == "Q\nResponse:\n"  # only the context
 
 
 def test_truncated_response_has_no_end_of_text(tokenizer: tiktoken.Encoding) -> None:
@@ -246,35 +208,16 @@ ROWS = [
 EXAMPLES = [chat.make_example(chat.encode_prompt(q, "", T, BYTES), a, T, BYTES) for q, a in ROWS]
 
 
-def make_bins(packing: bool) -> list[list[Example]]:
-    return chat.pack(EXAMPLES, T) if packing else [[e] for e in EXAMPLES]
-
-
-def random_model(attention: str = "flash") -> model.GPT:
-    """A small model in float64 whose logits depend on positions and tokens."""
-    return tiny_model(scale=0.2, block_size=T, attention=attention).double()
-
-
-def take_gradient(raw: model.GPT) -> Tensor:
-    """All gradients as one vector; they are reset."""
-    grads = torch.cat([p.grad.flatten() for p in raw.parameters()])
-    raw.zero_grad()
-    return grads
-
-
 def test_packing_places_every_example_once_without_overflow() -> None:
     rng = np.random.default_rng(0)
     examples = [Example(rng.integers(0, 256, n), 1) for n in rng.integers(2, 66, 200)]
     bins = chat.pack(examples, 65)
     assert Counter(id(e) for row in bins for e in row) == Counter(map(id, examples))
     used = [sum(e.n_inputs for e in row) for row in bins]
-    assert max(used) <= 65 and min(used) > 0
-    assert sum(used) / (65 * len(bins)) > 0.9  # little padding
-    full = [Example(np.zeros(66, dtype=np.int64), 1)] * 3
-    assert [len(row) for row in chat.pack(full, 65)] == [1, 1, 1]
+    assert max(used) <= 65 and min(used) > 0 and sum(used) > 0.9 * 65 * len(bins)  # little padding
     # longest first, each into the first bin with enough room
     some = [Example(np.zeros(n + 1, dtype=np.int64), 1) for n in (3, 4, 6, 7)]
-    assert [[e.n_inputs for e in row] for row in chat.pack(some, 12)] == [[7, 4], [6, 3]]
+    assert [[e.n_inputs for e in row] for row in chat.pack(some, 11)] == [[7, 4], [6, 3]]
 
 
 @pytest.mark.parametrize("width", [1, 7])
@@ -293,30 +236,35 @@ def test_tensors_of_a_packed_batch(width: int) -> None:
 
 
 @pytest.mark.parametrize("attention", ["flash", "manual"])
-def test_packed_logits_equal_logits_of_single_examples(attention: str) -> None:
-    raw, bins = random_model(attention), make_bins(packing=True)
+def test_packed_logits_and_loss_equal_those_of_single_examples(attention: str) -> None:
+    """In float64; the logits depend on positions and tokens."""
+    raw = tiny_model(scale=0.2, block_size=T, attention=attention).double()
+    bins, expected = chat.pack(EXAMPLES, T), 0.0
     assert len(bins) < len(EXAMPLES) and max(map(len, bins)) >= 3
     with torch.no_grad():
-        logits, _ = chat.forward(raw, chat.collate(bins, CPU), "sum")
+        logits, loss = chat.forward(raw, chat.collate(bins, CPU), "sum")
         for row, packed in zip(bins, logits):
             for example in row:
-                alone = raw(torch.from_numpy(example.ids[None, :-1]))[0][0]
+                ids, n = torch.from_numpy(example.ids), example.n_prompt
+                alone = raw(ids[None, :-1])[0][0]
                 torch.testing.assert_close(packed[: len(alone)], alone, rtol=0, atol=1e-12)
                 packed = packed[len(alone) :]
+                expected += F.cross_entropy(alone[n - 1 :], ids[n:], reduction="sum").item()
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("n_ranks", [1, 2, 3, 9])  # 9: more ranks than rows
 @pytest.mark.parametrize("B", [1, 3, 8])
 def test_gradient_is_the_same_for_any_split(B: int, n_ranks: int, packing: bool) -> None:
-    raw = random_model()
-    big = chat.collate([[e] for e in EXAMPLES], CPU)
+    raw, single = tiny_model(scale=0.2, block_size=T).double(), [[e] for e in EXAMPLES]
+    big = chat.collate(single, CPU)
     expected_loss = chat.forward(raw, big, "sum")[1]
-    expected_loss.backward()
-    expected = take_gradient(raw)
+    expected = torch.autograd.grad(expected_loss, list(raw.parameters()))
     n, loss_sum, n_micro_batches = 0, 0.0, set()
     for rank in range(n_ranks):  # gradients are summed over ranks and micro-batches, as train_step does
-        parts = chat.shard_across_ranks(make_bins(packing), B, rank_of(rank, n_ranks))
+        rows, rt = chat.pack(EXAMPLES, T) if packing else single, ALONE._replace(rank=rank, world_size=n_ranks)
+        parts = chat.shard_across_ranks(rows, B, rt)
         n_micro_batches.add(len(parts))
         assert max(map(len, parts)) <= B
         for bins in parts:
@@ -327,70 +275,51 @@ def test_gradient_is_the_same_for_any_split(B: int, n_ranks: int, packing: bool)
     assert len(n_micro_batches) == 1  # a rank with fewer backward passes would block the others
     assert n == big["n"] == sum(len(e.ids) - e.n_prompt for e in EXAMPLES)
     assert loss_sum == pytest.approx(expected_loss.item(), rel=1e-12)
-    torch.testing.assert_close(take_gradient(raw), expected, rtol=0, atol=1e-11)
-    assert expected.abs().max() > 1
+    for p, grad in zip(raw.parameters(), expected):
+        torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-11)
+    assert max(grad.abs().max() for grad in expected) > 1
 
 
 # -----------------------------------------------------------------------------
 # Answers
 
 
-class FixedAnswers:
-    """Stands for a model: the response to a prompt of n tokens is the n-th text, then end-of-text."""
-
-    def __init__(self, *answers: str) -> None:
-        self.answers = answers
-        self.batch_sizes: list[int] = []
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float, stop: int
-    ) -> Iterator[list[int | None]]:
-        """As generate.generate: None for a row that has ended."""
-        assert temperature == 0 and stop == 256
-        self.batch_sizes.append(len(prompts))
-        texts = [[*self.answers[len(prompt) - 1].encode(), 256] for prompt in prompts]
-        for at in range(min(max_new_tokens, max(map(len, texts)))):
-            yield [text[at] if at < len(text) else None for text in texts]
+def fixed_answers(
+    raw: list[str], prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float, stop: int
+) -> Iterator[list[int | None]]:
+    """Stands for generate.generate: the response to a prompt of n tokens is the n-th text, then end-of-text."""
+    assert temperature == 0 and stop == 256 and len(prompts) <= 64
+    texts = [[*raw[len(prompt) - 1].encode(), 256] for prompt in prompts]
+    for at in range(min(max_new_tokens, max(map(len, texts)))):
+        yield [text[at] if at < len(text) else None for text in texts]
 
 
 def test_answers_end_at_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "generate", FixedAnswers.generate)
-    raw: Any = FixedAnswers("a", "lorem ipsum", "", "日本")
+    monkeypatch.setattr(generate, "generate", fixed_answers)
+    raw: Any = ["a", "lorem ipsum", "", "日本"]
     prompts = [[1] * n for n in (1, 2, 3, 4)]
     # eight tokens: "日本" is six bytes and end-of-text
     expected = [("a", True), ("lorem ip", False), ("", True), ("日本", True)]
     assert chat.greedy_answers(raw, prompts, 8, BYTES) == expected
     assert chat.greedy_answers(raw, prompts[:1] * 130, 8, BYTES) == [("a", True)] * 130
-    assert raw.batch_sizes == [4, 64, 64, 2]
     assert chat.greedy_answers(raw, [], 8, BYTES) == []
     assert chat.greedy_answers(raw, prompts[:1], 1, BYTES) == [("a", False)]
 
 
-def test_greedy_answers_are_the_most_likely_tokens() -> None:
-    raw, prompts = tiny_model(seed=3), [[*b"abc"], [*b"a longer prompt"]]
-    for prompt, (answer, ended) in zip(prompts, chat.greedy_answers(raw, prompts, 5, BYTES)):
-        ids = list(prompt)
-        for _ in range(5):
-            ids.append(int(raw(torch.tensor([ids]))[0][0, -1, :257].argmax()))
-        assert 256 not in ids and not ended
-        assert answer == BYTES.decode(ids[len(prompt) :])
-
-
 def test_scores_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "generate", FixedAnswers.generate)
-    raw: Any = FixedAnswers("Rosa", "Rosa has it", "Rosalie", "Rosa has it and does not come to an end", "")
+    monkeypatch.setattr(generate, "generate", fixed_answers)
+    raw: Any = ["Rosa", "Rosa has it", "Rosalie", "Rosa has it and does not come to an end", ""]
     questions = [([1] * n, text) for n, text in enumerate(["Rosa", "Rosa", "Rosa", "Rosa has", "Rosa"], 1)]
     score = chat.score_answers(raw, questions, 12, BYTES, ALONE)
     # exact: the first; begins: 1, 2 and 4; ended: all but 4
     assert score._asdict() == pytest.approx(dict(exact=1 / 5, begins=3 / 5, ended=4 / 5))
     # stopped after the reference without end-of-text: it begins with the reference, but is not an exact match
     assert chat.score_answers(raw, questions[:1], 4, BYTES, ALONE) == (0, 1, 0)
-    total = torch.tensor([1.0, 3.0, 4.0])
+    total, expected = torch.tensor([1.0, 3.0, 4.0]), pytest.approx((0.2, 0.6, 0.8))
     for n_ranks in (2, 7):  # 7: more ranks than questions
         counts: list[Tensor] = []
         monkeypatch.setattr(runtime, "all_reduce_sum", lambda x, rt, counts=counts: counts.append(x) or total)
         for rank in range(n_ranks):
-            assert chat.score_answers(raw, questions, 12, BYTES, rank_of(rank, n_ranks)) == pytest.approx(
-                (0.2, 0.6, 0.8)
-            )
+            rt = ALONE._replace(rank=rank, world_size=n_ranks)
+            assert chat.score_answers(raw, questions, 12, BYTES, rt) == expected
         assert torch.equal(sum(counts), total)

@@ -271,7 +271,7 @@ def test_inconsistent_checkpoints(tmp_path: Path) -> None:
     raw = tiny_model()
     ckpt = Checkpoint("sft", 7, raw.state_dict(), asdict(raw.config), "bytes")
     changes = {
-        "257": dict(tokenizer="gpt2"),
+        "300": dict(model_config=ckpt.model_config | dict(n_tokens=300)),  # bytes has 257
         "wte.weight": dict(model={}),
         "ln_f.bias": dict(model=ckpt.model | {"transformer.ln_f.bias": torch.zeros(3)}),
         "n_layer": dict(model_config=ckpt.model_config | dict(n_layer=10**9)),

@@ -3,17 +3,17 @@
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import harness
 import huggingface_hub
@@ -29,10 +29,11 @@ from fineweb import Config, main
 from neogpt import data
 
 refused = partial(harness.refused, main)
-RUN = (
-    "import multiprocessing, sys, fineweb; multiprocessing.set_start_method(sys.argv[1]); "
-    "fineweb.main(fineweb.Config(**eval(sys.argv[2])))"
-)
+RUN = """
+import multiprocessing, runpy, sys
+multiprocessing.set_start_method(sys.argv.pop(1))
+runpy.run_path("fineweb.py", run_name="__main__")
+"""
 
 
 def make_documents(n: int, seed: int = 0) -> list[str | None]:
@@ -59,37 +60,27 @@ def config(source: Path | str, out: Path, **settings: object) -> Config:
     return Config(**defaults | settings)
 
 
-def encode(document: str | None) -> list[int]:
-    """End-of-text and the UTF-8 bytes: the tokenizer "bytes" without tiktoken; no ids without text."""
-    return [256, *document.encode()] if document and document.strip() else []
-
-
-def expected_shards(tokens: np.ndarray, shard_size: int) -> dict[str, np.ndarray]:
-    """The shards by file name."""
-    parts = [tokens[i : i + shard_size] for i in range(0, len(tokens), shard_size)]
-    if len(parts) == 1:
-        parts = np.split(tokens, [max(1, len(tokens) // 10)])
-    return {f"{'train' if i else 'val'}_{i:06d}.npy": part for i, part in enumerate(parts)}
-
-
 def run_and_check(cfg: Config, documents: list[str | None]) -> dict:
     """Run main(cfg), which does nothing if the folder is complete; compare with the reference; return the manifest."""
     main(cfg)
-    folder, rows = Path(cfg.out_dir), [encode(document) for document in documents]
+    # the tokenizer "bytes" without tiktoken
+    rows = [[256, *document.encode()] if document and document.strip() else [] for document in documents]
     ends = np.cumsum([len(row) for row in rows])
     if cfg.max_tokens and cfg.max_tokens < ends[-1]:  # documents after the last token are not counted
         rows = rows[: int(np.argmax(ends >= cfg.max_tokens)) + 1]
     tokens = np.array([i for row in rows for i in row], dtype=np.uint16)[: cfg.max_tokens]
-    shards = expected_shards(tokens, cfg.shard_size)
+    parts = [tokens[i : i + cfg.shard_size] for i in range(0, len(tokens), cfg.shard_size)]
+    if len(parts) == 1:
+        parts = np.split(tokens, [max(1, len(tokens) // 10)])
+    shards = {f"{'train' if i else 'val'}_{i:06d}.npy": part for i, part in enumerate(parts)}
+    folder = Path(cfg.out_dir)
     assert sorted(path.name for path in folder.iterdir()) == sorted([*shards, "manifest.json"])
     for name, ids in shards.items():
-        found = np.load(folder / name)
-        assert found.dtype == np.uint16 and np.array_equal(found, ids), name
+        assert np.load(folder / name).dtype == np.uint16 and np.array_equal(np.load(folder / name), ids), name
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["complete"] and manifest["tokenizer"] == "bytes" and manifest["n_tokens"] == len(tokens)
     assert [entry["file"] for entry in manifest["shards"]] == list(shards)
-    assert manifest["n_documents"] == sum(map(bool, rows))
-    assert manifest["n_skipped"] == len(rows) - manifest["n_documents"]
+    assert manifest["n_documents"] == sum(map(bool, rows)) == len(rows) - manifest["n_skipped"]
     data.check_shards(folder, 257)  # sizes and checksums
     (folder / "checked.json").unlink()
     return manifest
@@ -116,8 +107,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 @pytest.mark.parametrize("pattern, n", [("", 1200), ("part-0.parquet", 500), ("part-[01].*", 700)])
 @pytest.mark.parametrize("shard_size", [4999, 10**7])
 def test_shards_equal_the_reference(source, tmp_path: Path, pattern: str, n: int, shard_size: int) -> None:
-    cfg = config(source.folder / pattern, tmp_path, shard_size=shard_size)
-    manifest = run_and_check(cfg, source.documents[:n])
+    manifest = run_and_check(config(source.folder / pattern, tmp_path, shard_size=shard_size), source.documents[:n])
     sizes = [{"name": p.name, "size": p.stat().st_size} for p in sorted(source.folder.glob("part*"))]
     assert manifest["source"]["files"] == sizes[: len(manifest["source"]["files"])]
     assert str(source.folder.parent) not in json.dumps(manifest)  # the folder can be moved
@@ -147,14 +137,9 @@ def test_max_tokens(source: SimpleNamespace, tmp_path: Path, max_tokens: int) ->
 
 def test_few_chunks_are_read_ahead(tmp_path: Path) -> None:
     read = []
-
-    def chunks() -> Iterator[fineweb.Chunk]:
-        for number in range(200):
-            read.append(number)
-            yield fineweb.Chunk(0, number, [b"x"], False)
-
+    chunks = (read.append(number) or fineweb.Chunk(0, number, [b"x"], False) for number in range(200))
     with ProcessPoolExecutor(2) as pool:
-        documents = fineweb.tokenize_all(chunks(), config("", tmp_path), pool)
+        documents = fineweb.tokenize_all(chunks, config("", tmp_path), pool)
         n_ahead = [len(read) - n_done for n_done, _ in enumerate(documents)]
     assert len(n_ahead) == 200 and max(n_ahead) <= 9
 
@@ -163,85 +148,56 @@ def test_few_chunks_are_read_ahead(tmp_path: Path) -> None:
 # Interrupted and continued
 
 
-def start(cfg: Config, method: str = "fork", max_bytes: int = resource.RLIM_INFINITY) -> subprocess.Popen:
-    """Start main(cfg) in a new process group. max_bytes: largest size of a file, as on a full disk."""
-
-    def prepare() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))
-
-    options = {"start_new_session": True, "preexec_fn": prepare, "cwd": harness.ROOT, "text": True}
-    command = [sys.executable, "-c", RUN, method, repr(vars(cfg))]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+def start(cfg: Config, method: str = "fork") -> subprocess.Popen:
+    """Start `python fineweb.py` in a new process group, with a start method of multiprocessing."""
+    command = [sys.executable, "-c", RUN, method, *harness.command_line(cfg)]
+    options = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    return subprocess.Popen(command, cwd=harness.ROOT, stdout=-1, stderr=-1, text=True, **options)
 
 
-def wait_for_shards(folder: str, n: int, process: subprocess.Popen) -> None:
-    """Wait until n more shards are written, the last of which can be unfinished, or until the process ends."""
-    n += len(list(Path(folder).glob("*.npy")))
-    give_up = time.monotonic() + 60
-    while len(list(Path(folder).glob("*.npy*"))) < n and process.poll() is None:
-        assert time.monotonic() < give_up, f"no {n} shards in {folder}"
-        time.sleep(0.002)
-
-
-def test_killed_run_continues(source: SimpleNamespace, tmp_path: Path) -> None:
-    rng, n_kills = random.Random(0), 0
-    for attempt in range(6):
-        cfg = config(source.folder, tmp_path / "out", shard_size=4000, workers=1 + attempt % 3)
-        process = start(cfg)
-        wait_for_shards(cfg.out_dir, rng.randrange(1, 8), process)
-        time.sleep(rng.random() * 0.02)
-        process.kill()  # only the main process: communicate() hangs if the workers do not exit
-        process.communicate(timeout=20)
-        n_kills += process.returncode != 0
-    assert n_kills >= 2
-    run_and_check(cfg, source.documents)
-
-
-def test_ctrl_c(source: SimpleNamespace, tmp_path: Path) -> None:
-    cfg = config(source.folder, tmp_path / "out", shard_size=4000)
-    process = start(cfg)
-    wait_for_shards(cfg.out_dir, 3, process)
-    os.killpg(process.pid, signal.SIGINT)  # to the main process and the workers, as a terminal does
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == -signal.SIGINT and errors.count("Traceback") == 1  # none from the workers
-    run_and_check(cfg, source.documents)
-
-
-def test_continues_after_every_shard(source: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:
-    write_manifest = fineweb.write_manifest
-
-    def write_and_stop(folder: Path, manifest: dict) -> None:
-        write_manifest(folder, manifest)
-        if not manifest["complete"]:
-            raise KeyboardInterrupt
-
-    cfg = config(source.folder, tmp_path / "out", shard_size=5000, max_tokens=48_000)
-    monkeypatch.setattr(fineweb, "write_manifest", write_and_stop)
-    for _ in range(9):
-        with pytest.raises(KeyboardInterrupt):
-            main(cfg)
+def test_killed_or_interrupted_run_continues(source: SimpleNamespace, tmp_path: Path) -> None:
+    rng, out = random.Random(0), tmp_path / "out"
+    for attempt in range(7):
+        cfg = config(source.folder, out, shard_size=1000, workers=1 + attempt % 3)
+        n = len(list(out.glob("*.npy"))) + rng.randrange(1, 10)
+        process, give_up = start(cfg), time.monotonic() + 60
+        while len(list(out.glob("*.npy*"))) < n:  # the last one can be unfinished
+            assert time.monotonic() < give_up and process.poll() is None
+            time.sleep(0.002)
+        if attempt == 0:
+            os.killpg(process.pid, signal.SIGINT)  # to the main process and the workers, as Ctrl-C in a terminal
+            assert process.communicate(timeout=20)[1].splitlines()[-1] == "interrupted"
+        else:
+            time.sleep(rng.random() * 0.01)
+            process.kill()  # only the main process: communicate() hangs if the workers do not exit
+            assert "Traceback" not in process.communicate(timeout=20)[1]
+        assert process.returncode == (-signal.SIGKILL if attempt else 1)
     run_and_check(cfg, source.documents)
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_start_methods(source: SimpleNamespace, tmp_path: Path, method: str) -> None:
+def test_start_methods_and_the_command_that_is_printed(source: SimpleNamespace, tmp_path: Path, method: str) -> None:
     cfg = config(source.folder, tmp_path / "out")
-    process = start(cfg, method=method)
-    assert process.wait(timeout=60) == 0, process.stderr.read()
+    process = start(cfg, method)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    following = printed.strip().splitlines()[-1].split("train_gpt2.py ")[1]
+    training = neogpt.config.parse(train_gpt2.CONFIGS, "", following.split())
+    assert (training.data, training.tokenizer) == (cfg.out_dir, "bytes")
     run_and_check(cfg, source.documents)
 
 
-def test_other_settings_are_refused(source: SimpleNamespace, tmp_path: Path) -> None:
+def test_invalid_and_other_settings_are_refused(source: SimpleNamespace, tmp_path: Path) -> None:
     out = tmp_path / "out"
     main(config(source.folder, out))
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "train_000002.npy"}
     refused(config(source.folder, out, shard_size=20_000), out, "shard_size", 10000, 20000, "--out_dir")
     refused(config(source.folder, out, max_tokens=5), "max_tokens", 5)
     refused(config(source.folder / "part-0.parquet", out), "part-1.parquet", "--out_dir")
+    for name, value in (("shard_size", 1), ("max_tokens", 0), ("workers", 0), ("tokenizer", "gpt5")):
+        refused(config(source.folder, out, **{name: value}), name, value)
     (out / "train_000002.npy").unlink()
     refused(config(source.folder, out), "train_000002.npy")
-    del before["train_000002.npy"]
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -253,19 +209,12 @@ def test_unreadable_sources(source: SimpleNamespace, tmp_path: Path) -> None:
     for content in (path.read_bytes()[:-5], b""):
         path.write_bytes(content)
         refused(config(path, out), path)
-    for column, value in (("content", "a"), ("text", 1)):
+    for column, value, word in (("content", "a", "content"), ("text", 1, "int64")):
         pq.write_table(pa.table({column: [value]}), path)
-        refused(config(path, out), path, "content" if column == "content" else "int64")
+        refused(config(path, out), path, word)
     write_parquet(path, ["", None, "  "])
     refused(config(path, out), path.name, 3)
-    write_parquet(path, ["", "text"])  # another source, but no shard was written yet
-    run_and_check(config(path, out), ["", "text"])
-
-
-def test_file_damaged_in_the_middle(tmp_path: Path) -> None:
-    documents = make_documents(3000, seed=3)
-    path, out = tmp_path / "a.parquet", tmp_path / "out"
-    write_parquet(path, documents)
+    write_parquet(path, documents := make_documents(3000, seed=3))  # another source, but no shard was written yet
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] + b"\xff" * 2000 + whole[len(whole) // 2 + 2000 :])
     refused(config(path, out), path)
@@ -274,16 +223,11 @@ def test_file_damaged_in_the_middle(tmp_path: Path) -> None:
     run_and_check(config(path, out), documents)
 
 
-@pytest.mark.parametrize("name, value", [("shard_size", 1), ("max_tokens", 0), ("workers", 0), ("tokenizer", "gpt5")])
-def test_invalid_options(source: SimpleNamespace, tmp_path: Path, name: str, value: object) -> None:
-    refused(config(source.folder, tmp_path / "out", **{name: value}), name, value)
-
-
-def test_disk_full(source: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(source: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = config(source.folder, tmp_path / "out")
-    process = start(cfg, max_bytes=8_000)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and f"{cfg.out_dir}/val_000000.npy" in errors.strip().splitlines()[-1]
+    with monkeypatch.context() as full:
+        full.setattr(np, "save", mock.Mock(side_effect=OSError(28, "No space left on device")))
+        refused(cfg, f"{cfg.out_dir}/val_000000.npy")
     assert list(Path(cfg.out_dir).iterdir()) == []
     run_and_check(cfg, source.documents)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
@@ -310,10 +254,6 @@ def hub(source: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNames
     """A hub of the files in a folder. Names in `broken` cannot be downloaded."""
     hub = SimpleNamespace(folder=source.folder, revision="c0ffee", downloads=[], broken=[])
 
-    def dataset_info(repo: str) -> SimpleNamespace:
-        assert repo == "owner/name"
-        return SimpleNamespace(sha=hub.revision)
-
     def list_repo_tree(repo: str, path: str, **options: object) -> list[SimpleNamespace]:
         assert (repo, path) == ("owner/name", "sample/1BT")
         assert options == {"recursive": True, "revision": "c0ffee", "repo_type": "dataset"}
@@ -321,17 +261,16 @@ def hub(source: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNames
         entries = [SimpleNamespace(path=f"sample/1BT/{p.name}", size=p.stat().st_size) for p in paths]
         return [*entries, SimpleNamespace(path="sample/1BT/folder")]
 
-    def download(repo: str, name: str, *, repo_type: str, revision: str, local_dir: Path) -> str:
-        assert (repo, repo_type, revision) == ("owner/name", "dataset", "c0ffee")
+    def download(repo: str, name: str, *, local_dir: Path, **options: object) -> str:
+        assert repo == "owner/name" and options == {"revision": "c0ffee", "repo_type": "dataset"}
         if name in hub.broken:
             raise OSError("429 Client Error: Too Many Requests\nfor url: …")
         hub.downloads.append(name)
-        path = local_dir / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        assert len(list(path.parent.iterdir())) <= 1  # at most one other file is on disk
-        return str(shutil.copy(hub.folder / path.name, path))
+        (folder := (local_dir / name).parent).mkdir(parents=True, exist_ok=True)
+        assert len(list(folder.iterdir())) <= 1  # at most one other file is on disk
+        return str(shutil.copy(hub.folder / Path(name).name, folder))
 
-    api = SimpleNamespace(dataset_info=dataset_info, list_repo_tree=list_repo_tree)
+    api = SimpleNamespace(dataset_info=lambda repo: SimpleNamespace(sha=hub.revision), list_repo_tree=list_repo_tree)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     return hub
@@ -354,18 +293,15 @@ def test_failed_download_continues_at_the_same_commit(source, hub: SimpleNamespa
     hub.broken, hub.downloads, hub.revision = [], [], "beef"  # the dataset has changed
     run_and_check(cfg, source.documents)
     assert "sample/1BT/part-2.jsonl" in hub.downloads and "sample/1BT/part-0.parquet" not in hub.downloads
-
-
-def test_hub_errors(hub: SimpleNamespace, tmp_path: Path) -> None:
-    hub.folder = tmp_path / "missing"
-    refused(config(URL, tmp_path / "out"), "owner/name", hub.folder)
+    hub.folder, hub.revision = tmp_path / "missing", "c0ffee"
+    refused(config(URL, tmp_path / "new"), "owner/name", hub.folder)
     hub.folder.mkdir()
-    refused(config(URL, tmp_path / "out"), URL, ".parquet")
+    refused(config(URL, tmp_path / "new"), URL, ".parquet")
 
 
 @pytest.fixture
-def gpt2_files(tmp_path: Path) -> SimpleNamespace:
-    """Files with texts that are difficult to encode (surrogates, special tokens, blanks), and their ids."""
+def gpt2(tmp_path: Path) -> SimpleNamespace:
+    """A configuration for texts that are difficult to encode (surrogates, special tokens, blanks), and their ids."""
     try:
         tokenizer = data.get_tokenizer("gpt2")
     except OSError as error:
@@ -376,45 +312,34 @@ def gpt2_files(tmp_path: Path) -> SimpleNamespace:
     write_jsonl(folder / "a.jsonl", documents)
     write_jsonl(folder / "b.jsonl", [""] * 20)  # a file without text
     write_parquet(folder / "c.parquet", rows)
-    texts = [document for document in [*documents, *rows] if document and document.strip()]
+    texts = filter(str.strip, filter(None, [*documents, *rows]))
     ids = [i for text in texts for i in [50256, *tokenizer.encode_ordinary(text)]]
-    return SimpleNamespace(folder=folder, ids=ids)
+    return SimpleNamespace(cfg=config(folder, tmp_path / "out", tokenizer="gpt2"), ids=ids)
 
 
-def read_ids(folder: Path) -> list[int]:
-    paths = sorted(folder.glob("*.npy"), key=lambda path: path.name[-10:])  # by number
+def read_ids(cfg: Config) -> list[int]:
+    """The ids of all shards, by number."""
+    paths = sorted(Path(cfg.out_dir).glob("*.npy"), key=lambda path: path.name[-10:])
     return np.concatenate([np.load(path) for path in paths]).tolist()
 
 
-def test_gigatoken_ids_equal_encode_ordinary(gpt2_files: SimpleNamespace, tmp_path: Path) -> None:
+def test_gigatoken_ids_equal_encode_ordinary(gpt2: SimpleNamespace) -> None:
     pytest.importorskip("gigatoken")
-    main(config(gpt2_files.folder, tmp_path / "out", tokenizer="gpt2", encoder="gigatoken"))
-    assert read_ids(tmp_path / "out") == gpt2_files.ids
+    main(replace(gpt2.cfg, encoder="gigatoken"))
+    assert read_ids(gpt2.cfg) == gpt2.ids
 
 
-@pytest.mark.parametrize("failure", ["other ids", "missing ids", "an exception"])
-def test_wrong_gigatoken_is_not_used(gpt2_files: SimpleNamespace, tmp_path: Path, monkeypatch, failure: str) -> None:
+WRONG = {"other ids": lambda ids: ids ^ 1, "missing ids": lambda ids: ids[:-1], "an exception": lambda ids: ids.missing}
+
+
+@pytest.mark.parametrize("failure", WRONG)
+def test_wrong_gigatoken_is_not_used(gpt2: SimpleNamespace, tmp_path: Path, monkeypatch, failure: str) -> None:
     def get_encoder(tokenizer: str, encoder: str) -> object:
         right = correct(tokenizer, "tiktoken")
-        if encoder == "tiktoken":
-            return right
-        if failure == "an exception":
-            raise ImportError("No module named 'gigatoken'")
-        return lambda text: right(text)[:-1] if failure == "missing ids" else right(text) ^ 1
+        return right if encoder == "tiktoken" else lambda text: WRONG[failure](right(text))
 
     correct = fineweb.get_encoder
     monkeypatch.setattr(fineweb, "get_encoder", get_encoder)
-    main(config(gpt2_files.folder, tmp_path / "out", tokenizer="gpt2"))
-    assert read_ids(tmp_path / "out") == gpt2_files.ids
-    refused(config(gpt2_files.folder, tmp_path / "none", tokenizer="gpt2", encoder="gigatoken"), "--encoder=gigatoken")
-
-
-def test_command_line(source: SimpleNamespace, tmp_path: Path) -> None:
-    cfg = config(source.folder / "part*", tmp_path / "out")
-    command = [sys.executable, "fineweb.py", *harness.command_line(cfg)]
-    done = subprocess.run(command, cwd=harness.ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    following = done.stdout.strip().splitlines()[-1].split("train_gpt2.py ")[1]
-    training = neogpt.config.parse(train_gpt2.CONFIGS, "", following.split())
-    assert (training.data, training.tokenizer) == (cfg.out_dir, "bytes")
-    run_and_check(cfg, source.documents)
+    main(gpt2.cfg)
+    assert read_ids(gpt2.cfg) == gpt2.ids
+    refused(replace(gpt2.cfg, encoder="gigatoken", out_dir=str(tmp_path / "none")), "--encoder=gigatoken")

@@ -279,6 +279,8 @@ def test_texts_of_both_styles() -> None:
     assert texts("harness") == ("Sitting: He sits. Then he", [*MARKUP.values()])
     assert texts("harness", ctx_b="")[0] == "Sitting: He sits."
     assert texts("harness", ctx_b="ÉTÉ")[0] == "Sitting: He sits. Été"
+    del fields["ctx_a"], fields["ctx_b"]  # some editions have only ctx
+    assert texts("harness")[0] == "Sitting: He "
 
 
 def test_tokens_of_both_styles() -> None:

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what they compute, what is trained, and files that PEFT can read."""
+"""lora.py: what adapters compute, which parameters they train, and files that PEFT reads and writes."""
 
 import json
 import math
@@ -7,329 +7,243 @@ from typing import Any
 
 import pytest
 import torch
+from harness import tiny_model, write_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints import load_model, save_checkpoint
-from hf import from_hf, to_hf
-from lora import add_lora, apply_adapter, fingerprint, load_lora, lora_weights, merged, save_adapter
-from model import GPT, SIZES, GPTConfig
-from optimizers import make_optimizers
+from neogpt import checkpoint, hf, lora, model, optim
 
-TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, n_tokens=257, vocab_size=320)
+N_MATRICES = 2 * 4 * 2  # layers, matrices per block, A and B
 
 
-def tiny() -> GPT:
-    """A small model with weights that are all at work."""
-    torch.manual_seed(0)
-    raw = GPT(GPTConfig(**TINY))
-    with torch.no_grad():
-        for p in raw.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+def make_model(**shape: Any) -> model.GPT:
+    """A small model whose parameters all affect the result."""
+    return tiny_model(scale=0.1, **shape)
+
+
+def adapted_model(rank: int = 4, alpha: float = 6.0, **shape: Any) -> model.GPT:
+    """The same model with adapters that are not zero."""
+    raw = make_model(**shape)
+    lora.add_lora(raw, rank, alpha)
+    for p in lora.lora_weights(raw).values():
+        p.add_(0.1 * torch.randn_like(p))
     return raw
 
 
-def adapted(rank: int = 4, alpha: float = 6.0) -> GPT:
-    """The same model with adapters that are no longer 0."""
-    raw = tiny()
-    add_lora(raw, rank, alpha)
-    with torch.no_grad():
-        for p in lora_weights(raw).values():
-            p.add_(0.1 * torch.randn_like(p))
-    return raw
+def merged_model(raw: model.GPT) -> model.GPT:
+    """The model without adapters that should compute the same."""
+    return model.GPT.from_weights(raw.config, lora.merged_weights(raw))
 
 
 @pytest.fixture
 def idx() -> Tensor:
-    """Some token ids, (3, 20)."""
+    """Token ids, (3, 20)."""
     return torch.randint(0, 257, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
-def logits_of(raw: GPT, idx: Tensor) -> Tensor:
-    """The logits of all ids that the tokenizer has."""
+def logits_of(raw: model.GPT, idx: Tensor) -> Tensor:
+    """The logits of all ids of the tokenizer."""
     with torch.no_grad():
         return raw(idx)[0][..., :257]
 
 
-# -----------------------------------------------------------------------------
-# What they compute and what is trained
-
-
 def test_new_adapters_change_nothing(idx: Tensor) -> None:
-    raw = tiny()
+    raw = make_model()
     before = logits_of(raw, idx)
-    add_lora(raw, 4, 32.0)
+    lora.add_lora(raw, 4, 32.0)
     assert torch.equal(logits_of(raw, idx), before)
-    assert torch.equal(logits_of(merged(raw), idx), before)
-    assert all(p.abs().max() > 0 for name, p in lora_weights(raw).items() if "lora_A" in name)
+    assert torch.equal(logits_of(merged_model(raw), idx), before)
+    assert all(p.abs().max() > 0 for name, p in lora.lora_weights(raw).items() if "lora_A" in name)
 
 
-def test_an_adapter_by_hand() -> None:
-    """W x + b + alpha / rank · B A x, with float64 and nothing of lora.py."""
-    raw = adapted(rank=4, alpha=6.0).double()
-    layer = raw.transformer.h[1].mlp.c_proj
+def test_adapter_by_hand() -> None:
+    """W x + b + alpha / rank · B A x in float64."""
+    layer = adapted_model(rank=4, alpha=6.0).double().transformer.h[1].mlp.c_proj
     x = torch.randn(5, 64, dtype=torch.float64)
     expected = x @ layer.weight.T + layer.bias + 1.5 * (x @ layer.lora_A.T) @ layer.lora_B.T
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
     assert (layer.lora_A.shape, layer.lora_B.shape) == ((4, 64), (16, 4))
 
 
-def test_merged_equals_unmerged(idx: Tensor) -> None:
-    raw = adapted()
-    kept = {name: p.clone() for name, p in raw.state_dict().items()}
-    one = merged(raw)
-    torch.testing.assert_close(logits_of(one, idx), logits_of(raw, idx), rtol=0, atol=1e-5)
-    assert (logits_of(one, idx) - logits_of(tiny(), idx)).abs().max() > 0.1
-    assert one.state_dict().keys() == tiny().state_dict().keys()
-    assert all(torch.equal(p, kept[name]) for name, p in raw.state_dict().items())  # training can go on
+@pytest.mark.parametrize("shape", [dict(), dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)], ids=["dense", "ndlinear"])
+def test_merged_model_equals_model_with_adapters(shape: dict, idx: Tensor, tmp_path: Path) -> None:
+    raw = adapted_model(**shape)
+    before = {name: p.clone() for name, p in raw.state_dict().items()}
+    merged = merged_model(raw)
+    torch.testing.assert_close(logits_of(merged, idx), logits_of(raw, idx), rtol=0, atol=1e-5)
+    assert (logits_of(merged, idx) - logits_of(make_model(**shape), idx)).abs().max() > 0.1
+    assert merged.state_dict().keys() == make_model(**shape).state_dict().keys()
+    assert all(torch.equal(p, before[name]) for name, p in raw.state_dict().items())  # training can continue
+    assert len(lora.lora_weights(raw)) == N_MATRICES
+    lora.save_adapter(tmp_path, raw, "base", "")
+    mlp = ["c_fc.modes.0", "c_proj.modes.0"] if shape else ["c_fc"]
+    assert lora.read_adapter_config(tmp_path)["target_modules"] == ["c_attn", "c_proj", *mlp]
 
 
-def test_only_the_adapters_are_trained(idx: Tensor) -> None:
-    raw = adapted()
+def test_only_adapters_are_trained(idx: Tensor) -> None:
+    raw = adapted_model()
     before = {name: p.detach().clone() for name, p in raw.named_parameters()}
-    optimizers = make_optimizers(raw, optimizer="adamw", weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
     raw(idx, idx)[1].backward()
-    trained = {name for name, p in raw.named_parameters() if p.grad is not None}
-    assert trained == {name for name in before if "lora_" in name} and len(trained) == 2 * 4 * 2
-    assert all(p.grad.abs().max() > 0 for name, p in raw.named_parameters() if name in trained)
-    for optimizer in optimizers:
+    adapters = {name for name in before if "lora_" in name}
+    assert {name for name, p in raw.named_parameters() if p.grad is not None and p.grad.abs().max() > 0} == adapters
+    for optimizer in optim.make_optimizers(raw, weight_decay=0.1):
         for group in optimizer.param_groups:
             group["lr"] = 0.01
         optimizer.step()
-    moved = {name for name, p in raw.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == trained
+    assert {name for name, p in raw.named_parameters() if not torch.equal(p, before[name])} == adapters
 
 
-def test_the_adapters_begin_as_the_seed_says() -> None:
-    models = []
+def test_initial_adapters_depend_on_the_seed() -> None:
+    matrices = []
     for seed in (1, 1, 2):
-        raw = tiny()
+        raw = make_model()
         torch.manual_seed(seed)
-        add_lora(raw, 4, 8.0)
-        models.append(raw.transformer.h[0].mlp.c_proj.lora_A)
-    assert torch.equal(models[0], models[1]) and not torch.equal(models[0], models[2])
-    # a uniform distribution over ±1/√in, PEFT's
-    assert 0.9 / math.sqrt(64) < models[0].abs().max() <= 1 / math.sqrt(64)
+        lora.add_lora(raw, 4, 8.0)
+        matrices.append(raw.transformer.h[0].mlp.c_proj.lora_A)
+    assert torch.equal(matrices[0], matrices[1]) and not torch.equal(matrices[0], matrices[2])
+    # a uniform distribution over ±1/√in, as in PEFT
+    assert 0.9 / math.sqrt(64) < matrices[0].abs().max() <= 1 / math.sqrt(64)
 
 
 def test_gpt2_has_1179648_parameters_in_adapters_of_rank_8() -> None:
     with torch.device("meta"):
-        raw = GPT(GPTConfig(**SIZES["gpt2"]))
-        n_params = raw.n_params()
-        add_lora(raw, 8, 32.0)
-    n = sum(p.numel() for p in raw.parameters() if p.requires_grad)
+        raw = model.GPT(model.GPTConfig(**model.SIZES["gpt2"]))
+        lora.add_lora(raw, 8, 32.0)
     # in + out of four matrices: 768 + 2304, 768 + 768, 768 + 3072, 3072 + 768
-    assert n == 12 * 8 * (3072 + 1536 + 3840 + 3840) == 1_179_648
-    assert raw.n_params() == n_params + n
+    expected = 12 * 8 * (3072 + 1536 + 3840 + 3840)
+    assert sum(p.numel() for p in raw.parameters() if p.requires_grad) == expected == 1_179_648
 
 
-def test_ndlinear_adapts_its_large_factors(tmp_path: Path) -> None:
-    raw = GPT(GPTConfig(**TINY, mlp="ndlinear", mlp_width=24, mlp_modes=3))
-    base = GPT.from_weights(raw.config, {name: p.clone() for name, p in raw.state_dict().items()})
-    add_lora(raw, 4, 8.0)
-    assert len(lora_weights(raw)) == 2 * 4 * raw.config.n_layer
-    for p in lora_weights(raw).values():
-        torch.nn.init.normal_(p, std=0.1)
-    for name, p in raw.named_parameters():
-        if name.endswith("modes.0.bias"):
-            torch.nn.init.normal_(p)  # the cheap order counts it apart
-    idx = torch.randint(257, (2, 8))
-    torch.testing.assert_close(merged(raw)(idx)[0], raw(idx)[0], rtol=0, atol=1e-5)
-    assert not torch.allclose(base(idx)[0], raw(idx)[0])
-    save_adapter(tmp_path, raw, "somewhere")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["target_modules"] == ["c_attn", "c_proj", "c_fc.modes.0", "c_proj.modes.0"]
-
-
-def test_loading_checks_names_and_shapes() -> None:
-    raw, weights = adapted(), lora_weights(adapted())
-    before = {name: p.clone() for name, p in lora_weights(raw).items()}
+def test_load_lora_checks_names_and_shapes() -> None:
+    weights, raw = lora.lora_weights(adapted_model()), make_model()
+    lora.add_lora(raw, 4, 6.0)
+    before = {name: p.clone() for name, p in lora.lora_weights(raw).items()}
     name = "transformer.h.0.mlp.c_fc.lora_A"
     for wrong, message in [
-        ({k: w for k, w in weights.items() if k != name}, f"{name} has shape None .* \\(4, 16\\)"),
-        (weights | {name: torch.zeros(4, 17)}, f"{name} has shape \\(4, 17\\) .* \\(4, 16\\)"),
-        (weights | {"other": torch.zeros(1)}, "other has shape \\(1,\\) .* None"),
+        ({k: w for k, w in weights.items() if k != name}, rf"{name}.*None.*\(4, 16\)"),
+        (weights | {name: torch.zeros(4, 17)}, rf"{name}.*\(4, 17\).*\(4, 16\)"),
+        (weights | {"other": torch.zeros(1)}, r"other.*\(1,\).*None"),
     ]:
         with pytest.raises(ValueError, match=message):
-            load_lora(raw, wrong)
-        assert all(torch.equal(p, before[k]) for k, p in lora_weights(raw).items())
-    fresh = tiny()
-    add_lora(fresh, 4, 6.0)
-    load_lora(fresh, weights)
-    assert all(torch.equal(p, weights[k]) for k, p in lora_weights(fresh).items())
+            lora.load_lora(raw, wrong)
+        assert all(torch.equal(p, before[k]) for k, p in lora.lora_weights(raw).items())
+    lora.load_lora(raw, weights)
+    assert all(torch.equal(p, weights[k]) for k, p in lora.lora_weights(raw).items())
+
+
+def test_fingerprint_depends_on_names_shapes_dtypes_and_bits() -> None:
+    w = torch.arange(6.0)
+    variants = [{"w": w}, {"v": w}, {"w": w.view(2, 3)}, {"w": w.view(torch.int32)}, {"w": w + 1e-7}]
+    assert len({lora.fingerprint(weights) for weights in variants}) == len(variants)
+    assert lora.fingerprint({"a": w, "b": w.view(2, 3).t()}) == lora.fingerprint({"b": w.view(2, 3).t(), "a": w + 0})
 
 
 # -----------------------------------------------------------------------------
 # Files
 
 
-def write_base(folder: Path) -> str:
-    """The tiny model as a checkpoint of pretraining; its folder."""
-    raw = tiny()
-    folder.mkdir()
-    state = dict(stage="pretraining", step=3, model=raw.state_dict(), tokenizer="bytes")
-    save_checkpoint(folder, state | dict(model_config=raw.config.__dict__), keep=1)
-    return str(folder)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with an adapter for the checkpoint in tmp_path / "base"."""
+    base = write_model(tmp_path / "base", make_model())
+    lora.save_adapter(tmp_path / "adapter", adapted_model(), str(base), lora.fingerprint(make_model().state_dict()))
+    return tmp_path / "adapter"
 
 
-def test_the_files_are_those_of_peft(tmp_path: Path) -> None:
-    save_adapter(tmp_path / "adapter", adapted(rank=4, alpha=6.0), "some/base")
-    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    known = dict(peft_type="LORA", task_type="CAUSAL_LM", r=4, lora_alpha=6, fan_in_fan_out=True, bias="none")
-    known |= dict(
-        base_model_name_or_path="some/base", target_modules=list(("c_attn", "c_proj", "c_fc")), lora_dropout=0
-    )
-    assert {key: config[key] for key in known} == known and config["inference_mode"] is True
-    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert len(weights) == 2 * 4 * 2
-    shapes = {
-        "base_model.model.transformer.h.1.attn.c_attn.lora_A.weight": (4, 16),
-        "base_model.model.transformer.h.1.attn.c_attn.lora_B.weight": (48, 4),
-        "base_model.model.transformer.h.0.mlp.c_proj.lora_A.weight": (4, 64),
-        "base_model.model.transformer.h.0.mlp.c_proj.lora_B.weight": (16, 4),
-    }
-    assert {name: tuple(weights[name].shape) for name in shapes} == shapes
-
-
-@pytest.mark.parametrize("kind", ["folder", "file", "hf"])
-def test_an_adapter_loads_with_its_base(tmp_path: Path, idx: Tensor, kind: str) -> None:
-    base = write_base(tmp_path / "base")
-    if kind == "file":
-        base += "/ckpt_000003.pt"
-    elif kind == "hf":
-        base = str(tmp_path / "hf")
-        to_hf(tiny(), base)
-    raw = adapted()
-    weights = from_hf(base).state_dict() if kind == "hf" else tiny().state_dict()
-    save_adapter(tmp_path / "adapter", raw, base, fingerprint(weights))
-    noted: list[str] = []
-    loaded, tokenizer = load_model(str(tmp_path / "adapter"), "", noted.append)
-    torch.testing.assert_close(logits_of(loaded, idx), logits_of(raw, idx), rtol=0, atol=1e-5)
-    assert tokenizer.name == "bytes" and f"an adapter for {base}" in noted[-1]
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change values in adapter_config.json."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def refused(folder: Path, message: str) -> None:
-    """Check that loading the folder ends with a message of one line that names it."""
-    with pytest.raises(SystemExit, match=message) as error:
-        load_model(str(folder), "", print)
+    """Check that loading the folder raises one line that names the folder."""
+    with pytest.raises(ValueError, match=message) as error:
+        checkpoint.load_model(str(folder))
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "changed, message",
-    [
-        (dict(peft_type="IA3"), "holds no LoRA adapter as PEFT writes it"),
-        (dict(r=0), "has r=0"),
-        (dict(r="four"), "has r='four'"),
-        (dict(r=None), "has r=None"),
-        (dict(lora_alpha="x"), "has lora_alpha='x'"),
-        (dict(base_model_name_or_path=None), "has base_model_name_or_path=None"),
-        (dict(r=2), "has r=2, which is not the size of its matrices"),
-        (dict(use_dora=True), "has use_dora=True, which we do not have"),
-        (dict(use_rslora=True), "has use_rslora=True"),
-        (dict(rank_pattern={"c_fc": 2}), "has rank_pattern="),
-        (dict(bias="all"), "has bias='all'"),
-    ],
-    ids=str,
-)
-def test_adapters_that_we_do_not_have(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
-    save_adapter(tmp_path / "adapter", adapted(), write_base(tmp_path / "base"))
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
-    refused(tmp_path / "adapter", f"cannot use the adapter .*{message}")
+def test_files_equal_those_of_peft(folder: Path) -> None:
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    known = dict(peft_type="LORA", task_type="CAUSAL_LM", r=4, lora_alpha=6, fan_in_fan_out=True, bias="none")
+    known |= dict(target_modules=["c_attn", "c_proj", "c_fc"], lora_dropout=0, inference_mode=True)
+    known |= dict(base_model_name_or_path=str(folder.parent / "base"))
+    assert json.loads((folder / "adapter_config.json").read_text()) == known
+    shapes = {name: tuple(w.shape) for name, w in load_file(folder / "adapter_model.safetensors").items()}
+    sizes = {"attn.c_attn": (16, 48), "attn.c_proj": (16, 16), "mlp.c_fc": (16, 64), "mlp.c_proj": (64, 16)}
+    expected = {}
+    for name, (n_in, n_out) in sizes.items():
+        for prefix in (f"base_model.model.transformer.h.{layer}.{name}.lora_" for layer in range(2)):
+            expected |= {f"{prefix}A.weight": (4, n_in), f"{prefix}B.weight": (n_out, 4)}
+    assert shapes == expected and len(shapes) == N_MATRICES
 
 
-def test_damaged_and_foreign_adapters(tmp_path: Path) -> None:
-    folder, base = tmp_path / "adapter", write_base(tmp_path / "base")
-    save_adapter(folder, adapted(), base)
-    config, weights = (folder / name for name in ("adapter_config.json", "adapter_model.safetensors"))
-    good = load_file(weights)
-    name = "base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"
+def test_adapter_folder_is_a_model(folder: Path, idx: Tensor) -> None:
+    raw, tokenizer, stage, _ = checkpoint.load_model(str(folder))
+    torch.testing.assert_close(logits_of(raw, idx), logits_of(adapted_model(), idx), rtol=0, atol=1e-5)
+    assert (tokenizer.name, stage) == ("bytes", "sft")
+
+
+BAD = [dict(peft_type="IA3"), dict(r=0), dict(r="four"), dict(r=None), dict(lora_alpha="x"), dict(r=2), dict(r=10**13)]
+BAD += [dict(use_dora=True), dict(use_rslora=True), dict(rank_pattern={"c_fc": 2}), dict(bias="all")]
+BAD += [dict(base_model_name_or_path=None)]
+
+
+@pytest.mark.parametrize("changes", BAD, ids=str)
+def test_adapters_of_other_kinds_are_refused(changes: dict, folder: Path) -> None:
+    edit_config(folder, **changes)
+    ((name, value),) = changes.items()
+    refused(folder, f"{name}={value!r}")
+
+
+def test_damaged_adapters_are_refused(folder: Path) -> None:
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    good, name = load_file(weights), "base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"
     save_file(good | {name: torch.zeros(48, 5)}, weights)
-    refused(folder, r"c_attn.lora_B has shape \(48, 5\) where the model has \(48, 4\)")
-    save_file({k: v for k, v in good.items() if "c_attn" in k}, weights)  # PEFT's default for GPT-2
-    refused(folder, r"attn.c_proj.lora_A has shape None where the model has \(4, 16\)")
+    refused(folder, r"c_attn.lora_B.*\(48, 5\).*\(48, 4\)")
+    save_file({k: w for k, w in good.items() if "c_attn" in k}, weights)  # PEFT's default for GPT-2
+    refused(folder, r"attn.c_proj.lora_A.*None.*\(4, 16\)")
+    save_file({k: w for k, w in good.items() if "lora_A" not in k}, weights)
+    refused(folder, "r=4")
     weights.write_bytes(weights.read_bytes()[:100])
-    refused(folder, "cannot use the adapter")
+    refused(folder, "adapter")
     weights.unlink()
-    refused(folder, "cannot use the adapter")
+    refused(folder, "adapter_model.safetensors")
     for text in ("[]", "{", '"LORA"'):
         config.write_text(text)
-        refused(folder, "cannot use the adapter")
+        refused(folder, "adapter")
 
 
-def test_the_base_of_an_adapter_has_changed(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base")
-    weights = tiny().state_dict()
-    weights["transformer.ln_f.bias"][3] += 1
-    save_adapter(tmp_path / "adapter", adapted(), base, fingerprint(weights))
-    refused(tmp_path / "adapter", f"{base} has other weights now .* adapter_config.json")
+def test_other_base_models_are_refused(folder: Path) -> None:
+    base, changed = folder.parent / "base", make_model()
+    changed.transformer.ln_f.bias.data[3] += 1
+    write_model(base, changed)
+    refused(folder, str(base))
+    (base / "ckpt_000007.pt").unlink()
+    refused(folder, str(base))
+    edit_config(folder, base_model_name_or_path=str(folder))
+    refused(folder, "own base")
 
 
-def test_an_adapter_asks_for_more_than_it_has_or_for_itself(tmp_path: Path) -> None:
-    folder = tmp_path / "adapter"
-    save_adapter(folder, adapted(), write_base(tmp_path / "base"))
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    for r in (10**13, 10**30):
-        path.write_text(json.dumps(config | dict(r=r)))
-        refused(folder, f"has r={r}, which is not the size")
-    path.write_text(json.dumps(config | dict(base_model_name_or_path=str(folder))))
-    refused(folder, "is its own base")
-
-
-def test_the_base_of_an_adapter_is_missing(tmp_path: Path) -> None:
-    (tmp_path / "base").mkdir()
-    save_adapter(tmp_path / "adapter", adapted(), str(tmp_path / "base"))
-    with pytest.raises(SystemExit, match=f"{tmp_path / 'base'}.*config.json"):
-        load_model(str(tmp_path / "adapter"), "", print)
-
-
-# -----------------------------------------------------------------------------
-# PEFT itself
-
-
-def test_peft_computes_the_same_from_our_files(tmp_path: Path, idx: Tensor) -> None:
+@pytest.mark.parametrize("writer", ["we", "PEFT"])
+def test_peft_computes_the_same(writer: str, tmp_path: Path, idx: Tensor) -> None:
     peft = pytest.importorskip("peft", reason="pip install peft compares with PEFT")
     from transformers import GPT2LMHeadModel
 
-    raw = adapted()
-    to_hf(tiny(), tmp_path / "base")
-    save_adapter(tmp_path / "adapter", raw, str(tmp_path / "base"))
-    base = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(base(idx).logits, logits_of(tiny(), idx), rtol=0, atol=1e-4)
-        model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-        torch.testing.assert_close(model(idx).logits, logits_of(raw, idx), rtol=0, atol=1e-4)
-        assert (model(idx).logits - logits_of(tiny(), idx)).abs().max() > 0.1
-        one = model.merge_and_unload()
-        torch.testing.assert_close(one(idx).logits, logits_of(merged(raw), idx), rtol=0, atol=1e-4)
-
-
-def test_we_compute_the_same_from_files_of_peft(tmp_path: Path, idx: Tensor) -> None:
-    peft = pytest.importorskip("peft", reason="pip install peft compares with PEFT")
-    from transformers import GPT2LMHeadModel
-
-    to_hf(tiny(), tmp_path / "base")
-    base = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=4,
-        lora_alpha=6,
-        target_modules=list(("c_attn", "c_proj", "c_fc")),
-        fan_in_fan_out=True,
-    )
-    model = peft.get_peft_model(base, config).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
+    hf.save(make_model(), tmp_path / "base")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "base").eval()
+    if writer == "we":
+        lora.save_adapter(tmp_path / "adapter", adapted_model(), str(tmp_path / "base"), "")
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    else:
+        settings = dict(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, r=4, lora_alpha=6)
+        theirs = peft.get_peft_model(theirs, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
+        for name, p in theirs.named_parameters():
             if "lora_" in name:
-                p.copy_(0.1 * torch.randn_like(p))
-        model.save_pretrained(tmp_path / "adapter")
-        raw = apply_adapter(from_hf(str(tmp_path / "base")), tmp_path / "adapter")
-        torch.testing.assert_close(logits_of(raw, idx), model(idx).logits, rtol=0, atol=1e-4)
-    loaded, _ = load_model(str(tmp_path / "adapter"), "", print)  # the base is found by its name
-    assert torch.equal(logits_of(loaded, idx), logits_of(raw, idx))
+                p.data.copy_(0.1 * torch.randn_like(p))
+        theirs.save_pretrained(tmp_path / "adapter")
+    raw = checkpoint.load_model(str(tmp_path / "adapter")).raw
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(idx).logits, logits_of(raw, idx), rtol=0, atol=1e-4)
+        assert (theirs(idx).logits - logits_of(make_model(), idx)).abs().max() > 0.1
+        torch.testing.assert_close(theirs.merge_and_unload()(idx).logits, logits_of(raw, idx), rtol=0, atol=1e-4)

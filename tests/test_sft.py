@@ -1,20 +1,18 @@
 """sft.py: whole runs, parity with transformers, killed, resumed, on two ranks, with adapters, and refused."""
 
-import json
 import math
-import os
 import random
 import re
 import shutil
-import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import harness
 import pytest
 import torch
-from harness import ForkServer, losses, notes, read_log, tiny_model
+from harness import ForkServer, losses, notes, tiny_model, write_rows
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,6 +25,7 @@ NAMES = ["Ada", "Leo", "Rosa", "Mona", "Jasper", "Cora", "Otto", "Ida"]
 THINGS = ["hat", "nut", "jug", "pen", "soup", "coat"]
 LORA = dict(lora_rank=2, lora_alpha=8.0)
 KINDS = {"plain": {}, "adapters and packing": LORA | dict(packing=True)}
+tune, refused = partial(harness.train, sft.main), partial(harness.refused, sft.main)
 
 
 def make_rows(n: int) -> list[dict[str, str]]:
@@ -38,11 +37,6 @@ def make_rows(n: int) -> list[dict[str, str]]:
         context = f"{name} has a {thing}." if i % 2 else ""
         rows.append(dict(instruction=f"What does {name} have {i}?", context=context, response=response))
     return rows
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def write_base(folder: Path, stage: str = "pretraining", **shape: Any) -> str:
@@ -59,41 +53,25 @@ def cfg(tmp_path: Path) -> Config:
     return Config(out_dir=str(tmp_path / "out"), device="cpu", precision="fp32", **paths, **steps, **answers)
 
 
-def tune(cfg: Config, **changed: Any) -> Path:
-    return harness.train(sft.main, cfg, **changed)
-
-
-def refused(cfg: Config, *words: object, **changed: Any) -> None:
-    harness.refused(sft.main, cfg, *words, **changed)
-
-
 # -----------------------------------------------------------------------------
 # A run
 
 
-def test_run_learns_and_leaves_its_files(cfg: Config) -> None:
-    folder = tune(cfg, max_steps=40, eval_every=10, save_every=20)
-    train, val = losses(folder), losses(folder, "val")
-    assert train.keys() == set(range(40)) and val.keys() == {0, 10, 20, 30, 40}
-    assert train[0] > 5 and train[39] < train[0] - 2 and val[40] < val[0] - 2
-    assert {p.name for p in folder.iterdir()} == {"best.pt", "ckpt_000030.pt", "ckpt_000040.pt", "log.txt"}
-    ckpt = checkpoint.read(folder / "ckpt_000040.pt")
-    assert (ckpt.stage, ckpt.step, ckpt.n_sequences, ckpt.tokenizer) == ("sft", 40, 320, "bytes")
-    assert ckpt.scores["val"] == pytest.approx(val[40])
-    assert "32 rows to train on, 8 held out" in notes(folder)
-    assert notes(folder).count("> What does Ada have? -> ") == 5
-
-
-def test_memorized_rows_are_exact_matches(cfg: Config, tmp_path: Path) -> None:
+def test_rows_are_memorized_and_files_written(cfg: Config, tmp_path: Path) -> None:
     rows = [dict(prompt=f"{name}?", response=f"A {thing}.") for name, thing in zip(NAMES, THINGS)]
     path = write_rows(tmp_path / "few.jsonl", rows)
     few = dict(data=path, val_data=path, rows_per_step=6, n_eval_prompts=6, prompts=("Leo?",), answer_tokens=12)
-    folder = tune(cfg, **few, max_steps=120, eval_every=60, max_lr=2e-2)
-    exact = losses(folder, "exact")
-    assert exact.keys() == {0, 60, 120} and exact[0] == 0 and exact[120] == 1
-    assert losses(folder, "ended")[120] == losses(folder, "accuracy")[120] == 1
-    assert losses(folder, "val")[120] < 0.05
+    folder = tune(cfg, **few, max_steps=120, eval_every=60, save_every=50, max_lr=2e-2)
+    scores = {name: losses(folder, name) for name in ("val", "exact", "ended", "accuracy")}
+    assert all(values.keys() == {0, 60, 120} for values in scores.values()) and losses(folder).keys() == set(range(120))
+    assert scores["val"][0] > 5 and scores["exact"][0] == 0
+    assert scores["val"][120] < 0.05 and scores["exact"][120] == scores["ended"][120] == scores["accuracy"][120] == 1
+    assert "6 rows to train on, 6 held out" in notes(folder) and notes(folder).count("> Leo? -> ") == 3
     assert notes(folder).rpartition("> Leo? -> ")[2].startswith("A nut.\n")
+    assert {p.name for p in folder.iterdir()} == {"best.pt", "ckpt_000100.pt", "ckpt_000120.pt", "log.txt"}
+    ckpt = checkpoint.read(folder / "ckpt_000120.pt")
+    assert (ckpt.stage, ckpt.step, ckpt.n_sequences, ckpt.tokenizer) == ("sft", 120, 720, "bytes")
+    assert ckpt.scores["val"] == pytest.approx(scores["val"][120])
 
 
 @pytest.mark.parametrize("B, packing", [(1, False), (5, False), (12, False), (2, True)])
@@ -155,19 +133,14 @@ def test_best_checkpoint_has_the_lowest_held_out_loss(cfg: Config, tmp_path: Pat
     assert not (resumed / "best.pt").exists()
 
 
-def test_evaluations_answers_and_checkpoints_do_not_change_training(cfg: Config) -> None:
+def test_seed_determines_training_and_evaluations_do_not_change_it(cfg: Config) -> None:
     often = tune(cfg, eval_every=1, save_every=1, n_eval_prompts=4)
     never = tune(cfg, eval_every=100, save_every=100, prompts=(), out_dir=cfg.out_dir + "2")
+    other = tune(cfg, seed=1, max_steps=2, out_dir=cfg.out_dir + "3")
     for name in ("train", "norm", "lr"):
         assert losses(often, name) == losses(never, name) and len(losses(often, name)) == 12
-
-
-def test_seed_selects_split_and_order(cfg: Config) -> None:
-    first, again = tune(cfg, max_steps=2), tune(cfg, max_steps=2, out_dir=cfg.out_dir + "2")
-    other = tune(cfg, max_steps=2, seed=1, out_dir=cfg.out_dir + "3")
-    assert read_log(first) == read_log(again)
-    for name in ("train", "val"):
-        assert losses(first, name) != losses(other, name)
+    for name in ("train", "val"):  # another order, and another split
+        assert losses(often, name)[0] != losses(other, name)[0]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -203,7 +176,7 @@ def test_compiled_step_with_packing_has_one_shape(cfg: Config, packing: bool, mo
 
 
 # -----------------------------------------------------------------------------
-# Killed, stopped and extended; two ranks
+# Killed and resumed; two ranks
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,32 +188,6 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(cfg: Config, kind: str,
     harness.assert_same_run(Path(killed.out_dir), whole)
     a, b = (checkpoint.read(Path(folder) / "best.pt") for folder in (killed.out_dir, whole))
     assert harness.bits([a.step, a.model]) == harness.bits([b.step, b.model])
-
-
-def test_stopped_by_a_signal_equals_uninterrupted_run(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, stopped = tune(cfg), Path(cfg.out_dir + "2")
-    train_step = training.train_step
-
-    def interrupted(*args: Any, **options: Any) -> Any:
-        if harness.n_losses(stopped) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)  # seen before the next step
-        return train_step(*args, **options)
-
-    monkeypatch.setattr(training, "train_step", interrupted)
-    tune(cfg, out_dir=str(stopped))
-    monkeypatch.undo()
-    assert checkpoint.list_checkpoints(stopped)[0].name == "ckpt_000008.pt"
-    tune(cfg, out_dir=str(stopped))
-    harness.assert_same_run(stopped, whole)
-
-
-def test_finished_run_is_not_changed_and_can_be_extended(cfg: Config) -> None:
-    folder = tune(cfg)
-    before = read_log(folder), harness.final_bits(folder)
-    tune(cfg)
-    assert (read_log(folder), harness.final_bits(folder)) == before
-    tune(cfg, max_steps=15)
-    assert losses(folder).keys() == set(range(15)) and "max_steps 12 -> 15" in notes(folder)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "fewer rows than ranks"])
@@ -283,17 +230,11 @@ def test_ndlinear_model_is_tuned(cfg: Config, tmp_path: Path, lora_rank: int) ->
     assert losses(folder)[11] < losses(folder)[0]
 
 
-def test_zeros_of_a_pruned_model_stay(cfg: Config, tmp_path: Path) -> None:
+def test_adapters_of_a_pruned_model_are_refused(cfg: Config, tmp_path: Path) -> None:
+    """Merged, they would fill its zeros."""
     raw = tiny_model(n_layer=1, block_size=96)
-    pruned = {name: raw.get_parameter(f"transformer.h.0.{name}.weight") for name in ("attn.c_attn", "mlp.c_fc")}
-    for p in pruned.values():
-        p.data *= torch.rand(p.shape) < 0.5
-    start = str(harness.write_model(tmp_path / "pruned", raw))
-    tuned = checkpoint.load_model(str(tune(cfg, checkpoint=start))).raw
-    for name, p in pruned.items():
-        after = tuned.get_parameter(f"transformer.h.0.{name}.weight")
-        assert torch.equal(after != 0, p != 0) and not torch.equal(after, p)
-    refused(cfg, "--lora_rank=2", checkpoint=start, lora_rank=2, out_dir=str(tmp_path / "lora"))
+    raw.transformer.h[0].mlp.c_fc.weight.data[::2] = 0
+    refused(cfg, "--lora_rank=2", checkpoint=str(harness.write_model(tmp_path / "pruned", raw)), lora_rank=2)
 
 
 # -----------------------------------------------------------------------------
@@ -357,10 +298,9 @@ def test_other_weights_and_adapters_are_refused_on_resume(cfg: Config, tmp_path:
 
 
 def test_unusable_checkpoints_and_folders_are_refused(cfg: Config, tmp_path: Path) -> None:
-    base = Path(cfg.checkpoint)
-    for source in (base, base / "ckpt_000007.pt", base / ".." / "base"):
-        refused(cfg, f"--out_dir={base}", checkpoint=str(source), out_dir=str(base))
-    assert [path.name for path in base.iterdir()] == ["ckpt_000007.pt"]
+    base = cfg.checkpoint
+    refused(cfg, f"--out_dir={base}", out_dir=base)
+    assert [path.name for path in Path(base).iterdir()] == ["ckpt_000007.pt"]
     refused(cfg, "stage dpo", "pretraining", "sft", checkpoint=write_base(tmp_path / "dpo", "dpo"))
     refused(cfg, "nowhere", "train_gpt2.py", checkpoint=str(tmp_path / "nowhere"))
     assert not Path(cfg.out_dir).exists()

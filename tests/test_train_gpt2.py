@@ -1,7 +1,7 @@
 """Pretraining from end to end: killed, stopped, on several ranks, with other batches, and with invalid options."""
 
-import json
 import logging
+import math
 import os
 import random
 import re
@@ -10,27 +10,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import harness
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from harness import losses, notes
 
 import hellaswag
 import train_gpt2
-from neogpt import checkpoint, data, model, optim, run, runtime, training
+from neogpt import checkpoint, data, model, optim, runtime, training
 from tools import plot
 from train_gpt2 import Config, main
 
 SCRIPT = "train_gpt2"
+train, refused = partial(harness.train, main), partial(harness.refused, main)
+newest = checkpoint.read_newest
 WORDS = ["the", "fox", "sees", "a", "red", "house", "and", "sleeps", "über", "night", "runs", "."]
 
 
@@ -51,26 +53,14 @@ def cfg(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     monkeypatch.setitem(model.SIZES, "tiny", tiny)
     monkeypatch.setitem(model.SIZES, "wider", tiny | dict(n_embd=32))
     small = dict(data=str(text), out_dir=str(tmp_path / "out"), model="tiny", T=16, B=2, total_batch_size=4 * 16)
-    recipe = dict(max_steps=12, optimizer="adamw", max_lr=2e-3, warmup_steps=3, save_every=4, eval_every=5)
-    evaluation = dict(val_tokens=64, hellaswag_every=0, n_samples=1, sample_tokens=6)
-    return replace(train_gpt2.DEMO, **small, **recipe, **evaluation, device="cpu", precision="fp32")
-
-
-def train(cfg: Config, **changed: Any) -> Path:
-    return harness.train(main, cfg, **changed)
-
-
-def refused(cfg: Config, *words: object, **changed: Any) -> None:
-    harness.refused(main, cfg, *words, **changed)
-
-
-def newest(folder: Path) -> checkpoint.Checkpoint:
-    return checkpoint.read_newest(folder)
+    small |= dict(max_steps=12, optimizer="adamw", max_lr=2e-3, warmup_steps=3, save_every=4, eval_every=5)
+    small |= dict(val_tokens=64, hellaswag_every=0, n_samples=1, sample_tokens=6, device="cpu", precision="fp32")
+    return replace(train_gpt2.DEMO, **small)
 
 
 def samples(folder: Path) -> list[str]:
     """All samples that a log shows."""
-    return [line for line in harness.notes(folder).splitlines() if line.startswith("#   > ")]
+    return [line for line in notes(folder).splitlines() if line.startswith("#   > ")]
 
 
 def resume(folder: Path, whole: Path, step: int) -> Path:
@@ -97,8 +87,8 @@ def uninterrupted(long: Config, server: harness.ForkServer) -> Path:
     """The folder of the run that nothing has disturbed."""
     server.run(SCRIPT, harness.command_line(long))
     folder = Path(long.out_dir)
-    assert list(harness.losses(folder)) == list(range(110))
-    assert list(harness.losses(folder, "val")) == [*range(0, 110, 8), 110]
+    assert list(losses(folder)) == list(range(110))
+    assert list(losses(folder, "val")) == [*range(0, 110, 8), 110]
     return folder
 
 
@@ -107,7 +97,7 @@ def test_run_killed_ten_times_equals_uninterrupted_run(
 ) -> None:
     moments = [5, 0, 13, 2, 9, 16, 1, 7, 4, 11]  # logged losses; 0: killed before its first step
     folder = harness.kill_and_resume(server, SCRIPT, replace(long, out_dir=str(tmp_path)), moments)
-    assert harness.notes(folder).count("continuing") >= 5
+    assert notes(folder).count("continuing") >= 5
     harness.assert_same_run(folder, uninterrupted)
 
 
@@ -122,11 +112,11 @@ def test_run_stopped_by_signals_equals_uninterrupted_run(
             time.sleep(0.005)
         os.kill(pid, signum)
         assert server.wait(pid) == 0
-        step = max(harness.losses(tmp_path)) + 1
-        assert f"stopped at step {step}" in harness.notes(tmp_path)
+        step = max(losses(tmp_path)) + 1
+        assert f"stopped at step {step}" in notes(tmp_path)
         assert checkpoint.list_checkpoints(tmp_path)[0].name == f"ckpt_{step:06d}.pt"
     server.run(SCRIPT, args)
-    assert f"from step {step}" in harness.notes(tmp_path)
+    assert f"from step {step}" in notes(tmp_path)
     harness.assert_same_run(tmp_path, uninterrupted)
 
 
@@ -159,7 +149,7 @@ def test_three_ranks_resumed_equal_uninterrupted_run(long: Config, server: harne
     server.run(SCRIPT, harness.command_line(replace(long, out_dir=str(whole))), n_ranks=3)
     resume(resumed, whole, 4)
     server.run(SCRIPT, harness.command_line(replace(long, out_dir=str(resumed))), n_ranks=3)
-    assert list(harness.losses(resumed)) == list(range(4, 10))
+    assert list(losses(resumed)) == list(range(4, 10))
     harness.assert_same_run(resumed, whole, from_step=4)
 
 
@@ -185,9 +175,9 @@ def test_losses_are_means_over_the_windows_of_the_order(cfg: Config, text: Path,
         train(cfg, B=B, max_steps=4, out_dir=out_dir)
         train(cfg, B=B, max_steps=8, total_batch_size=6 * 16, out_dir=out_dir)
         folder = train(cfg, B=B, max_steps=10, total_batch_size=3 * 16, out_dir=out_dir)
-        assert list(harness.losses(folder).values()) == pytest.approx(means, abs=1e-5)
+        assert list(losses(folder).values()) == pytest.approx(means, abs=1e-5)
         assert newest(folder).n_sequences == 46 and newest(folder).n_tokens == 46 * 16
-        assert harness.losses(folder, "tokens") == {0: 0, 4: 256, 5: 352, 8: 640, 10: 736}
+        assert losses(folder, "tokens") == {0: 0, 4: 256, 5: 352, 8: 640, 10: 736}
 
 
 def test_micro_batch_does_not_change_the_curve(cfg: Config) -> None:
@@ -202,26 +192,26 @@ def test_evaluation_samples_and_checkpoints_do_not_disturb_training(cfg: Config)
     often = train(cfg, eval_every=1, save_every=1, n_samples=3, sample_tokens=20, hellaswag_every=1)
     never = train(cfg, eval_every=100, save_every=100, n_samples=0, out_dir=cfg.out_dir + "2")
     for name in ("train", "norm", "lr"):
-        assert len(harness.losses(often, name)) == 12
-        assert harness.losses(often, name) == harness.losses(never, name)
+        assert len(losses(often, name)) == 12
+        assert losses(often, name) == losses(never, name)
     assert harness.final_bits(often) == harness.final_bits(never)
 
 
 def test_files_and_values_of_a_run(cfg: Config, capsys: pytest.CaptureFixture) -> None:
-    folder = train(cfg)
+    folder = train(cfg, schedule="wsd", decay_frac=0.25)
     assert sorted(path.name for path in folder.iterdir()) == ["ckpt_000008.pt", "ckpt_000012.pt", "log.txt"]
-    assert list(harness.losses(folder, "val")) == [0, 5, 10, 12]
-    lr = [optim.schedule("cosine", 12, 3, 2e-3)(step) for step in range(12)]
-    assert list(harness.losses(folder, "lr").values()) == pytest.approx(lr)
+    assert list(losses(folder, "val")) == [0, 5, 10, 12]
+    lr = [2e-3 / 3, 4e-3 / 3, *[2e-3] * 8, 2e-3 * 2 / 3, 2e-3 / 3]  # 3 steps up, constant, 3 of 12 steps down
+    assert list(losses(folder, "lr").values()) == pytest.approx(lr)
     ckpt = newest(folder)
     assert (ckpt.step, ckpt.tokenizer, ckpt.stage) == (12, "bytes", "pretraining")
-    assert ckpt.scores["val"] == pytest.approx(harness.losses(folder, "val")[12])
+    assert ckpt.scores["val"] == pytest.approx(losses(folder, "val")[12])
     assert ckpt.model_config["n_tokens"] == 257 and ckpt.model_config["vocab_size"] == 320
     raw = checkpoint.load_model(str(folder)).raw
     assert harness.bits(dict(raw.state_dict())) == harness.bits(ckpt.model)
     assert len(samples(folder)) == 3  # none of the untrained model
     assert "GPT-2" not in capsys.readouterr().out  # losses per byte and per token are not comparable
-    assert harness.losses(folder)[11] < harness.losses(folder)[0] - 0.1  # it learns
+    assert losses(folder)[11] < losses(folder)[0] - 0.1  # it learns
 
 
 def test_finished_run_only_shows_its_table_and_can_be_extended(cfg: Config, capsys: pytest.CaptureFixture) -> None:
@@ -233,72 +223,37 @@ def test_finished_run_only_shows_its_table_and_can_be_extended(cfg: Config, caps
     assert "HellaSwag" in printed and "continuing" in printed and "tok/s |" not in printed
     assert (harness.read_log(folder), harness.final_bits(folder)) == (log, bits)
     train(cfg, max_steps=15, max_lr=1e-3)
-    assert list(harness.losses(folder)) == list(range(15))
+    assert list(losses(folder)) == list(range(15))
     assert log.items() <= harness.read_log(folder).items()
-    assert re.search(r"from step 12; changed: .*max_steps 12 -> 15, .*max_lr 0.002 -> 0.001", harness.notes(folder))
-
-
-def test_stable_phase_does_not_depend_on_the_length(cfg: Config) -> None:
-    cfg = replace(cfg, schedule="wsd", decay_frac=0.25)
-    short, longer = train(cfg), train(cfg, max_steps=40, out_dir=cfg.out_dir + "2")
-    lr = [2e-3 / 3, 4e-3 / 3, *[2e-3] * 8, 2e-3 * 2 / 3, 2e-3 / 3]  # 3 steps up, constant, 3 of 12 steps down
-    assert list(harness.losses(short, "lr").values()) == pytest.approx(lr, rel=1e-6)
-    assert all(harness.losses(longer)[step] == harness.losses(short)[step] for step in range(11))
+    assert re.search(r"from step 12; changed: .*max_steps 12 -> 15, .*max_lr 0.002 -> 0.001", notes(folder))
 
 
 def test_hellaswag_during_training(cfg: Config) -> None:
     folder = train(cfg, hellaswag_every=5, hellaswag_rows=50)
-    scores = harness.losses(folder, "hella")
+    scores = losses(folder, "hella")
     assert list(scores) == [0, 5, 10, 12]
     tokenizer = data.get_tokenizer("bytes")
     questions = hellaswag.load_questions(cfg.hellaswag_data, 50, tokenizer, "completion", cfg.T, harness.ALONE)
     result = hellaswag.evaluate(checkpoint.load_model(str(folder)).raw, questions, harness.ALONE)
     assert scores[12] == pytest.approx(result.accuracy["per token"]) == newest(folder).scores["hella"]
-    assert newest(folder).scores["val"] == pytest.approx(harness.losses(folder, "val")[12])
+    assert newest(folder).scores["val"] == pytest.approx(losses(folder, "val")[12])
     assert [path.name for path in plot.draw([plot.read_log(folder)], folder)] == ["Loss.png", "Hellaswag.png"]
 
 
-def test_training_without_hellaswag_if_it_cannot_be_downloaded(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hellaswag_that_cannot_be_read(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(cfg, "missing.jsonl", hellaswag_every=5, hellaswag_data="missing.jsonl")
-
-    def offline(*_: object) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr(hellaswag, "load_questions", offline)
-    folder = train(cfg, hellaswag_every=5, hellaswag_data="")
-    assert len(harness.losses(folder)) == 12 and "no network" in harness.notes(folder)
+    monkeypatch.setattr(hellaswag, "load_questions", Mock(side_effect=OSError("no network")))
+    folder = train(cfg, hellaswag_every=5)  # training goes on without it
+    assert len(losses(folder)) == 12 and "no network" in notes(folder)
 
 
 def test_results_table() -> None:
     done = SimpleNamespace(raw=harness.tiny_model(), n_tokens=5_242_880, seconds=7200, scores=dict(val=3.25, hella=0.3))
     table = train_gpt2.results_table(Config(out_dir="mine"), done)
-    for cell in (
-        "mine",
-        "3.2500",
-        "0.3000",
-        "2.00",
-        "5,242,880",
-        "728",
-        "GPT-2 124M",
-        "3.2924",
-        "0.2955",
-        "GPT-3 124M",
-    ):
-        assert cell in table.replace("  ", "\n").split("\n") or cell in table.split()
+    cells = "mine 3.2500 0.3000 2.00 5,242,880 728 3.2924 0.2955".split()
+    assert set(cells) <= set(table.split()) and "GPT-2 124M" in table and "GPT-3 124M" in table
     done.scores = {}
     assert "GPT" not in train_gpt2.results_table(Config(tokenizer="bytes"), done)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_losses_read_late_give_the_same_run(cfg: Config, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
-    """As on a GPU, where the next step is queued before the results of a step are read."""
-    cfg = replace(cfg, optimizer=optimizer, keep_last=9)
-    at_once = train(cfg)
-    monkeypatch.setitem(run.LAG, "cpu", 1)
-    late = train(cfg, out_dir=cfg.out_dir + "2")
-    harness.assert_same_run(late, at_once)
-    resumed = train(cfg, out_dir=str(resume(Path(cfg.out_dir + "3"), late, 4)))
-    harness.assert_same_run(resumed, late, from_step=4)
 
 
 def test_damaged_checkpoint_falls_back_to_the_one_before(cfg: Config) -> None:
@@ -307,61 +262,32 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(cfg: Config) -> None:
     (folder / "log.txt").unlink()
     os.truncate(folder / "ckpt_000012.pt", (folder / "ckpt_000012.pt").stat().st_size // 2)
     train(cfg, out_dir=str(folder))
-    assert "ckpt_000012.pt" in harness.notes(folder) and "from step 8" in harness.notes(folder)
-    assert list(harness.losses(folder)) == [8, 9, 10, 11]
+    assert "ckpt_000012.pt" in notes(folder) and "from step 8" in notes(folder)
+    assert list(losses(folder)) == [8, 9, 10, 11]
     harness.assert_same_run(folder, whole, from_step=8)
-    for path in checkpoint.list_checkpoints(folder):
-        path.write_bytes(b"")
-    refused(cfg, "ckpt_000008.pt", out_dir=str(folder))
-
-
-# -----------------------------------------------------------------------------
-# Steps that are not finite
-
-
-def poison(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
-    """Make the loss of these steps NaN."""
-    train_step, calls = training.train_step, iter(range(10**6))
-
-    def poisoned(net: Any, optimizers: Any, micro_batches: Any, loss_fn: Callable, **settings: Any) -> Any:
-        factor = float("nan") if next(calls) in bad else 1.0
-
-        def loss_times_factor(net: Any, batch: dict) -> tuple[Tensor, dict]:
-            loss, metrics = loss_fn(net, batch)
-            return loss * factor, metrics
-
-        return train_step(net, optimizers, micro_batches, loss_times_factor, **settings)
-
-    monkeypatch.setattr(training, "train_step", poisoned)
 
 
 def test_nan_is_skipped_and_training_continues(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    clean = train(cfg)
-    poison(monkeypatch, {4, 5})
+    clean, train_step, factors = train(cfg), training.train_step, iter([1.0] * 4 + [math.nan] * 2 + [1.0] * 6)
+
+    def poisoned(net: Any, optimizers: Any, micro_batches: Any, loss_fn: Any, **settings: Any) -> Any:
+        factor = next(factors)
+        return train_step(net, optimizers, micro_batches, lambda *args: (loss_fn(*args)[0] * factor, {}), **settings)
+
+    monkeypatch.setattr(training, "train_step", poisoned)
     folder = train(cfg, out_dir=cfg.out_dir + "2", save_every=1, keep_last=20)
-    assert [step for step, loss in harness.losses(folder).items() if loss != loss] == [4, 5]
-    assert all(harness.losses(folder)[step] == harness.losses(clean)[step] for step in range(4))
+    assert [step for step, loss in losses(folder).items() if loss != loss] == [4, 5]
+    assert all(losses(folder)[step] == losses(clean)[step] for step in range(4))
     saved = {path.name: path for path in checkpoint.list_checkpoints(folder)}
     assert "ckpt_000005.pt" not in saved and "ckpt_000006.pt" not in saved  # only after finite steps
     # the steps that were skipped change nothing: step 6 is the first step after step 3
-    monkeypatch.undo()
     before, after = (checkpoint.read(saved[f"ckpt_{step:06d}.pt"]) for step in (4, 7))
     raw = model.GPT.from_weights(model.GPTConfig(**before.model_config), before.model)
     train_data = data.Windows(data.open_data(cfg.data, data.get_tokenizer("bytes"))[0], cfg.T)
     xy = torch.from_numpy(train_data.read(data.windows_at(6 * 4, 4, len(train_data), cfg.seed)))
-    logits = raw(xy[:, :-1])[0]
-    loss = F.cross_entropy(logits.flatten(0, 1), xy[:, 1:].flatten())
-    assert loss.item() == pytest.approx(harness.losses(folder)[6], abs=1e-5)
+    loss = F.cross_entropy(raw(xy[:, :-1])[0].flatten(0, 1), xy[:, 1:].flatten())
+    assert loss.item() == pytest.approx(losses(folder)[6], abs=1e-5)
     assert all(not torch.equal(after.model[name], before.model[name]) for name in before.model)
-    assert harness.losses(folder)[11] < harness.losses(folder)[0] - 0.1
-
-
-def test_ten_nan_in_a_row_end_the_run(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison(monkeypatch, {3, *range(5, 50)})
-    refused(cfg, "10 steps in a row", "--max_lr", max_steps=40)
-    assert max(harness.losses(Path(cfg.out_dir))) == 14  # 5 … 14: the NaN at step 3 does not count
-    for path in checkpoint.list_checkpoints(cfg.out_dir):
-        assert all(p.isfinite().all() for p in checkpoint.read(path).model.values())
 
 
 # -----------------------------------------------------------------------------
@@ -385,7 +311,7 @@ def test_init_from_a_pruned_model_keeps_its_zeros(cfg: Config, tmp_path: Path, o
     assert len(optim.zero_masks(base)) == 4 and trained["lm_head.weight"].shape == (257, 16)
     val = data.Windows(data.open_data(cfg.data, data.get_tokenizer("bytes"))[1], cfg.T)
     expected = training.validate(base, val, cfg.val_tokens, 4, harness.ALONE)
-    assert harness.losses(folder, "val")[0] == pytest.approx(expected, abs=1e-6)
+    assert losses(folder, "val")[0] == pytest.approx(expected, abs=1e-6)
 
 
 def test_weights_of_another_shape_are_refused(cfg: Config, tmp_path: Path) -> None:
@@ -418,34 +344,22 @@ def test_invalid_option_is_named_before_anything_is_written(cfg: Config, changed
     assert not Path(cfg.out_dir).exists()
 
 
-def write_shards(folder: Path, n_ids: int) -> Path:
-    """A folder of two shards with ids below n_ids."""
-    folder.mkdir()
+def test_data_and_disk_are_checked_before_the_first_step(
+    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rng = np.random.default_rng(0)
-    for name in ("x_val_000000.npy", "x_train_000001.npy"):
-        np.save(folder / name, rng.integers(0, n_ids, 2000).astype(np.uint16))
-    return folder
-
-
-def test_shards_and_texts_are_checked_before_the_first_step(cfg: Config, tmp_path: Path) -> None:
-    large, other, cut, good = (tmp_path / name for name in ("large", "other", "cut", "good"))
-    refused(cfg, "x_train_000001.npy", "299", "257", data=str(write_shards(large, 300)))
-    manifest = dict(tokenizer="gpt2", complete=True, shards=[])
-    (write_shards(other, 257) / "manifest.json").write_text(json.dumps(manifest))
-    refused(cfg, other, "gpt2", "bytes", data=str(other))
-    os.truncate(write_shards(cut, 257) / "x_train_000001.npy", 3000)
-    refused(cfg, cut / "x_train_000001.npy", data=str(cut))
+    for folder, n_ids in ((tmp_path / "large", 300), (tmp_path / "good", 257)):
+        folder.mkdir()
+        for name in ("x_val_000000.npy", "x_train_000001.npy"):
+            np.save(folder / name, rng.integers(0, n_ids, 2000).astype(np.uint16))
+    refused(cfg, "x_train_000001.npy", "299", "257", data=str(tmp_path / "large"))
     (tmp_path / "a.txt").write_text("short")
     refused(cfg, "a.txt", "T + 1 = 17", data=str(tmp_path / "a.txt"))
     assert not Path(cfg.out_dir).exists()
-    assert list(harness.losses(train(cfg, data=str(write_shards(good, 257))))) == list(range(12))
-
-
-def test_full_disk_is_found_before_the_first_step(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**5))
-    refused(cfg, "--keep_last=2", "0.00 GB free")
-    assert harness.losses(Path(cfg.out_dir)) == {}
+    assert list(losses(train(cfg, data=str(tmp_path / "good")))) == list(range(12))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
+    refused(cfg, "--keep_last=2", "0.00 GB free", out_dir=cfg.out_dir + "2")
+    assert losses(Path(cfg.out_dir + "2")) == {}
 
 
 PROMPTS = [dict(prompt=""), dict(n_samples=0), dict(sample_tokens=0), dict(prompt="a\nb <|endoftext|> 日本")]
@@ -455,8 +369,8 @@ PROMPTS += [dict(prompt="longer than the sixteen tokens of a sequence", sample_t
 @pytest.mark.parametrize("changed", PROMPTS, ids=str)
 def test_unusual_prompts_and_counts(cfg: Config, changed: dict[str, Any]) -> None:
     folder = train(cfg, **dict(max_steps=2) | changed)
-    assert list(harness.losses(folder)) == [0, 1]
-    assert all(np.isfinite(value) for value in harness.losses(folder, "val").values())
+    assert list(losses(folder)) == [0, 1]
+    assert all(np.isfinite(value) for value in losses(folder, "val").values())
     assert len(samples(folder)) == changed.get("n_samples", 1)
     prompt = changed.get("prompt", cfg.prompt).replace("\n", "\\n")
     assert all(prompt in line for line in samples(folder))
@@ -485,7 +399,7 @@ def test_compiled_run_killed_and_resumed_on_cuda(long: Config, tmp_path: Path, m
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     with harness.fork_server() as server:
         server.run(SCRIPT, harness.command_line(replace(long, out_dir=str(whole))))
-    assert "compile=True" in harness.notes(whole)
+    assert "compile=True" in notes(whole)
     monkeypatch.setitem(harness.ENV, "TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))  # as on another node
     with harness.fork_server() as server:
         harness.kill_and_resume(server, SCRIPT, replace(long, out_dir=str(killed)), [7, 23])
@@ -515,5 +429,5 @@ def test_largest_micro_batch_that_fits_is_found(cfg: Config, monkeypatch: pytest
     monkeypatch.setitem(model.SIZES, "tiny", dict(n_layer=1, n_head=2, n_embd=16, block_size=16))
     cfg = replace(cfg, device="cuda", compile=False)
     folder = train(cfg, B=None)
-    assert "1 x B=4 sequences" in harness.notes(folder)
+    assert "1 x B=4 sequences" in notes(folder)
     harness.assert_close_runs(folder, train(cfg, B=1, out_dir=cfg.out_dir + "1"), abs=1e-4)

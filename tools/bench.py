@@ -1,4 +1,4 @@
-"""Measure speed: NeoGPT beside plain PyTorch or tiktoken code, in alternating repeats.
+"""Measure speed: NeoGPT against plain PyTorch or tiktoken code, in alternating repeats.
 
     python -m tools.bench train       # the training step against a plain PyTorch loop; --profile also writes a trace
     python -m tools.bench choices     # the training step with one choice changed at a time
@@ -6,8 +6,8 @@
     python -m tools.bench hellaswag   # against scoring one row at a time
     python -m tools.bench tokenize --data='books-*.parquet'    # fineweb.py against a pool of tiktoken processes
 
-Prints a table and writes <out_dir>/<bench>.json with the command, hardware and versions. The rates are the median,
-smallest and largest of all repeats but the first. Our results are in bench/RESULTS.md.
+Prints a table and writes <out_dir>/<bench>.json with the command, hardware and versions. Rates are the median, smallest
+and largest of all repeats but the first. Our results are in bench/RESULTS.md.
 """
 
 import functools
@@ -31,7 +31,7 @@ if multiprocessing.parent_process() is None:  # the workers of `tokenize` import
     import fineweb
     import hellaswag
     from neogpt import generate, runtime
-    from tools import timing, trainer
+    from tools import timing
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def bench_train(cfg: Config, name: str, B: int) -> list[dict]:
     """NeoGPT's training step against a plain PyTorch loop."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    t = trainer.Trainer(cfg, name, B)
+    t = timing.Trainer(cfg, name, B)
     rows = timing.run_alternating({"plain PyTorch": t.plain, "NeoGPT": t.neogpt}, cfg.repeats, "tok/s")
     peak, flops = runtime.peak_flops(t.rt.device), t.run.raw.flops_per_token(cfg.T)
     for row in rows:
@@ -102,15 +102,15 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
         precision: (replace(cfg, precision=precision), {}),
         "not compiled" if compile else "compiled": (replace(cfg, compile=not compile), {}),
     }
-    # built in the first repeat
-    make = functools.cache(lambda choice: trainer.Trainer(choices[choice][0], name, B, **choices[choice][1]))
-    variants = {choice: lambda choice=choice: make(choice).neogpt() for choice in choices}
+    make = functools.cache(lambda choice: timing.Trainer(choices[choice][0], name, B, **choices[choice][1]))
+    variants = {choice: lambda choice=choice: make(choice).neogpt() for choice in choices}  # made in the first repeat
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
 
 
+@torch.no_grad()
 def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     """Prefill, and decoding with a KV cache against recomputing all tokens for each new one."""
-    raw, _, rt = trainer.build_model(cfg, name)
+    raw, _, rt = timing.build_model(cfg, name)
     if rt.precision == "bf16":
         generate.cast_linears(raw, torch.bfloat16)
     ids = torch.randint(raw.config.n_tokens, (B, raw.config.block_size)).tolist()
@@ -124,7 +124,6 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
             start = timing.clock()
             return B * sum(1 for _ in steps), start
 
-    @torch.no_grad()
     def uncached() -> int:
         window = torch.tensor(ids, device=rt.device)
         lengths = range(cfg.prompt_tokens, cfg.prompt_tokens + cfg.new_tokens, cfg.uncached_stride)
@@ -133,7 +132,6 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
                 raw.lm_head(raw.trunk(window[:, :length])[:, -1]).argmax(-1).tolist()
         return B * len(lengths)
 
-    @torch.no_grad()
     def prefill() -> int:
         with rt.autocast():
             generate.prefill(raw, long_prompts, generate.KVCache(raw.config.n_layer, raw.config.block_size))
@@ -151,7 +149,7 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
 
 def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
     """hellaswag.py against scoring the four padded endings of one row at a time."""
-    raw, tokenizer, rt = trainer.build_model(cfg, name)
+    raw, tokenizer, rt = timing.build_model(cfg, name)
     rows = hellaswag.read_rows(cfg.data, None, rt)
     rows = rows[:: max(1, len(rows) // cfg.rows)][: cfg.rows]
     questions = hellaswag.prepare(rows, tokenizer, "completion", raw.config.block_size)
@@ -168,19 +166,17 @@ def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
             losses.view(len(x), -1).sum(1).tolist()
         return len(rows)
 
-    def neogpt() -> int:
-        return len(hellaswag.evaluate(raw, questions, rt).sums)
-
-    return timing.run_alternating({"one row at a time": plain, "NeoGPT": neogpt}, cfg.repeats, "rows/s")
+    variants = {"one row at a time": plain, "NeoGPT": lambda: len(hellaswag.evaluate(raw, questions, rt).sums)}
+    return timing.run_alternating(variants, cfg.repeats, "rows/s")
 
 
 def count_tokens(texts: list[str]) -> int:
-    """The number of GPT-2 tokens, by the simplest use of tiktoken."""
+    """The number of GPT-2 tokens."""
     return sum(map(len, map(data.get_tokenizer("gpt2").encode_ordinary, texts)))
 
 
 def bench_tokenize(cfg: Config) -> list[dict]:
-    """fineweb.py from files to shards, against a pool of tiktoken processes on texts that are in memory."""
+    """fineweb.py from files to shards, against a pool of tiktoken processes on texts in memory."""
     paths = sorted(glob.glob(cfg.data))
     if not paths:
         raise ValueError(f"--data={cfg.data}: no such files; give a pattern of parquet files")

@@ -4,7 +4,7 @@
     python -m tools.compare --checkpoints out/gpt2 out/ndgpt2-96m --methods wanda
 
 Columns: nonzero parameters, training FLOPs per token without products with zeros, tokens/s of a forward and backward
-pass (of the dense model: kernels for dense matrices also multiply zeros), validation loss, HellaSwag acc.
+pass of the dense model (its kernels would also multiply zeros), validation loss, HellaSwag acc.
 """
 
 import copy
@@ -30,16 +30,7 @@ class Config(prune.EvalConfig):
     repeats: int = 7  # timed passes per model; the median counts
 
 
-DEMO = prune.CONFIGS["demo"]
-CONFIGS = {
-    "gpt2": Config(),
-    "demo": Config(
-        checkpoints=("out/demo", "out/nd-demo"),
-        data=DEMO.data,
-        hellaswag_data=DEMO.hellaswag_data,
-        val_tokens=DEMO.val_tokens,
-    ),
-}
+CONFIGS = {"gpt2": Config(), "demo": Config(checkpoints=("out/demo", "out/nd-demo"), **prune.DEMO)}
 
 
 def measure_speed(raw: model.GPT, B: int, rt: runtime.Runtime) -> float:

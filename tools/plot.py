@@ -4,8 +4,7 @@
     python -m tools.plot demo                # out/demo
     python -m tools.plot --runs out/adamw out/muon --x=tokens
 
-GPT-2 and GPT-3 124M are shown for comparison if all runs are pretraining runs with the GPT-2 tokenizer, and on
-HellaSwag only if all were scored on its own questions.
+Published values are shown if all runs are pretraining runs with the GPT-2 tokenizer, and on HellaSwag's own questions.
 """
 
 import re
@@ -18,8 +17,7 @@ import numpy as np
 
 from neogpt import config, files
 
-# Values of comparable models. Loss: on the first shard of FineWeb-Edu, nats per token. HellaSwag: accuracy "per
-# token" in completion style; GPT-3: Brown et al. 2020, appendix H.
+# Validation loss on the first shard of FineWeb-Edu; HellaSwag "per token" in completion style (GPT-3: its appendix H).
 REFERENCES = {"val": {"GPT-2 124M": 3.2924}, "hella": {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}}
 STYLE = {"font.size": 12, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2, "lines.markersize": 4}
@@ -45,7 +43,7 @@ class Run(NamedTuple):
 
 def read_log(path: str | Path) -> Run:
     """Read a log.txt, given as the file or its folder. If a step was logged twice, the later line counts."""
-    path = Path(path) / "log.txt" if Path(path).is_dir() else Path(path)
+    path = Path(path, "log.txt") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no log in {path}: give the out_dir of a run or its log.txt")
     points: dict[str, dict[int, float]] = {}
@@ -81,9 +79,8 @@ def transform(run: Run, x: str) -> Run:
 
 
 def draw(runs: list[Run], folder: str | Path, x: str = "steps") -> list[Path]:
-    """Write Loss.png and, if a run was scored on HellaSwag, Hellaswag.png into `folder`; return their paths.
-
-    x: as in Config. Raises ValueError if a log has no values of x.
+    """Write Loss.png and, if a run was scored on HellaSwag, Hellaswag.png into `folder`; return their paths. x: as in
+    Config; raises ValueError if a log has no values of x.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -100,22 +97,22 @@ def draw(runs: list[Run], folder: str | Path, x: str = "steps") -> list[Path]:
             axes = Figure(figsize=(8, 5)).subplots()
             for i, (label, curves, _) in enumerate(runs):
                 if name in curves:
-                    what = f"{label}, validation" if name == "val" else label
-                    axes.plot(*curves[name], color=f"C{i}", marker="o", label=what)
+                    label_of_line = f"{label}, validation" if name == "val" else label
+                    axes.plot(*curves[name], color=f"C{i}", marker="o", label=label_of_line)
                 if name == "val" and "train" in curves:
-                    style = dict(color=f"C{i}", alpha=0.45, linewidth=1.2, zorder=1)
-                    axes.plot(*curves["train"], **style, label=f"{label}, training")
-            if like_gpt2 and not (name == "hella" and other_questions):
-                for style, (model, value) in zip(("--", "-."), REFERENCES[name].items()):
-                    axes.axhline(value, color="0.3", linestyle=style, linewidth=1.2, label=f"{model}, {value}")
+                    thin = dict(color=f"C{i}", alpha=0.45, linewidth=1.2, zorder=1)
+                    axes.plot(*curves["train"], **thin, label=f"{label}, training")
             if name == "val":
                 # without the first evaluation: an untrained model's loss would flatten the curves
-                low = np.concatenate([run.curves[n][1] for run in runs for n in ("val", "train") if n in run.curves])
+                low = np.concatenate([line.get_ydata() for line in axes.lines])
                 high = np.concatenate([run.curves["val"][1][1:] for run in runs if "val" in run.curves])
                 low, high = low[np.isfinite(low)], high[np.isfinite(high)]
                 if len(high):
                     axes.set_ylim(low.min() - 0.1 * abs(low.min()), high.max() + 0.15 * abs(high.max()))
-            else:
+            if like_gpt2 and not (name == "hella" and other_questions):
+                for style, (model, value) in zip(("--", "-."), REFERENCES[name].items()):
+                    axes.axhline(value, color="0.3", linestyle=style, linewidth=1.2, label=f"{model}, {value}")
+            if name == "hella":
                 axes.axhline(0.25, color="0.6", linestyle=":", linewidth=1.2, label="chance, 0.25")
             axes.set(title=title, xlabel=x, ylabel=ylabel)
             axes.legend()

@@ -1,4 +1,4 @@
-"""Time variants of the same work in alternating repeats, and write the results with the hardware and versions."""
+"""What bench.py needs: alternating repeats, JSON results, models with random weights, and the two training loops."""
 
 import contextlib
 import io
@@ -6,21 +6,26 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from neogpt import config, files, run
+import train_gpt2
+from neogpt import config, data, files, model, optim, run, runtime, training
 
 
 def clock() -> float:
-    """Seconds on a clock, after the GPU has done its queued work."""
+    """The time in seconds, after the GPU has done its queued work."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -28,7 +33,7 @@ def clock() -> float:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, nothing is printed."""
+    """Print nothing inside the block."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
@@ -36,9 +41,8 @@ def quiet() -> Iterator[None]:
 def run_alternating(variants: dict[str, Callable[[], Any]], repeats: int, unit: str) -> list[dict]:
     """Time every variant `repeats` times, in forward and backward order by turns; print and return rates per second.
 
-    The first repeat warms up and is not counted. A variant returns how many units it processed, or that and the clock
-    after its setup. A failing variant (out of memory) is skipped unless it is the baseline, which is the first, or the
-    only one left to compare.
+    The first repeat warms up and is not counted. A variant returns its number of units, or (that number, clock() after
+    its setup). A failing variant (out of memory) is skipped, unless it is the first, the baseline, or the only other.
     """
     baseline, rates = next(iter(variants)), {name: [] for name in variants}
     for repeat in range(repeats):
@@ -73,7 +77,105 @@ def write_json(path: Path, **results: Any) -> None:
     packages = ("torch", "numpy", "tiktoken", "gigatoken", "pyarrow")
     versions = {d.name: d.version for d in metadata.distributions() if d.name in packages}
     versions |= dict(python=platform.python_version(), code=run.code_revision())
+    facts = dict(command=" ".join(sys.argv), hardware=hardware, versions=versions)
     with files.atomic_write(path) as temporary:
-        facts = dict(command=" ".join(sys.argv), hardware=hardware, versions=versions) | results
-        temporary.write_text(json.dumps(facts, indent=1) + "\n")
+        temporary.write_text(json.dumps(facts | results, indent=1) + "\n")
     print(f"written: {path}")
+
+
+def build_model(cfg: Any, name: str, deterministic: bool = False, **changes: Any) -> tuple:
+    """A GPT on the device, its tokenizer, and the Runtime. cfg: bench.Config; changes: to the GPTConfig."""
+    if name not in model.SIZES:
+        raise ValueError(f"--models {name}: expected names of {', '.join(model.SIZES)}")
+    rt, tokenizer = runtime.setup(cfg.device, cfg.precision, deterministic), data.get_tokenizer(cfg.tokenizer)
+    vocabulary = dict(n_tokens=tokenizer.n_vocab, vocab_size=model.pad_vocab(tokenizer.n_vocab))
+    torch.manual_seed(0)
+    return model.GPT(model.GPTConfig(**model.SIZES[name] | vocabulary | changes)).to(rt.device), tokenizer, rt
+
+
+class Trainer:
+    """A plain training loop and NeoGPT's, for the same model: two models at other addresses can differ by 5 %."""
+
+    def __init__(self, cfg: Any, name: str, B: int, **changes: Any) -> None:
+        """cfg, name, changes: as in `build_model`. B: sequences per forward pass."""
+        raw, tokenizer, self.rt = build_model(cfg, name, deterministic=True, block_size=cfg.T, **changes)
+        self.cfg, self.B, self.n = cfg, B, cfg.total_batch_size // cfg.T  # n: sequences per step
+        self.train = data.Windows(data.open_data(cfg.data, tokenizer)[0], cfg.T)
+        self.folder = tempfile.TemporaryDirectory()
+        self.run = run.Run(train_gpt2.Config(out_dir=self.folder.name), "pretraining", tokenizer.name, self.rt)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Run has replaced the handlers
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        optimizers = optim.make_optimizers(raw, optimizer=cfg.optimizer, weight_decay=0.1)
+        self.run.attach(raw, optimizers, self.rt.device.type == "cuda" if cfg.compile is None else cfg.compile)
+
+    def read(self, step: int) -> Tensor:
+        """The tokens of a step, (n, T + 1), on the host."""
+        xy = torch.from_numpy(self.train.read(self.run.items(step, self.n, len(self.train))))
+        return xy.pin_memory() if self.rt.device.type == "cuda" else xy
+
+    def plain(self) -> int:
+        """Forward, backward, clipping and optimizer on one batch that stays on the device; returns the tokens."""
+        xy = self.read(0).to(self.rt.device)
+        for _ in range(self.cfg.steps):
+            for rows in xy.split(self.B):
+                with runtime.strict_determinism():  # as in NeoGPT
+                    with self.rt.autocast():
+                        _, loss = self.run.model(rows[:, :-1], rows[:, 1:])
+                    (loss * len(rows) / self.n).backward()
+            nn.utils.clip_grad_norm_(self.run.raw.parameters(), 1.0)
+            for optimizer in self.run.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = 1e-4
+                optimizer.step()
+                optimizer.zero_grad()
+        return self.cfg.steps * self.n * self.cfg.T
+
+    def neogpt(self, mark: Callable[[str], None] = lambda phase: None) -> int:
+        """train_gpt2.py's loop with data, log and console; returns the tokens. Calls mark(phase) after each phase."""
+
+        def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
+            mark("backward")  # of the previous micro-batch
+            with self.rt.autocast():
+                loss = net(batch["x"], batch["y"], reduction="sum")[1]
+            mark("forward")
+            return loss, {}
+
+        T, stop = self.cfg.T, self.run.step + self.cfg.steps
+        batches = data.prefetch(self.read, self.run.step, stop)
+        mark("start")
+        with quiet():
+            for _ in self.run.steps(stop):
+                mark("log")
+                if self.run.last:
+                    break
+                xy = next(batches).to(self.rt.device, non_blocking=True)
+                micro_batches = [dict(x=rows[:, :-1], y=rows[:, 1:], n=len(rows) * T) for rows in xy.split(self.B)]
+                mark("data")
+                self.run.update(training.Batch(micro_batches, self.n, self.n * T), loss_fn, lr=1e-4)
+                mark("optimizer")
+            self.run.read_results(0)
+        return self.cfg.steps * self.n * T
+
+    def time_shares(self) -> dict[str, float]:
+        """The share of each phase in NeoGPT's step, waiting for the device after each phase."""
+        spent, times = Counter(), [0.0]
+
+        def mark(phase: str) -> None:
+            times.append(clock())
+            spent[phase] += times[-1] - times[-2]
+
+        hook = self.run.optimizers[0].register_step_pre_hook(lambda *_: mark("backward"))
+        self.neogpt(mark)
+        hook.remove()
+        del spent["start"]
+        return {phase: seconds / spent.total() for phase, seconds in spent.items()}
+
+    def checkpoint_ms(self) -> float:
+        """Milliseconds that the loop waits for a checkpoint: for the copy, not for the writing."""
+        times = []
+        for _ in range(3):  # the first time also allocates host memory
+            self.run.wait_for_writer()
+            self.run.saved_step, start = None, clock()  # None: save the same step again
+            self.run.save()
+            times.append(clock() - start)
+        return 1e3 * statistics.median(times)

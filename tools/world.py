@@ -1,20 +1,20 @@
 """The world of the demo: sixteen people and animals, facts about them, and stories in which they appear.
 
-This file holds words and templates; `make_demo.py` turns them into text. In a template, `{c}` is the main character and
-`{o}` another one, `{item}` and `{item2}` are small objects, `{spot}` and `{spot2}` are places for them, and `{he}`,
-`{his}`, `{him}`, `{He}`, `{His}` are the pronouns of `{c}`. `{home}` is the home of `{c}` and `{o.home}` that of `{o}`;
-the other attributes work likewise. `[x|y]` is a random choice.
+`make_demo.py` turns these words and templates into text. In a template, `{c}` is the main character and `{o}` another
+one; `{he}`, `{his}`, `{him}`, `{He}`, `{His}` are the pronouns of `{c}`; `{home}` is the home of `{c}` and `{o.home}`
+that of `{o}`, likewise for the other attributes; `{item}` and `{item2}` are small objects, `{spot}` and `{spot2}` are
+places for them; `[x|y]` is a random choice.
 
-A value of an attribute appears only where it states a fact, never as decoration, so every mention is true. The values
-of an attribute start with different letters, and so do all names: a model that reads bytes can distinguish them by the
-first byte.
+A value of an attribute appears only where it states a fact, so every mention is true. The values of an attribute start
+with different letters, and so do all names: a model that reads bytes can distinguish them by the first byte.
 """
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
+SEED = 1337
 ATTRIBUTES = ("kind", "home", "food", "thing", "colour", "fear", "friend")
 
 WOMEN = ("Ada", "Cora", "Ella", "Greta")
@@ -22,7 +22,8 @@ MEN = ("Ben", "Dan", "Finn", "Hugo")
 SHE_ANIMALS = ("Ivy", "Kira", "Mona", "Rosa")
 HE_ANIMALS = ("Jasper", "Leo", "Otto", "Sam")
 
-TRADES = {  # kind -> what a character of this kind does all day
+# kind of a character -> what it does all day
+TRADES = {
     "baker": "baked bread",
     "doctor": "looked after the sick",
     "farmer": "worked in the field",
@@ -34,6 +35,7 @@ ANIMALS = {
     "goat": "climbed the rocks",
     "rabbit": "dug holes",
 }
+DID = TRADES | ANIMALS
 VALUES = {  # each value belongs to two characters
     "home": ("barn", "castle", "greenhouse", "inn", "lighthouse", "mill", "school", "tower"),
     "food": ("apples", "cheese", "fish", "honey", "noodles", "pancakes", "rice", "soup"),
@@ -58,7 +60,7 @@ class Character:
     thing: str
     colour: str
     fear: str
-    friend: "Character | None" = None  # set by make_world
+    friend: "Character | None" = None  # set by make_characters
 
     def __str__(self) -> str:
         return self.name
@@ -70,29 +72,29 @@ class Character:
         return {"c": self, "did": self.did, **pronouns, **{a: getattr(self, a) for a in ATTRIBUTES}}
 
 
-def make_world(seed: int) -> list[Character]:
+def make_characters() -> list[Character]:
     """The characters. Each value belongs to two of them. The best friend of a person is an animal."""
-    rng = Random(seed)
+    rng = Random(SEED)
 
-    def two_of_each(values: Iterable[str]) -> list[str]:
+    def two_of_each(values: tuple[str, ...]) -> list[str]:
         both = [*values, *values]
         rng.shuffle(both)
         return both
 
-    people, animals = (*WOMEN, *MEN), (*SHE_ANIMALS, *HE_ANIMALS)
-    kinds = two_of_each(TRADES) + two_of_each(ANIMALS)
+    kinds = two_of_each(tuple(TRADES)) + two_of_each(tuple(ANIMALS))
     values = {attribute: two_of_each(VALUES[attribute]) for attribute in VALUES}
-    did = TRADES | ANIMALS
-    characters = [
-        Character(name, name in WOMEN + SHE_ANIMALS, kind, did[kind], **{a: values[a][i] for a in VALUES})
-        for i, (name, kind) in enumerate(zip(people + animals, kinds))
-    ]
-    friends = characters[len(people) :]
+    characters = []
+    for i, name in enumerate((*WOMEN, *MEN, *SHE_ANIMALS, *HE_ANIMALS)):
+        own = {attribute: values[attribute][i] for attribute in VALUES}
+        characters.append(Character(name, name in WOMEN + SHE_ANIMALS, kinds[i], DID[kinds[i]], **own))
+    friends = characters[8:]
     rng.shuffle(friends)
     for c, friend in zip(characters, friends):
         c.friend, friend.friend = friend, c
     return characters
 
+
+CHARACTERS = make_characters()
 
 # Stories, as "attribute: beginning > turn and rest". The turn, the sentence after ">", follows from the attribute and
 # cannot be predicted from the beginning. Stories without an attribute have no turn.
@@ -153,8 +155,7 @@ friend: {c} fell into the river. "Help!" cried {c}. > {friend} jumped in and pul
 """
 
 
-@dataclass(frozen=True)
-class Story:
+class Story(NamedTuple):
     """The parts of a story; `attribute` and `turn` are "" in a story without a turn."""
 
     attribute: str
@@ -173,27 +174,16 @@ def read_story(text: str) -> Story:
 
 STORIES = tuple(read_story(text) for text in re.split(r"\n(?! )", STORIES_TEXT.strip()))
 
-# Sentences before the beginning of a story, which state facts about another attribute.
-OPENINGS = {
-    "kind": "{c} was a {kind}.",
-    "home": "Once upon a time {c} lived in the {home}.",
-    "food": "{c} liked {food} best of all.",
-    "thing": "Once upon a time {c} had a {thing}.",
-    "colour": "{c} always wore a {colour} coat.",
-    "fear": "{c} was very afraid of {fear}.",
-    "friend": "Once upon a time {c} and {friend} were best friends.",
+# Sentences before the beginning of a story about another attribute: an opening, and an aside that can follow it.
+PAST = {
+    "kind": ("{c} was a {kind}.", "{He} was a {kind}."),
+    "home": ("Once upon a time {c} lived in the {home}.", "{He} lived in the {home}."),
+    "food": ("{c} liked {food} best of all.", "{He} liked {food}."),
+    "thing": ("Once upon a time {c} had a {thing}.", "{He} had a {thing}."),
+    "colour": ("{c} always wore a {colour} coat.", "{He} wore a {colour} coat."),
+    "fear": ("{c} was very afraid of {fear}.", "{He} was afraid of {fear}."),
+    "friend": ("Once upon a time {c} and {friend} were best friends.", "{His} best friend was {friend}."),
 }
-ASIDES = {
-    "kind": "{He} was a {kind}.",
-    "home": "{He} lived in the {home}.",
-    "food": "{He} liked {food}.",
-    "thing": "{He} had a {thing}.",
-    "colour": "{He} wore a {colour} coat.",
-    "fear": "{He} was afraid of {fear}.",
-    "friend": "{His} best friend was {friend}.",
-}
-
-
 FACTS = {  # the first form names the character and is the answer to questions
     "kind": ("{c} is a {kind}.", "{He} is a {kind}."),
     "home": ("{c} lives in the {home}.", "{He} lives in the {home}.", "{His} home is the {home}."),
@@ -202,15 +192,6 @@ FACTS = {  # the first form names the character and is the answer to questions
     "colour": ("{c} wears a {colour} coat.", "{He} wears a {colour} coat.", "{His} coat is {colour}."),
     "fear": ("{c} is afraid of {fear}.", "{He} is afraid of {fear}.", "{He} does not like {fear}."),
     "friend": ("{c}'s best friend is {friend}.", "{His} best friend is {friend}."),
-}
-BUT = {  # comparisons of two characters
-    "kind": "{c} is a {kind}, but {o} is a {o.kind}.",
-    "home": "{c} lives in the {home}, but {o} lives in the {o.home}.",
-    "food": "{c} likes {food}, but {o} likes {o.food}.",
-    "thing": "{c} has a {thing}, but {o} has a {o.thing}.",
-    "colour": "{c} wears a {colour} coat, but {o} wears a {o.colour} coat.",
-    "fear": "{c} is afraid of {fear}, but {o} is afraid of {o.fear}.",
-    "friend": "{c}'s best friend is {friend}, but {o}'s best friend is {o.friend}.",
 }
 YES_OR_NO = {
     "kind": "Is {c} a {value}?",
@@ -245,8 +226,6 @@ QUESTIONS = {  # the dialogues of `input.txt` contain only the first form
         "Whom does {c} like best?",
     ),
 }
-
-
 PASSAGES = (  # passage, question, answer
     ("{o} put a {item} {spot} and a {item2} {spot2}.", "Where is the {item}?", "The {item} is {spot}."),
     ("{o} put a {item2} {spot2} and a {item} {spot}.", "Where is the {item}?", "The {item} is {spot}."),
