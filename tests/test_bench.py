@@ -3,6 +3,7 @@
 import gzip
 import json
 import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,9 @@ def test_tokenize(tmp_path: Path) -> None:
 
 
 def test_workers_do_not_import_torch() -> None:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pool.apply(bench.Config)  # imports tools.bench
-        loaded = pool.apply(eval, ("list(__import__('sys').modules)",))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # raises if a worker dies
+        pool.submit(bench.Config).result()  # imports tools.bench
+        loaded = pool.submit(eval, "list(__import__('sys').modules)").result()
     assert "tools.bench" in loaded and "torch" not in loaded
 
 

@@ -107,7 +107,6 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
 
 
-@torch.no_grad()
 def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     """Prefill, and decoding with a KV cache against recomputing all tokens for each new one."""
     raw, _, rt = timing.build_model(cfg, name)
@@ -124,6 +123,7 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
             start = timing.clock()
             return B * sum(1 for _ in steps), start
 
+    @torch.no_grad()
     def uncached() -> int:
         window = torch.tensor(ids, device=rt.device)
         lengths = range(cfg.prompt_tokens, cfg.prompt_tokens + cfg.new_tokens, cfg.uncached_stride)
@@ -132,6 +132,7 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
                 raw.lm_head(raw.trunk(window[:, :length])[:, -1]).argmax(-1).tolist()
         return B * len(lengths)
 
+    @torch.no_grad()
     def prefill() -> int:
         with rt.autocast():
             generate.prefill(raw, long_prompts, generate.KVCache(raw.config.n_layer, raw.config.block_size))
