@@ -246,6 +246,8 @@ def main(cfg: Config) -> None:
             questions = hellaswag.load_questions(cfg.hellaswag_data, limit, tokenizer, "completion", cfg.T, rt)
         except OSError as error:  # no network
             runtime.print0(f"training without HellaSwag: {error}")
+        n_ready = runtime.all_reduce_sum(torch.tensor(float(questions is not None), device=rt.device), rt)
+        questions = questions if n_ready == rt.world_size else None  # all ranks score it, or none
 
     def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
         with rt.autocast():

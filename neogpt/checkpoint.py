@@ -197,7 +197,7 @@ def load_model(source: str, stages: tuple[str, ...] = ()) -> Loaded:
     path = Path(source)
     is_adapter = (path / "adapter_config.json").is_file()
     # a path that does not exist can be a name on the hub
-    is_local = path.exists() or path.suffix == ".pt" or path.parts[:1] in [("out",), ("/",), (".",), ("..",)]
+    is_local = path.exists() or path.suffix == ".pt" or source.startswith(("out/", "/", "."))
     is_hf = (path / "config.json").is_file() or not is_local
     ckpt = None if is_adapter or is_hf else read_newest(path, SCRIPT_OF_STAGE[stages[0] if stages else "pretraining"])
     if ckpt and stages and ckpt.stage not in stages:

@@ -75,10 +75,10 @@ def compile_frozen(step: Callable[..., Tensor], raw: nn.Module) -> Callable[...,
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
 
-    version = lora.fingerprint(raw.state_dict())
+    fingerprint = lora.fingerprint(raw.state_dict())
 
     def frozen_step(*inputs: Tensor) -> Tensor:
-        assert version  # reading the closure variable adds a guard on it
+        assert fingerprint  # reading the closure variable makes torch.compile guard on its value
         return step(*inputs)
 
     freeze = inductor.patch(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP")

@@ -49,7 +49,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 def utf8(text: str) -> bytes:
-    """Text as UTF-8; lone surrogates, which JSON can contain, are replaced as `encode_ordinary` does."""
+    """Text as UTF-8. Lone surrogates, which JSON can contain, are replaced, as tiktoken does."""
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -93,7 +93,7 @@ def open_shard(path: Path) -> Shard:
 
 
 def read_manifest(folder: str | Path) -> dict | None:
-    """The manifest.json that fineweb.py wrote into a folder; None if there is none (shards of other tools)."""
+    """The manifest.json that fineweb.py wrote into a folder; None without one, as with shards of other tools."""
     path = Path(folder) / MANIFEST
     if not path.exists():
         return None

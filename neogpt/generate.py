@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from neogpt import config, cpu, model
 
 # Tokens per row that are generated before the host reads them, by device (else 1), so that a GPU does not wait for the
-# host after every token. Up to CHUNK - 1 tokens are generated in vain after the last row has ended.
+# host after every token. Up to CHUNK - 1 tokens are discarded after the last row has ended.
 CHUNK = {"cuda": 16}
 capture_stream = functools.cache(torch.cuda.Stream)  # one per device: a stream keeps a workspace for matrix products
 
@@ -137,10 +137,10 @@ def generate(
     # all random numbers come from the CPU up front: equal on every device, and independent of the other rows
     uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     uniforms = torch.stack(uniforms, dim=1).to(raw.lm_head.weight.device)  # (max_new_tokens, B)
-    choose = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
+    sampler = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
     ended = [False] * len(prompts)
     with nullcontext() if compile else cpu.fast_cpu_linears(raw, len(prompts)):
-        for ids in decode_loop(raw, windows, uniforms, choose, compile):
+        for ids in decode_loop(raw, windows, uniforms, sampler, compile):
             yield [None if end else token for token, end in zip(ids, ended)]
             ended = [end or token == stop for token, end in zip(ids, ended)]
             if all(ended):
@@ -148,16 +148,16 @@ def generate(
 
 
 def decode_loop(
-    raw: model.GPT, windows: list[list[int]], uniforms: Tensor, choose: Callable[..., Tensor], compile: bool
+    raw: model.GPT, windows: list[list[int]], uniforms: Tensor, sampler: Callable[..., Tensor], compile: bool
 ) -> Iterator[list[int]]:
     """Yield the next token of every row, max_new_tokens times: prefill, decode, and prefill again at block_size.
-    windows: B prompts; uniforms: (max_new_tokens, B); choose: logits (B, n_tokens), uniforms (B,) -> tokens (B,).
+    windows: B prompts; uniforms: (max_new_tokens, B); sampler: logits (B, n_tokens), uniforms (B,) -> tokens (B,).
     """
     block_size, n_tokens, max_new_tokens = raw.config.block_size, raw.config.n_tokens, len(uniforms)
     max_seq_len = min(block_size, max(map(len, windows)) + max_new_tokens)
 
     def step(tokens: Tensor, u: Tensor) -> Tensor:
-        return choose(decode_one_token(raw, tokens, cache)[:, :n_tokens], u)
+        return sampler(decode_one_token(raw, tokens, cache)[:, :n_tokens], u)
 
     if compile and uniforms.is_cpu:
         max_seq_len = block_size + 1  # + 1: the compiler would specialize for a slot count that equals the size
@@ -167,15 +167,15 @@ def decode_loop(
         step = torch.compile(step, fullgraph=True, dynamic=False)
     static = uniforms.is_cuda or compile and not uniforms.is_cpu
     cache = KVCache(raw.config.n_layer, max_seq_len, static, compiled=compile and uniforms.is_cpu)
-    done, captured = 0, not uniforms.is_cuda
-    while done < max_new_tokens:
+    n_done, captured = 0, not uniforms.is_cuda
+    while n_done < max_new_tokens:
         new = []  # tokens (B,) on the device, read together
-        if done == 0 or cache.longest == block_size:
+        if n_done == 0 or cache.longest == block_size:
             windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
-            tokens = choose(prefill(raw, windows, cache)[:, :n_tokens], uniforms[done])
+            tokens = sampler(prefill(raw, windows, cache)[:, :n_tokens], uniforms[n_done])
             new.append(tokens)
         n_chunk = min(CHUNK.get(uniforms.device.type, 1), len(new) + block_size - cache.longest)
-        for u in uniforms[done + len(new) : done + n_chunk]:
+        for u in uniforms[n_done + len(new) : n_done + n_chunk]:
             if not captured:  # not earlier: the capture needs a free slot in the cache
                 step, captured = capture_cuda_graph(step, (tokens, u), cache.lengths), True
             tokens = step(tokens, u)
@@ -184,7 +184,7 @@ def decode_loop(
         for ids in torch.stack(new).tolist():
             for window, token in zip(windows, ids):
                 window.append(token)
-            done += 1
+            n_done += 1
             yield ids
 
 
@@ -204,16 +204,15 @@ def cast_linears(raw: model.GPT, dtype: torch.dtype) -> None:
 
 
 def capture_cuda_graph(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], state: Tensor) -> Callable[..., Tensor]:
-    """step(*inputs) as a CUDA graph: one launch instead of hundreds. `step` changes `state` in place; the capture
-    leaves it as it was.
+    """step(*inputs) as a CUDA graph: one launch instead of hundreds. The capture restores `state`, which `step` changes
+    in place.
     """
     inputs, before = tuple(x.clone() for x in inputs), state.clone()
-    side, graph = capture_stream(state.device), torch.cuda.CUDAGraph()
-    side.wait_stream(torch.cuda.current_stream())
+    stream, graph = capture_stream(state.device), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
     deterministic = torch.get_deterministic_debug_mode()
-    # index_put's deterministic kernel sorts the indices, for duplicates; the indices of the cache are unique
-    torch.set_deterministic_debug_mode("default")
-    with torch.cuda.stream(side):
+    torch.set_deterministic_debug_mode("default")  # or index_put sorts the indices; those of the cache are unique
+    with torch.cuda.stream(stream):
         for _ in range(3):  # compilation, kernel selection and workspaces must not be captured
             step(*inputs)
             state.copy_(before)
@@ -224,7 +223,7 @@ def capture_cuda_graph(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], 
         out = step(*inputs)
         graph.capture_end()
     torch.set_deterministic_debug_mode(deterministic)
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
 
     def replay(*new: Tensor) -> Tensor:
         for x, value in zip(inputs, new):

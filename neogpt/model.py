@@ -77,11 +77,9 @@ def is_matrix(p: Tensor) -> bool:
 
 
 class Cache(Protocol):
-    """What attention needs from a key-value cache (generate.KVCache)."""
+    """A key-value cache (generate.KVCache): stores a layer's k, v (B, nh, T, hs), returns all so far (B, nh, S, hs)."""
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append a layer's k, v (B, nh, T, hs); return all keys and values to attend to, (B, nh, S, hs)."""
-        ...
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -99,8 +97,7 @@ def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """`manual_attention` with PyTorch's fused kernels. Without a mask, T must be S, or 1 (one new token)."""
     # is_causal aligns the triangle to the top left, which for one query would hide all keys but the first
-    is_causal = mask is None and q.size(-2) > 1
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(-2) > 1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -116,8 +113,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
-        shape = B, T, self.n_head, C // self.n_head
-        q, k, v = (t.view(shape).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, nh, S, hs)
         y = self.attend(q, k, v, mask)  # (B, nh, T, hs)

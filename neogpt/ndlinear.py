@@ -51,8 +51,8 @@ class NdMLP(nn.Module):
         return large_out(mixed) + (mix.weight.sum() - 1) * large_out.bias + mix.bias
 
 
-# Initialization of the weights of the second mode, by suffix of the name. With N(0, 0.02) the output would be 1e5 times
-# too small to learn from. With w near 1 and v = 1/f the MLP starts as a dense one. Equal w would stay equal.
+# Initialization of w and v, by suffix of the name. With N(0, 0.02) the output would be 1e5 times too small to train.
+# With w near 1 and v = 1/f the MLP starts as a dense one. The w must differ, or they would stay equal.
 INIT = {
     "c_fc.modes.1.weight": lambda w: nn.init.normal_(w, mean=1.0, std=0.1),  # (f, 1)
     "c_proj.modes.1.weight": lambda v: nn.init.constant_(v, 1 / v.numel()),  # (1, f)

@@ -46,8 +46,8 @@ def newton_schulz(X: Tensor) -> Tensor:
 
 
 def newton_schulz_factor(G: Tensor) -> Tensor:
-    """Gram matrices G = X Xᵀ (n, rows, rows), X of any norm -> F with F X = newton_schulz(X / norm of X), for fp32. All
-    steps multiply X by polynomials in G, so X is multiplied only once: less than half the work for a wide X.
+    """Gram matrices G = X Xᵀ (n, rows, rows) -> F with F X = newton_schulz(X / norm of X). Needs fp32. The polynomials
+    in G commute, so X is multiplied only once: less than half the work for a wide X.
     """
     a, b, c = NS
     squared_norm = G.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=1e-14)[:, None, None]  # of X
@@ -67,18 +67,18 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
     out = list(matrices)
     keys = [x.shape if x.is_cuda else min(x.shape) for x in matrices]
     for key in dict.fromkeys(keys):
-        group = [i for i, other in enumerate(keys) if other == key]
-        tall = [matrices[i].size(0) > matrices[i].size(1) for i in group]
-        same = [matrices[i] for i in group]
-        if same[0].is_cuda:
-            X = torch.stack(same)
+        indices = [i for i, other in enumerate(keys) if other == key]
+        group = [matrices[i] for i in indices]
+        tall = [x.size(0) > x.size(1) for x in group]
+        if group[0].is_cuda:
+            X = torch.stack(group)
             X = (X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)).bfloat16()
-            new = (newton_schulz(X.mT).mT if tall[0] else newton_schulz(X)).to(same[0].dtype)
+            new = (newton_schulz(X.mT).mT if tall[0] else newton_schulz(X)).to(group[0].dtype)
         else:
-            G = torch.stack([x.mT @ x if is_tall else x @ x.mT for x, is_tall in zip(same, tall)])
+            G = torch.stack([x.mT @ x if is_tall else x @ x.mT for x, is_tall in zip(group, tall)])
             factors = newton_schulz_factor(G)  # symmetric
-            new = [x @ f if is_tall else f @ x for x, f, is_tall in zip(same, factors, tall)]
-        for i, x in zip(group, new):
+            new = [x @ f if is_tall else f @ x for x, f, is_tall in zip(group, factors, tall)]
+        for i, x in zip(indices, new):
             out[i] = x
     return out
 
@@ -102,7 +102,7 @@ class Muon(torch.optim.Optimizer):
                 self.state[p] = self.state[p] or dict(momentum=torch.zeros_like(p))
             momenta, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
             if found_inf is not None:
-                # with a gradient equal to the momentum the momentum stays, with a rate of 0 the weights stay
+                # a gradient equal to the momentum keeps the momentum, and a rate of 0 keeps the weights
                 grads = [torch.where(found_inf > 0, m, g) for m, g in zip(momenta, grads)]
                 rate = rate * (1 - found_inf.to(params[0].dtype))
             torch._foreach_lerp_(momenta, grads, 1 - beta)

@@ -63,7 +63,7 @@ def train_step(
         n = runtime.all_reduce_sum(torch.full((), n, dtype=torch.float64, device=rt.device), rt)
     sums = torch.zeros(1, device=rt.device)  # of the loss, then of each metric
     for i, batch in enumerate(micro_batches):
-        # DDP reads this flag in the forward pass too; gradients are reduced with the last micro-batch
+        # gradients are reduced with the last micro-batch; DDP needs no_sync around the forward pass too
         accumulate = rt.world_size > 1 and i < len(micro_batches) - 1
         with net.no_sync() if accumulate else nullcontext():
             loss, metrics = backward(net, batch, loss_fn, rt.world_size / n)  # DDP averages; we want the sum
@@ -71,7 +71,7 @@ def train_step(
     norm = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
     # one all-reduce, so that every rank has the same numbers and takes the same decision
     sums = runtime.all_reduce_sum(torch.cat([sums, sums.new_full((1,), stop)]), rt)
-    numbers = torch.cat([torch.stack([norm, sums[-1]]), sums[:-1] / n])
+    numbers = torch.cat([torch.stack([norm, sums[-1], sums[0] / n]), sums[1:-1] / n])
     nonfinite = (~numbers[:3].isfinite()).any().float()  # on the device, so that nothing waits
     skip = rt.device.type == "mps" and bool(nonfinite)  # AdamW on MPS ignores found_inf
     for optimizer in optimizers:
