@@ -45,7 +45,6 @@ class Config(finetune.FinetuneConfig):
     epochs: float = 1.0  # passes over the data
     max_lr: float = 2e-6  # peak learning rate; about ten times as much with LoRA
     warmup_frac: float = 0.1  # fraction of the steps for linear warmup; then a cosine to 0
-    prompts: tuple[str, ...] = ("What is the capital of France?", "Tell me about your day.")  # answered when evaluating
 
 
 CONFIGS = {

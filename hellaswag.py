@@ -179,8 +179,8 @@ def log_probs(raw: model.GPT, batch: list[Packed], T: int, head_rows: int, devic
     for b, p in enumerate(batch):
         inputs[:, b, : p.inputs.shape[1]] = p.inputs
     outputs = np.concatenate([(b * T + p.outputs[0], p.outputs[1]) for b, p in enumerate(batch)], axis=1)
-    host = [t.pin_memory() if device.type == "cuda" else t for t in map(torch.from_numpy, (inputs, outputs))]
-    (idx, pos, part), (source, target) = (tensor.to(device, non_blocking=True) for tensor in host)  # (B, T), (P,)
+    idx, pos, part = runtime.to_device(torch.from_numpy(inputs), device)  # each (B, T)
+    source, target = runtime.to_device(torch.from_numpy(outputs), device)  # each (P,)
     # attend to the context and to the same ending
     mask = ((part == 0)[:, None, :] | (part[:, None, :] == part[:, :, None])).tril()[:, None]  # (B, 1, T, T)
     x = raw.trunk(idx, pos=pos, mask=mask).flatten(0, 1)[source]  # (P, C)

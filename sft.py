@@ -34,10 +34,6 @@ class Config(finetune.FinetuneConfig):
     epochs: float = 3.0  # passes over the data
     max_lr: float = 5e-5  # peak learning rate; about ten times as much with LoRA
     warmup_frac: float = 0.03  # fraction of the steps for linear warmup; then a cosine to 0
-    prompts: tuple[str, ...] = (  # answered when evaluating
-        "What is the capital of France?",
-        "Write a short poem about the sea.",
-    )
     compile: bool | None = None  # torch.compile the step; None: on CUDA with packing, which has a fixed shape
 
 

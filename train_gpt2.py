@@ -255,8 +255,7 @@ def main(cfg: Config) -> None:
 
     def read(step: int) -> training.Batch:
         windows = run.items(step, n, len(train))[rt.rank * per_rank : (rt.rank + 1) * per_rank]
-        xy = torch.from_numpy(train.read(windows))  # (per_rank, T + 1)
-        xy = (xy.pin_memory() if rt.device.type == "cuda" else xy).to(rt.device, non_blocking=True)
+        xy = runtime.to_device(torch.from_numpy(train.read(windows)), rt.device)  # (per_rank, T + 1)
         micro_batches = [dict(x=rows[:, :-1], y=rows[:, 1:], n=len(rows) * cfg.T) for rows in xy.split(run.B)]
         return training.Batch(micro_batches, n, cfg.total_batch_size)
 

@@ -170,7 +170,7 @@ def collate(bins: Sequence[Sequence[Example]], device: torch.device, width: int 
     if width > 1 or any(len(row) > 1 for row in bins):  # a compiled model needs the same tensors every time
         same = torch.from_numpy(doc)[:, :, None] == torch.from_numpy(doc)[:, None, :]  # (B, W, W)
         batch |= dict(pos=torch.from_numpy(pos), mask=same.tril()[:, None])
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()} | dict(n=int((y >= 0).sum()))
+    return {name: runtime.to_device(tensor, device) for name, tensor in batch.items()} | dict(n=int((y >= 0).sum()))
 
 
 def forward(net: nn.Module, batch: dict[str, Any], reduction: str) -> tuple[Tensor, Tensor]:

@@ -29,6 +29,7 @@ class FinetuneConfig:
     lora_alpha: float = 32.0  # adapters are scaled by alpha / rank
     eval_every: int = 100  # steps between evaluations on the held-out data
     n_eval_prompts: int = 0  # compare greedy answers to this many held-out prompts with the responses in the data
+    prompts: tuple[str, ...] = ("What is the capital of France?", "Tell me about your day.")  # answered when evaluating
     answer_tokens: int = 128  # longest answer, tokens
     save_every: int = 500  # steps between checkpoints
     keep_last: int = 2  # number of newest checkpoints to keep

@@ -199,6 +199,11 @@ def fit_micro_batch(step: Callable[[int], None], sizes: list[int], reserved: int
     return int(smallest)
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to the device; the host does not wait, as the copy starts from pinned memory."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
 def async_to_host(x: Tensor) -> Callable[[], list]:
     """Start copying x to the host; return a function that waits for this copy only and returns the values."""
     if x.device.type != "cuda":

@@ -97,8 +97,7 @@ def validate(raw: model.GPT, val: data.Windows, n_tokens: int, rows: int, rt: ru
     n = max(1, min(len(val), n_tokens // val.T))
     losses = [torch.zeros((), device=rt.device)]  # on the device, so that nothing waits
     for windows in torch.arange(n)[rt.rank :: rt.world_size].split(rows):
-        xy = torch.from_numpy(val.read(windows.numpy()))  # (rows, T + 1)
-        xy = (xy.pin_memory() if rt.device.type == "cuda" else xy).to(rt.device, non_blocking=True)
+        xy = runtime.to_device(torch.from_numpy(val.read(windows.numpy())), rt.device)  # (rows, T + 1)
         with rt.autocast():
             _, loss = raw(xy[:, :-1], xy[:, 1:], reduction="sum")
         losses.append(loss)
