@@ -68,7 +68,7 @@ CONFIGS = {
 
 def response_logps(net: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the responses with end-of-text, summed over tokens: chosen (B,) and rejected (B,)."""
-    nll = chat.forward(net, batch, "none")[1].view(batch["y"].shape)  # (2B, W), 0 outside the response
+    nll = chat.loss(net, batch, "none").view(batch["y"].shape)  # (2B, W), 0 outside the response
     chosen, rejected = -nll.sum(dim=1).view(2, -1)
     return chosen, rejected
 

@@ -19,7 +19,7 @@ import tiktoken
 import torch
 from torch import Tensor, nn
 
-from neogpt import chat, config, data, finetune, optim, runtime, training
+from neogpt import chat, config, data, finetune, model, optim, runtime, training
 from neogpt.run import Run
 
 
@@ -87,7 +87,8 @@ def evaluate(
     for bins in chat.shard_across_ranks(make_bins(examples, None), cfg.B, rt):
         batch = chat.collate(bins, rt.device)
         with rt.autocast():
-            logits, loss = chat.forward(run.raw, batch, "sum")
+            logits = run.raw(batch["x"])  # one example per sequence: no positions and mask
+            loss = model.cross_entropy(logits, batch["y"], "sum")
         hits = (logits[..., : run.raw.config.n_tokens].argmax(-1) == batch["y"]).sum()
         n = loss.new_tensor(batch["n"], dtype=torch.float32)
         sums.append(torch.stack([loss.float(), hits.float(), n]))
@@ -123,7 +124,7 @@ def main(cfg: Config) -> None:
 
     def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
         with rt.autocast():
-            return chat.forward(net, batch, "sum")[1], {}
+            return chat.loss(net, batch, "sum"), {}
 
     def read(step: int) -> training.Batch:
         chosen = [examples[i] for i in run.items(step, n, len(examples))]

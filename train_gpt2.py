@@ -30,6 +30,7 @@ class Config:
     init_from: str = ""  # start from the weights of this checkpoint, of the same shape; "": random weights
     model: str = "gpt2"  # a name of model.SIZES
     attention: Literal["flash", "manual"] = "flash"  # flash: fused kernels; manual: written out, slower
+    residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream in bf16 runs
     T: int = 1024  # sequence length, tokens; becomes the model's block_size
     B: int | None = None  # sequences per forward pass and device; None: as many as fit. Does not change the curve
     total_batch_size: int = 2**19  # tokens per optimizer step over all devices (GPT-3 paper, table 2.1: 0.5M)
@@ -147,7 +148,8 @@ def check(cfg: Config, world_size: int) -> None:
 
 def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.Checkpoint | None) -> model.GPT:
     """The model on the CPU: resumed, from init_from, or with random weights. Raises ValueError on another shape."""
-    shape = model.SIZES[cfg.model] | dict(block_size=cfg.T, n_tokens=tokenizer.n_vocab, attention=cfg.attention)
+    shape = model.SIZES[cfg.model] | dict(block_size=cfg.T, n_tokens=tokenizer.n_vocab)
+    kernels = dict(attention=cfg.attention, residual=cfg.residual)  # can change when a run is resumed
     if resumed:
         if resumed.config["optimizer"] != cfg.optimizer:
             raise ValueError(f"the run in {cfg.out_dir} has --optimizer={resumed.config['optimizer']}")
@@ -157,16 +159,22 @@ def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.C
         start, weights = raw.config, raw.state_dict()
     else:
         torch.manual_seed(cfg.seed)
-        return model.GPT(model.GPTConfig(**shape, vocab_size=model.pad_vocab(tokenizer.n_vocab)))
+        return model.GPT(model.GPTConfig(**shape, **kernels, vocab_size=model.pad_vocab(tokenizer.n_vocab)))
     # OpenAI's vocabulary is not padded, and a run that starts from its weights keeps that size
-    expected = model.GPTConfig(**shape, vocab_size=start.vocab_size)
-    if changed := checkpoint.differences(asdict(start) | dict(attention=cfg.attention), asdict(expected)):
+    expected = model.GPTConfig(**shape, **kernels, vocab_size=start.vocab_size)
+    if changed := checkpoint.differences(asdict(start) | kernels, asdict(expected)):
         where = f"{cfg.out_dir}, use another --out_dir" if resumed else cfg.init_from
         raise ValueError(f"--model={cfg.model} has another shape ({changed}) than the model in {where}")
     return model.GPT.from_weights(expected, weights)
 
 
-def pick_B(cfg: Config, raw: model.GPT, per_rank: int, run: Run) -> int:
+def make_batch(xy: Tensor, B: int, n: int = 0) -> training.Batch:
+    """Windows of tokens, (rows, T + 1), of a step of n sequences -> its micro-batches of B sequences."""
+    T = xy.size(1) - 1
+    return training.Batch([dict(x=rows[:, :-1], y=rows[:, 1:], n=len(rows) * T) for rows in xy.split(B)], n, n * T)
+
+
+def pick_B(cfg: Config, per_rank: int, run: Run, loss_fn: training.LossFn) -> int:
     """The micro-batch size: that of the configuration or of the resumed run, else as many sequences as fit."""
     rt, resumed = run.rt, run.resumed
     if cfg.B:
@@ -179,15 +187,12 @@ def pick_B(cfg: Config, raw: model.GPT, per_rank: int, run: Run) -> int:
         return max(sizes)
 
     def forward_backward(B: int) -> None:
-        idx = torch.zeros(B, cfg.T, dtype=torch.int64, device=rt.device)
-        with runtime.strict_determinism(), rt.autocast():
-            raw(idx, idx)[1].backward()
+        torch._dynamo.reset()  # it compiles a function at most eight times
+        xy = torch.zeros(B, cfg.T + 1, dtype=torch.int64, device=rt.device)
+        run.warm_up(make_batch(xy, B), loss_fn, sync=False)
 
-    # bytes to be allocated later: the moments, which a resumed run has already, and DDP's copy of the gradients
-    reserved = raw.n_params() * ((0 if resumed else 8) + (4 if rt.world_size > 1 else 0))
-    B = runtime.fit_micro_batch(forward_backward, sizes, reserved, rt)
-    raw.zero_grad()
-    return B
+    moments = 0 if resumed else 8 * run.raw.n_params()  # bytes; the first step allocates them
+    return runtime.fit_micro_batch(forward_backward, sizes, moments, rt)
 
 
 def print_samples(raw: model.GPT, cfg: Config, tokenizer: tiktoken.Encoding, step: int, rt: runtime.Runtime) -> None:
@@ -226,7 +231,6 @@ def main(cfg: Config) -> None:
     """Train until max_steps; evaluate, sample and save in between."""
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     check(cfg, rt.world_size)
-    torch.backends.cuda.enable_cudnn_sdp(not cfg.deterministic)  # fast for the single shape of training
     n = cfg.total_batch_size // cfg.T  # sequences per step
     per_rank = n // rt.world_size
     tokenizer = data.get_tokenizer(cfg.tokenizer)
@@ -239,7 +243,7 @@ def main(cfg: Config) -> None:
     settings = dict(weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, momentum=cfg.momentum)
     compiled = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
     run.attach(raw, optim.make_optimizers(raw, optimizer=cfg.optimizer, **settings), compiled)
-    run.B, run.flops_per_token = pick_B(cfg, raw, per_rank, run), raw.flops_per_token(cfg.T)
+    run.flops_per_token = raw.flops_per_token(cfg.T)
     questions, limit = None, cfg.hellaswag_rows
     if cfg.hellaswag_every or (cfg.hellaswag_every is None and rt.device.type == "cuda"):
         try:
@@ -250,15 +254,15 @@ def main(cfg: Config) -> None:
         questions = questions if n_ready == rt.world_size else None  # all ranks score it, or none
 
     def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
-        with rt.autocast():
-            return net(batch["x"], batch["y"], reduction="sum")[1], {}
+        with rt.autocast(), runtime.single_shape_attention():
+            return net(batch["x"], batch["y"], reduction="sum"), {}
 
     def read(step: int) -> training.Batch:
         windows = run.items(step, n, len(train))[rt.rank * per_rank : (rt.rank + 1) * per_rank]
         xy = runtime.to_device(torch.from_numpy(train.read(windows)), rt.device)  # (per_rank, T + 1)
-        micro_batches = [dict(x=rows[:, :-1], y=rows[:, 1:], n=len(rows) * cfg.T) for rows in xy.split(run.B)]
-        return training.Batch(micro_batches, n, cfg.total_batch_size)
+        return make_batch(xy, run.B, n)
 
+    run.B = pick_B(cfg, per_rank, run, loss_fn)
     run.warm_up(read(run.step), loss_fn)
     kernel = runtime.attention_kernel(raw.config, run.B, cfg.T, rt)
     runtime.print0(f"{cfg.model}: {raw.n_params():,} parameters, {len(train):,} training windows of {cfg.T} tokens")
@@ -269,7 +273,7 @@ def main(cfg: Config) -> None:
     batches = data.prefetch(read, run.step, cfg.max_steps)
     for step in run.steps(cfg.max_steps):
         if run.due(cfg.eval_every):
-            run.record(val=training.validate(raw, val, cfg.val_tokens, run.B, rt))
+            run.record(val=training.validate(run.model, val, cfg.val_tokens, run.B, rt))
             runtime.print0(f"step {step}: validation loss {run.scores['val']:.4f}")
             print_samples(raw, cfg, tokenizer, step, rt)
         if questions and run.due(cfg.hellaswag_every or cfg.eval_every):

@@ -173,8 +173,8 @@ def collate(bins: Sequence[Sequence[Example]], device: torch.device, width: int 
     return {name: runtime.to_device(tensor, device) for name, tensor in batch.items()} | dict(n=int((y >= 0).sum()))
 
 
-def forward(net: nn.Module, batch: dict[str, Any], reduction: str) -> tuple[Tensor, Tensor]:
-    """The model's logits and loss for a micro-batch of `collate`."""
+def loss(net: nn.Module, batch: dict[str, Any], reduction: str) -> Tensor:
+    """The model's loss for a micro-batch of `collate`."""
     return net(batch["x"], batch["y"], reduction=reduction, pos=batch.get("pos"), mask=batch.get("mask"))
 
 

@@ -14,6 +14,7 @@ from neogpt import config, cpu, model
 # host after every token. Up to CHUNK - 1 tokens are discarded after the last row has ended.
 CHUNK = {"cuda": 16}
 capture_stream = functools.cache(torch.cuda.Stream)  # one per device: a stream keeps a workspace for matrix products
+newest_graph: dict[torch.device, torch.cuda.CUDAGraph] = {}  # kept so that the next graph can use its memory pool
 
 
 class KVCache:
@@ -219,9 +220,11 @@ def capture_cuda_graph(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], 
         torch.cuda.synchronize()
         # not `torch.cuda.graph`: it empties the allocator's cache, and it fails if another thread (loader, checkpoint)
         # uses CUDA during the capture
-        graph.capture_begin(capture_error_mode="thread_local")
+        pool = newest_graph[state.device].pool() if state.device in newest_graph else None
+        graph.capture_begin(pool, capture_error_mode="thread_local")
         out = step(*inputs)
         graph.capture_end()
+        newest_graph[state.device] = graph
     torch.set_deterministic_debug_mode(deterministic)
     torch.cuda.current_stream().wait_stream(stream)
 

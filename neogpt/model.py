@@ -1,7 +1,8 @@
 """GPT-2: configuration, attention, MLP, blocks and the model. Parameters have GPT-2's names and shapes.
 
     raw = GPT(GPTConfig(**SIZES["gpt2"]))     # random weights; OpenAI's: hf.load("gpt2")
-    logits, loss = raw(idx, targets)          # idx, targets: (B, T) token ids; targets of -100 are ignored
+    logits = raw(idx)                         # idx: (B, T) token ids -> (B, T, V)
+    loss = raw(idx, targets)                  # targets: (B, T) token ids; targets of -100 are ignored
 
 Letters: B batch, T time (tokens), S keys, C width (n_embd), V vocabulary, nh heads, hs head size.
 """
@@ -37,7 +38,12 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 # allowed values of the text fields of GPTConfig
-CHOICES = {"attention": ("flash", "manual"), "gelu": ("tanh", "erf"), "mlp": ("dense", "ndlinear")}
+CHOICES = {
+    "attention": ("flash", "manual"),
+    "residual": ("fp32", "bf16"),
+    "gelu": ("tanh", "erf"),
+    "mlp": ("dense", "ndlinear"),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class GPTConfig:
     n_tokens: int = 50257  # number of ids of the tokenizer; padded ids are never sampled
     vocab_size: int = 50304  # rows of the embedding: n_tokens padded to a multiple of 64, for speed
     attention: str = "flash"  # flash: PyTorch's fused kernels; manual: `manual_attention` below
+    residual: str = "fp32"  # dtype of the residual stream under autocast: bf16 halves its traffic and rounds it
     gelu: str = "tanh"  # tanh: GPT-2's approximation; erf: exact, three times as fast on a CPU
     mlp: str = "dense"  # a name of MLPS below
     mlp_width: int | None = None  # ndlinear: size of the hidden tensor's first mode; None: 4 n_embd
@@ -161,6 +168,15 @@ class Block(nn.Module):
         return {name: m for name, m in self.named_modules() if isinstance(m, nn.Linear) and is_matrix(m.weight)}
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy, in nats, of logits (B, T, V) and targets (B, T). Targets of -100 are ignored. reduction: "mean",
+    "sum", or "none" (B · T,).
+    """
+    # bf16 is too coarse for a log-softmax over 50,000 classes
+    full = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(full.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction)
+
+
 class GPT(nn.Module):
     """GPT-2: token and position embeddings, blocks, a final norm, and a head tied to the token embedding."""
 
@@ -198,7 +214,9 @@ class GPT(nn.Module):
         if pos is None:
             pos = torch.arange(idx.size(1), device=idx.device)
             assert len(pos) <= self.config.block_size, f"{len(pos)} tokens exceed block_size={self.config.block_size}"
-        return self.transformer.wte(idx) + self.transformer.wpe(pos)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)
+        is_bf16 = self.config.residual == "bf16" and torch.is_autocast_enabled(x.device.type)
+        return x.bfloat16() if is_bf16 else x
 
     def trunk(
         self, idx: Tensor, cache: Cache | None = None, pos: Tensor | None = None, mask: Tensor | None = None
@@ -218,17 +236,14 @@ class GPT(nn.Module):
         reduction: str = "mean",
         pos: Tensor | None = None,
         mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Token ids (B, T) -> logits (B, T, V) and, given targets (B, T), their cross-entropy in nats (else None).
+    ) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V), or the `cross_entropy` of targets (B, T). pos, mask: see `trunk`.
 
-        Targets of -100 are ignored. reduction: "mean", "sum", or "none" (B · T,). pos, mask: see `trunk`.
+        Training returns the loss alone: a compiled graph that also returned the logits would fill and read a gradient
+        of zeros for them.
         """
         logits = self.lm_head(self.trunk(idx, pos=pos, mask=mask))
-        if targets is None:
-            return logits, None
-        # bf16 is too coarse for a log-softmax over 50,000 classes
-        full = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits, F.cross_entropy(full.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction)
+        return logits if targets is None else cross_entropy(logits, targets, reduction)
 
     def weight_matrices(self) -> dict[str, nn.Linear]:
         """The linear layers of all blocks whose weight is a matrix, by name ("transformer.h.0.mlp.c_fc", …)."""

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -90,7 +91,7 @@ class Run:
         self.saved_step = start.step  # of the newest checkpoint
         self.B, self.base, self.flops_per_token = 0, "", 0  # set by the scripts: see Checkpoint; FLOPs for the MFU
         self.stopped, self.n_nonfinite = False, 0
-        self.pending = deque()  # steps whose losses are not read: (step, lr, n_tokens, function that reads them)
+        self.pending = deque()  # steps whose losses are not read: (step, lr, n_tokens, function that reads them, end)
         self.writer, self.writing = ThreadPoolExecutor(1), None  # writing: the Future of the last checkpoint
         if self.resumed:
             changed = checkpoint.differences(start.config, asdict(cfg)) or "nothing"
@@ -113,13 +114,15 @@ class Run:
         position = self.start_sequences + (step - self.start_step) * n  # so n can change when a run is resumed
         return data.windows_at(position, n, n_items, self.cfg.seed)
 
-    def warm_up(self, batch: training.Batch, loss_fn: training.LossFn) -> None:
+    def warm_up(self, batch: training.Batch, loss_fn: training.LossFn, sync: bool = True) -> None:
         """Run one backward pass: it compiles the model, and after it DDP rebuilds its buckets. New buckets change the
-        order of sums, so without it the first step of a resumed run would have other bits.
+        order of sums, so without it the first step of a resumed run would have other bits. sync: as in DDP.
         """
-        if self.model is not self.raw:
+        if sync and self.model is self.raw:  # nothing to prepare
+            return
+        with nullcontext() if sync or self.rt.world_size == 1 else self.model.no_sync():
             training.backward(self.model, batch.micro_batches[0], loss_fn, 1.0)
-            self.raw.zero_grad()
+        self.raw.zero_grad()
 
     @property
     def last(self) -> bool:
@@ -135,7 +138,7 @@ class Run:
         """Yield the steps from the resumed one to max_steps. Step max_steps is only evaluated and saved."""
         if self.step > max_steps:
             raise ValueError(f"the run in {self.out_dir} is at step {self.step} already: --max_steps={max_steps}")
-        self.max_steps, self.clock = max_steps, time.perf_counter()
+        self.max_steps, self.clock = max_steps, runtime.now(self.rt.device)
         for step in range(self.step, max_steps + 1):
             self.step = step
             self.read_results(LAG.get(self.rt.device.type, 0))
@@ -154,16 +157,16 @@ class Run:
         """Do one optimizer step. Its losses are read and logged LAG steps later."""
         settings = dict(lr=lr, grad_clip=self.cfg.grad_clip, rt=self.rt, stop=self.stop_requested())
         read = training.train_step(self.model, self.optimizers, batch.micro_batches, loss_fn, **settings)
-        self.pending.append((self.step, lr, batch.n_tokens, read))
+        self.pending.append((self.step, lr, batch.n_tokens, read, runtime.now(self.rt.device)))
         self.n_sequences += batch.n_sequences
         self.n_tokens += batch.n_tokens
 
     def read_results(self, lag: int) -> None:
         """Read and log the losses of all but the last `lag` steps."""
         while len(self.pending) > lag:
-            step, lr, n_tokens, read = self.pending.popleft()
+            step, lr, n_tokens, read, end = self.pending.popleft()
             result = read()
-            dt, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+            dt, self.clock = runtime.seconds_between(self.clock, end), end
             self.n_nonfinite = self.n_nonfinite + 1 if result.skipped else 0
             self.stopped = self.stopped or result.stop
             self.log.scalars(step, train=result.loss, lr=lr, norm=result.grad_norm, **result.metrics)
@@ -187,7 +190,7 @@ class Run:
         """Log the results of an evaluation, with the tokens and seconds until now, and keep them in `scores`."""
         self.scores = self.scores | values
         self.log.scalars(self.step, **values, tokens=self.n_tokens, seconds=self.seconds)
-        self.clock = time.perf_counter()  # the time of an evaluation is not part of a step
+        self.clock = runtime.now(self.rt.device)  # the time of an evaluation is not part of a step
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint in the background, and best.pt if `best`. Does nothing after a nonfinite step."""
@@ -205,7 +208,7 @@ class Run:
             progress = dict(n_sequences=self.n_sequences, n_tokens=self.n_tokens, seconds=self.seconds)
             ckpt = replace(ckpt, optimizers=moments, adapters=adapters, **settings, **progress, scores=self.scores)
             self.writing = checkpoint.save_in_background(self.writer, self.out_dir, ckpt, self.cfg.keep_last, best)
-        self.saved_step, self.clock = self.step, time.perf_counter()
+        self.saved_step, self.clock = self.step, runtime.now(self.rt.device)
 
     def wait_for_writer(self) -> None:
         """Wait until the last checkpoint is written. Raises its error, for example if the disk is full."""

@@ -68,7 +68,8 @@ def setup(
         raise ValueError("several processes need CUDA devices or --device=cpu, not mps")
     if kind == "cuda":
         device = f"cuda:{int(index or os.environ.get('LOCAL_RANK', '0'))}"
-        setup_cuda(device, deterministic)
+        setup_cuda(device)
+        set_determinism(deterministic)
     if world_size > 1:
         timeout = timedelta(minutes=30)  # rank 0 can read all shards while the others wait
         settings = dict(backend="nccl", device_id=torch.device(device)) if kind == "cuda" else dict(backend="gloo")
@@ -80,7 +81,7 @@ def setup(
     return Runtime(rank, world_size, torch.device(device), precision)
 
 
-def setup_cuda(device: str, deterministic: bool) -> None:
+def setup_cuda(device: str) -> None:
     """Set up PyTorch for this CUDA device. Raises ValueError if it does not exist."""
     n_devices = torch.cuda.device_count()
     if torch.device(device).index >= n_devices:
@@ -88,21 +89,23 @@ def setup_cuda(device: str, deterministic: bool) -> None:
         raise ValueError(f"--device={device}, but PyTorch {torch.__version__} finds {found}")
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
-    # On Hopper PyTorch prefers cuDNN attention, which plans for up to a second for every new shape. train_gpt2.py has
-    # a single shape, and enables it if the run need not be deterministic.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    if not deterministic:
-        return
+    torch.backends.cuda.enable_cudnn_sdp(False)  # see `single_shape_attention`
+
+
+def set_determinism(enabled: bool) -> None:
+    """Whether CUDA kernels must give the same bits every time."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # only warn, because cumsum has no deterministic kernel on CUDA; training steps use strict_determinism
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(enabled, warn_only=enabled)
     warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
     torch.utils.deterministic.fill_uninitialized_memory = False  # saves one pass over every new tensor
     # Compile the backward pass together with the forward pass. Compiled lazily, it runs on the autograd thread, where
     # PyTorch 2.13 does not see the deterministic flag, so inductor may select kernels by timing.
     from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
 
-    functorch.force_non_lazy_backward_lowering = True
+    functorch.force_non_lazy_backward_lowering = enabled
+    inductor.deterministic = enabled  # the flag above leaves padding and the shapes of reductions to timing
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -163,13 +166,25 @@ def strict_determinism() -> Iterator[None]:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
+@contextmanager
+def single_shape_attention() -> Iterator[None]:
+    """Inside, attention may use cuDNN, unless determinism is on. PyTorch prefers it on Hopper, but cuDNN plans for up
+    to a second for every new shape, so it does not pay where shapes change.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(not torch.are_deterministic_algorithms_enabled())
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def attention_kernel(config: model.GPTConfig, B: int, T: int, rt: Runtime) -> str:
     """The attention kernel in training, which PyTorch selects by device, dtype, head size and versions."""
     if config.attention == "manual" or rt.device.type == "mps":
         return f"{config.attention} attention"
     dtype = torch.bfloat16 if rt.precision == "bf16" else torch.float32
     shape = B, config.n_head, T, config.n_embd // config.n_head
-    with strict_determinism():
+    with strict_determinism(), single_shape_attention():
         q = torch.empty(shape, device=rt.device, dtype=dtype, requires_grad=True)
         name = SDPBackend(torch._fused_sdp_choice(q, q, q, None, 0.0, True)).name.lower().replace("_", " ")
     slow = rt.device.type == "cuda" and name not in ("flash attention", "cudnn attention")
@@ -179,7 +194,7 @@ def attention_kernel(config: model.GPTConfig, B: int, T: int, rt: Runtime) -> st
 def fit_micro_batch(step: Callable[[int], None], sizes: list[int], reserved: int, rt: Runtime) -> int:
     """The largest of `sizes` with which `step`, a forward and backward pass, fits into CUDA memory on all ranks.
 
-    reserved: bytes to leave free for optimizer state and DDP buckets. Raises ValueError if no size fits.
+    reserved: bytes to leave free for the state of the optimizer. Raises ValueError if no size fits.
     """
     fitting = 0
     for size in sorted(sizes, reverse=True):
@@ -216,6 +231,18 @@ def async_to_host(x: Tensor) -> Callable[[], list]:
         return host.tolist()
 
     return read
+
+
+def now(device: torch.device) -> float | torch.cuda.Event:
+    """The time when the work queued so far is done, for `seconds_between`."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
+
+
+def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    """Seconds from one `now` to another, both of which have passed."""
+    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
 
 
 def stop_on_signals() -> Callable[[], bool]:

@@ -6,9 +6,10 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neogpt import data, model, runtime
+from neogpt import data, runtime
 
 # loss_fn(model, micro_batch) -> (loss, metrics): the loss summed over the units of the micro-batch (target tokens or
 # pairs), and detached sums of other quantities to log, by name
@@ -92,13 +93,17 @@ def train_step(
 
 
 @torch.no_grad()
-def validate(raw: model.GPT, val: data.Windows, n_tokens: int, rows: int, rt: runtime.Runtime) -> float:
-    """Mean loss, nats per token, over the first n_tokens of the validation windows, `rows` windows at a time."""
+def validate(net: nn.Module, val: data.Windows, n_tokens: int, rows: int, rt: runtime.Runtime) -> float:
+    """Mean loss, nats per token, over the first n_tokens of the validation windows, `rows` windows at a time. If net is
+    compiled, `rows` must be the size of its micro-batches.
+    """
     n = max(1, min(len(val), n_tokens // val.T))
     losses = [torch.zeros((), device=rt.device)]  # on the device, so that nothing waits
     for windows in torch.arange(n)[rt.rank :: rt.world_size].split(rows):
         xy = runtime.to_device(torch.from_numpy(val.read(windows.numpy())), rt.device)  # (rows, T + 1)
+        xy = F.pad(xy, (0, 0, 0, rows - len(xy)))  # a compiled model needs one shape
+        y = xy[:, 1:].clone()
+        y[len(windows) :] = -100
         with rt.autocast():
-            _, loss = raw(xy[:, :-1], xy[:, 1:], reduction="sum")
-        losses.append(loss)
+            losses.append(net(xy[:, :-1], y, reduction="sum"))
     return runtime.all_reduce_sum(torch.stack(losses).cpu().double().sum(), rt).item() / (n * val.T)

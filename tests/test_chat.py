@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
-import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -112,6 +111,8 @@ def test_unusable_rows_and_unreadable_files_are_named(tmp_path: Path) -> None:
 
 
 def test_rows_of_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list([GOOD]))
     assert chat.read_rows("some/rows", ALONE) == [Row("a", "", "b")]
     monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=ConnectionError("no\nroute")))
@@ -242,11 +243,12 @@ def test_packed_logits_and_loss_equal_those_of_single_examples(attention: str) -
     bins, expected = chat.pack(EXAMPLES, T), 0.0
     assert len(bins) < len(EXAMPLES) and max(map(len, bins)) >= 3
     with torch.no_grad():
-        logits, loss = chat.forward(raw, chat.collate(bins, CPU), "sum")
+        batch = chat.collate(bins, CPU)
+        loss, logits = chat.loss(raw, batch, "sum"), raw(batch["x"], pos=batch["pos"], mask=batch["mask"])
         for row, packed in zip(bins, logits):
             for example in row:
                 ids, n = torch.from_numpy(example.ids), example.n_prompt
-                alone = raw(ids[None, :-1])[0][0]
+                alone = raw(ids[None, :-1])[0]
                 torch.testing.assert_close(packed[: len(alone)], alone, rtol=0, atol=1e-12)
                 packed = packed[len(alone) :]
                 expected += F.cross_entropy(alone[n - 1 :], ids[n:], reduction="sum").item()
@@ -259,7 +261,7 @@ def test_packed_logits_and_loss_equal_those_of_single_examples(attention: str) -
 def test_gradient_is_the_same_for_any_split(B: int, n_ranks: int, packing: bool) -> None:
     raw, single = tiny_model(scale=0.2, block_size=T).double(), [[e] for e in EXAMPLES]
     big = chat.collate(single, CPU)
-    expected_loss = chat.forward(raw, big, "sum")[1]
+    expected_loss = chat.loss(raw, big, "sum")
     expected = torch.autograd.grad(expected_loss, list(raw.parameters()))
     n, loss_sum, n_micro_batches = 0, 0.0, set()
     for rank in range(n_ranks):  # gradients are summed over ranks and micro-batches, as train_step does
@@ -269,7 +271,7 @@ def test_gradient_is_the_same_for_any_split(B: int, n_ranks: int, packing: bool)
         assert max(map(len, parts)) <= B
         for bins in parts:
             batch = chat.collate(bins, CPU)
-            loss = chat.forward(raw, batch, "sum")[1]
+            loss = chat.loss(raw, batch, "sum")
             loss.backward()
             n, loss_sum = n + batch["n"], loss_sum + loss.item()
     assert len(n_micro_batches) == 1  # a rank with fewer backward passes would block the others

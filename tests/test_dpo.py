@@ -109,7 +109,7 @@ def logp_one_by_one(raw: model.GPT, prompt: str, response: str) -> tuple[float, 
     """The log-probability of the response with its end-of-text, and the number of its tokens."""
     before, targets = list(f"{prompt}\nResponse:\n".encode()), [*response.encode(), EOT]
     with torch.no_grad():
-        logits = raw(torch.tensor([before + targets]))[0][0].double().numpy()
+        logits = raw(torch.tensor([before + targets]))[0].double().numpy()
     value = 0.0
     for i, token in enumerate(targets):
         at = logits[len(before) + i - 1]  # the position before a token predicts it

@@ -33,7 +33,7 @@ def uncached(raw: GPT, prompt: Sequence[int], n: int, seed: int = 0, **options: 
     for step in range(n):
         if len(window) > T:
             window = window[-max(1, T // 2) :]
-        logits = raw(torch.tensor([window]))[0][:, -1, :n_tokens]
+        logits = raw(torch.tensor([window]))[:, -1, :n_tokens]
         settings = dict(temperature=1.0, top_k=0, top_p=1.0) | options
         token = sample(logits, uniforms[step : step + 1], **settings).item()
         window.append(token)
@@ -97,7 +97,7 @@ def test_all_modes_of_the_cache_give_the_same_logits(lengths: tuple[int, ...], a
                 logits = [decode_one_token(raw, tokens, cache) for cache in caches]
                 for cache in caches:
                     cache.advance(cache.longest + 1)
-        whole = torch.stack([raw(torch.tensor([window]))[0][0, -1] for window in windows])
+        whole = torch.stack([raw(torch.tensor([window]))[0, -1] for window in windows])
         torch.testing.assert_close(logits[1], whole, rtol=0, atol=1e-12)
 
 
@@ -125,9 +125,9 @@ def test_cast_linears_equal_autocast() -> None:
     raw = rough_model()
     idx = random_ids(2, 9)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        expected = raw(idx)[0]
+        expected = raw(idx)
         cast_linears(raw, torch.bfloat16)
-        found = raw(idx)[0]
+        found = raw(idx)
     assert raw.lm_head.weight is raw.transformer.wte.weight
     linears = [m for m in raw.modules() if isinstance(m, torch.nn.Linear)]
     assert all(p.dtype == torch.bfloat16 for linear in linears for p in linear.parameters())
@@ -164,7 +164,7 @@ def test_padded_ids_are_never_yielded(options: dict) -> None:
         raw.transformer.ln_f.bias.fill_(1.0)
         raw.transformer.wte.weight[50:] = 10.0
     prompts = [[token % 50 for token in prompt] for prompt in random_prompts(3, 14)]
-    assert (raw(torch.tensor([prompts[1]]))[0].argmax(-1) >= 50).all()
+    assert (raw(torch.tensor([prompts[1]])).argmax(-1) >= 50).all()
     rows = tokens_of(raw, prompts, 40, **options)
     assert all(token < 50 for row in rows for token in row)
 
@@ -220,7 +220,7 @@ def test_an_abandoned_generator_leaves_the_model_trainable(
 ) -> None:
     def gradients() -> list[list]:
         raw.zero_grad()
-        raw(random_ids(2, 9), random_ids(2, 9, seed=1))[1].backward()
+        raw(random_ids(2, 9), random_ids(2, 9, seed=1)).backward()
         return [p.grad.tolist() for p in raw.parameters()]
 
     monkeypatch.setattr(cpu, "MIN_WEIGHTS", large)
@@ -239,7 +239,7 @@ def test_generate_under_bf16_autocast(attention: str) -> None:
     raw, prompts = rough_model(attention=attention), random_prompts(3, 14, 30)
     with torch.autocast("cpu", torch.bfloat16):
         rows = tokens_of(raw, prompts, 40)
-        logits = raw(torch.tensor([prompts[1]]))[0][0, -1]
+        logits = raw(torch.tensor([prompts[1]]))[0, -1]
         greedy = tokens_of(raw, prompts[1:2], 1, temperature=0)
     assert logits.dtype == torch.bfloat16
     assert greedy == [[int(logits[:61].argmax())]]
@@ -254,7 +254,7 @@ def test_generated_pairs_have_the_models_probabilities() -> None:
     pairs = torch.tensor(tokens_of(raw, [prompt] * n, 2, temperature=1.5))  # (n, 2)
     found = torch.bincount(pairs[:, 0] * 4 + pairs[:, 1], minlength=16) / n
     with torch.no_grad():
-        probs = raw(torch.tensor([prompt + [a] for a in range(4)]))[0][..., :4].div(1.5).softmax(-1)
+        probs = raw(torch.tensor([prompt + [a] for a in range(4)]))[..., :4].div(1.5).softmax(-1)
     expected = (probs[0, -2][:, None] * probs[:, -1]).flatten()  # p(a) p(b | a)
     assert expected.max() < 0.5 and probs[:, -1].std(0).max() > 0.05  # the second depends on the first
     error = (expected * (1 - expected) / n).sqrt()

@@ -124,7 +124,7 @@ def plain_scores(raw: model.GPT, rows: list[dict], style: str, tokenizer: tiktok
         for (head, tail), ending in zip(pairs, endings):
             tail = tail[-block_size:]
             ids = torch.tensor(head[-room:] + tail)
-            logits = raw(ids[None, :-1])[0][0, :, : raw.config.n_tokens]
+            logits = raw(ids[None, :-1])[0, :, : raw.config.n_tokens]
             losses = F.cross_entropy(logits.double(), ids[1:], reduction="none")
             sums.append(-losses[-len(tail) :].sum().item())
             lengths.append((1, len(tail), len(ending), len(ending.encode())))

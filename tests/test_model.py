@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neogpt.model import GPT, SIZES, GPTConfig, flash_attention, manual_attention, pad_vocab
+from neogpt.model import GPT, SIZES, GPTConfig, cross_entropy, flash_attention, manual_attention, pad_vocab
 
 ATTENTIONS = ("flash", "manual")
 
@@ -121,7 +121,7 @@ def test_attention_is_causal(attention: str) -> None:
     raw, embedded = rough_model(attention=attention), []
     assert raw.transformer.h[1].attn.attend is dict(flash=flash_attention, manual=manual_attention)[attention]
     raw.transformer.wte.register_forward_hook(lambda module, args, output: embedded.append(output))
-    logits, _ = raw(random_ids(2, 10))
+    logits = raw(random_ids(2, 10))
     weights = torch.randn(2, logits.size(-1), generator=torch.Generator().manual_seed(1))
     for t in range(10):
         (grad,) = torch.autograd.grad((logits[:, t] * weights).sum(), embedded[0], retain_graph=True)
@@ -133,7 +133,7 @@ def test_loss_is_the_mean_negative_log_likelihood_in_nats() -> None:
     raw = rough_model().double()
     idx, targets = random_ids(3, 7), random_ids(3, 7, seed=1)
     targets[0, :4] = targets[2, 6] = -100
-    logits, loss = raw(idx, targets)
+    logits, loss = raw(idx), raw(idx, targets)
     nats = []
     for row, target in zip(logits.flatten(0, 1).tolist(), targets.flatten().tolist()):
         if target != -100:
@@ -141,27 +141,26 @@ def test_loss_is_the_mean_negative_log_likelihood_in_nats() -> None:
     assert len(nats) == 16
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx(math.fsum(nats) / 16, rel=1e-12)
-    assert raw(idx, targets, reduction="sum")[1].item() == pytest.approx(math.fsum(nats), rel=1e-12)
-    assert raw(idx)[1] is None
+    assert raw(idx, targets, reduction="sum").item() == pytest.approx(math.fsum(nats), rel=1e-12)
+    assert torch.equal(cross_entropy(logits, targets), loss)
 
     loss.backward()
     assert raw.transformer.wpe.weight.grad[:7].abs().amax(-1).min() > 0
-    everything_ignored = raw(idx, torch.full_like(targets, -100), reduction="sum")[1]
-    assert everything_ignored == 0
+    assert raw(idx, torch.full_like(targets, -100), reduction="sum") == 0  # everything is ignored
 
 
 def test_loss_of_bf16_logits_is_computed_in_float32() -> None:
     raw = rough_model()
     idx, targets = random_ids(3, 7), random_ids(3, 7, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
-        logits, loss = raw(idx, targets)
+        logits, loss = raw(idx), raw(idx, targets)
     assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
     expected = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten()).item()
     assert loss.item() == pytest.approx(expected, rel=1e-6)  # fp32's rounding; in bf16 it would be 1e-3
-    half = copy.deepcopy(raw).bfloat16()(idx, targets)[1]
+    half = copy.deepcopy(raw).bfloat16()(idx, targets)
     assert half.dtype == torch.float32 and half.item() == pytest.approx(loss.item(), rel=0.03)
     # bf16 keeps 8 bits: against fp32 the loss moves by a percent or so, not by more
-    assert loss.item() == pytest.approx(raw(idx, targets)[1].item(), rel=0.03)
+    assert loss.item() == pytest.approx(raw(idx, targets).item(), rel=0.03)
 
 
 def test_weight_matrices_are_the_four_linear_layers_of_each_block() -> None:
@@ -194,7 +193,7 @@ def test_initialization_is_gpt2s() -> None:
             assert abs(p.std().item() - std) < 5 * std / math.sqrt(2 * n), name
             assert abs(p.mean().item()) < 5 * std / math.sqrt(n), name
     assert seen == stds.keys()
-    _, loss = raw(random_ids(16, 16, below=500), random_ids(16, 16, seed=1, below=500))
+    loss = raw(random_ids(16, 16, below=500), random_ids(16, 16, seed=1, below=500))
     # a uniform guess: logits of deviation s = 0.02 · √64 add about s²/2 = 0.013; 256 targets scatter by s / 16 = 0.01
     assert loss.item() == pytest.approx(math.log(512), abs=0.05)
 
@@ -231,11 +230,11 @@ def test_copies_are_equal_and_keep_head_and_embedding_tied() -> None:
     ]
     idx = random_ids(2, 16)
     for again in variants[1:4]:
-        assert torch.equal(again(idx)[0], raw(idx)[0])
+        assert torch.equal(again(idx), raw(idx))
         assert all(p.requires_grad and p.device.type == "cpu" for p in again.parameters())
     for variant in variants:
         assert variant.lm_head.weight is variant.transformer.wte.weight and variant.n_params() == raw.n_params()
-        variant(random_ids(2, 5), random_ids(2, 5, seed=1))[1].backward()
+        variant(random_ids(2, 5), random_ids(2, 5, seed=1)).backward()
         torch.optim.SGD(variant.parameters(), lr=1.0).step()
         assert torch.equal(variant.lm_head.weight, variant.transformer.wte.weight)
 
@@ -275,7 +274,7 @@ def test_flash_equals_manual_in_bf16_on_cuda() -> None:
     for attention in ATTENTIONS:
         raw = GPT.from_weights(shape(**sizes, attention=attention), weights).cuda()
         with torch.autocast("cuda", torch.bfloat16):
-            logits.append(raw(idx)[0].float())
+            logits.append(raw(idx).float())
     assert logits[0].std() > 0.1
     # bf16 keeps 8 bits: 2^-8 of logits that are of order 1, a few times over
     torch.testing.assert_close(logits[0], logits[1], atol=0.03, rtol=0.03)

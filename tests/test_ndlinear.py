@@ -124,7 +124,7 @@ def test_training_lowers_the_loss_and_changes_every_parameter() -> None:
     idx = torch.randint(257, (4, 33))
     losses = []
     for _ in range(30):
-        _, loss = raw(idx[:, :-1], idx[:, 1:])
+        loss = raw(idx[:, :-1], idx[:, 1:])
         loss.backward()
         losses.append(loss.item())
         for optimizer in optimizers:
@@ -149,7 +149,7 @@ def test_cached_generation_equals_uncached() -> None:
             row.append(token)
     for row, prompt in zip(rows, prompts):
         for at in range(len(prompt), len(row)):
-            logits, _ = raw(torch.tensor([row[:at]]))
+            logits = raw(torch.tensor([row[:at]]))
             assert row[at] == int(logits[0, -1, :257].argmax())
 
 
@@ -157,7 +157,7 @@ def test_weights_reload_and_export_to_hugging_face_is_refused(tmp_path: Path) ->
     raw = GPT(GPTConfig(**ND))
     again = GPT.from_weights(GPTConfig(**asdict(raw.config)), raw.state_dict())
     idx = torch.randint(257, (2, 8))
-    assert torch.equal(raw(idx)[0], again(idx)[0])
+    assert torch.equal(raw(idx), again(idx))
     with pytest.raises(ValueError, match="ndlinear"):
         hf.save(raw, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()

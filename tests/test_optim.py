@@ -44,7 +44,7 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(kind: str) ->
 def test_moments_are_loaded_without_their_settings() -> None:
     raw = tiny_model()
     old, new = (optim.make_optimizers(raw, weight_decay=decay) for decay in (0.1, 0.3))
-    raw(torch.arange(9)[None], torch.arange(9)[None])[1].backward()
+    raw(torch.arange(9)[None], torch.arange(9)[None]).backward()
     old[0].step()
     moments = deepcopy(old[0].state_dict()["state"])
     optim.load_moments(new, [moments])
@@ -131,7 +131,7 @@ def test_zeros_stay_zero_in_training(shape: dict, kind: str) -> None:
     assert optim.keep_zeros(optimizers, raw) == len(pruned) > 2
     before = {name: p.detach().clone() for name, p in raw.named_parameters()}
     for _ in range(3):
-        raw(torch.randint(257, (2, 16)), torch.randint(257, (2, 16)))[1].backward()
+        raw(torch.randint(257, (2, 16)), torch.randint(257, (2, 16))).backward()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = 1e-2

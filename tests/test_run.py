@@ -46,7 +46,7 @@ def update(opened: run.Run, factor: float = 1.0) -> None:
     idx = (torch.arange(18).view(2, 9) * (opened.step + 3)) % 257
 
     def loss_fn(net: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
-        loss = net(batch["x"], batch["y"], reduction="sum")[1] * factor
+        loss = net(batch["x"], batch["y"], reduction="sum") * factor
         return loss, dict(double=2 * loss.detach())
 
     opened.update(training.Batch([dict(x=idx[:, :-1], y=idx[:, 1:], n=16)], 2, 16), loss_fn, lr=1e-2)

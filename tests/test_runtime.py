@@ -115,7 +115,7 @@ def test_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # needs no compiler
     monkeypatch.setattr(runtime, "require_compiler", lambda device: None)
     compiled = runtime.wrap(raw, ALONE, compile=True)
-    assert compiled is not raw and torch.equal(compiled(idx)[0], raw(idx)[0])
+    assert compiled is not raw and torch.equal(compiled(idx), raw(idx))
     raw.register_forward_hook(lambda *_: torch._dynamo.graph_break())
     with pytest.raises(torch._dynamo.exc.Unsupported):
         runtime.wrap(raw, ALONE, compile=True)(idx)

@@ -166,7 +166,7 @@ def test_losses_are_means_over_the_windows_of_the_order(cfg: Config, text: Path,
         tokens += [256, *document.encode("utf-8")]
     windows = torch.tensor([tokens[start : start + 17] for start in range(0, len(tokens) - 16, 16)])
     with torch.no_grad():
-        logits = base.double()(windows[:, :-1])[0]
+        logits = base.double()(windows[:, :-1])
     loss = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(1)
     order = data.windows_at(0, 4 * 4 + 4 * 6 + 2 * 3, len(windows), cfg.seed)
     means = [loss[part].mean().item() for part in np.split(order, [*range(4, 17, 4), *range(22, 41, 6), 43])]
@@ -285,7 +285,7 @@ def test_nan_is_skipped_and_training_continues(cfg: Config, monkeypatch: pytest.
     raw = model.GPT.from_weights(model.GPTConfig(**before.model_config), before.model)
     train_data = data.Windows(data.open_data(cfg.data, data.get_tokenizer("bytes"))[0], cfg.T)
     xy = torch.from_numpy(train_data.read(data.windows_at(6 * 4, 4, len(train_data), cfg.seed)))
-    loss = F.cross_entropy(raw(xy[:, :-1])[0].flatten(0, 1), xy[:, 1:].flatten())
+    loss = F.cross_entropy(raw(xy[:, :-1]).flatten(0, 1), xy[:, 1:].flatten())
     assert loss.item() == pytest.approx(losses(folder)[6], abs=1e-5)
     assert all(not torch.equal(after.model[name], before.model[name]) for name in before.model)
 
@@ -410,7 +410,7 @@ def test_compiled_run_killed_and_resumed_on_cuda(long: Config, tmp_path: Path, m
 @needs_cuda
 def test_largest_micro_batch_that_fits_is_found(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     rt = runtime.Runtime(0, 1, torch.device("cuda:0"), "fp32")
-    row = 2**20  # bytes
+    row = 2**31  # bytes
     free, total = torch.cuda.mem_get_info(rt.device)
 
     def allocate(rows: int) -> None:
@@ -419,8 +419,8 @@ def test_largest_micro_batch_that_fits_is_found(cfg: Config, monkeypatch: pytest
     for share in (0.5, 0.1):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, share=share: (int(share * free), total))
         budget = 0.95 * (share * free + torch.cuda.memory_allocated(rt.device))
-        found = runtime.fit_micro_batch(allocate, list(range(1, 2**18)), 0, rt)
-        assert 0.95 * budget < found * row <= budget
+        found = runtime.fit_micro_batch(allocate, list(range(1, 100)), 0, rt)
+        assert found * row <= budget < (found + 1) * row
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, total))
     with pytest.raises(ValueError, match="--B=1 "):
         runtime.fit_micro_batch(allocate, [1, 2, 4], 0, rt)

@@ -25,7 +25,7 @@ def tiny() -> model.GPT:
 
 def loss_fn(net: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     """The summed loss and sums of the targets; `poison` makes the loss or only its gradient non-finite."""
-    loss, y = net(batch["x"], batch["y"], reduction="sum")[1], batch["y"].double()
+    loss, y = net(batch["x"], batch["y"], reduction="sum"), batch["y"].double()
     if batch.get("poison") == "loss":
         loss = loss * math.nan
     if batch.get("poison") == "gradient":
@@ -51,7 +51,7 @@ def split(x: Tensor, y: Tensor, sizes: list[int]) -> list[dict[str, Any]]:
 def check_step(out: training.StepResult, params: dict[str, Tensor], x: Tensor, y: Tensor, clip: float) -> None:
     """Compare a step of SGD at a rate of 0.5 with a plain step on the mean over all targets of one large batch."""
     raw = tiny()
-    loss = F.cross_entropy(raw(x)[0].flatten(0, 1), y.flatten(), ignore_index=-100)
+    loss = F.cross_entropy(raw(x).flatten(0, 1), y.flatten(), ignore_index=-100)
     grads = torch.autograd.grad(loss, list(raw.parameters()))
     norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
     scale = min(1.0, clip / norm) if clip else 1.0
@@ -90,7 +90,7 @@ def test_several_adamw_steps_equal_pytorchs() -> None:
         training.train_step(raw, optimizers, split(x, y, SPLITS[step + 1]), loss_fn, lr=lr, grad_clip=0, rt=ALONE)
         for group in reference.param_groups:
             group["lr"] = lr
-        F.cross_entropy(other(x)[0].flatten(0, 1), y.flatten(), ignore_index=-100).backward()
+        F.cross_entropy(other(x).flatten(0, 1), y.flatten(), ignore_index=-100).backward()
         reference.step()
         reference.zero_grad()
     for a, b in zip(raw.parameters(), other.parameters()):
@@ -157,7 +157,7 @@ def test_validation_loss_is_the_mean_over_the_first_windows(n_windows: int, monk
     val = data.Windows([data.Shard(Path("x"), len(tokens), 0, tokens)], T)
     raw = harness.tiny_model(scale=0.2, block_size=T)  # losses differ between windows
     windows = torch.from_numpy(tokens.astype(np.int64)).unfold(0, T + 1, T)[:n_windows]
-    expected = F.cross_entropy(deepcopy(raw).double()(windows[:, :-1])[0].mT, windows[:, 1:]).item()
+    expected = F.cross_entropy(deepcopy(raw).double()(windows[:, :-1]).mT, windows[:, 1:]).item()
     monkeypatch.setattr(runtime, "all_reduce_sum", lambda x, rt: x)  # the share of each rank, summed below
     n_tokens = 10**7 if n_windows == 40 else n_windows * T + T - 1  # more than there are, or no multiple of T
     for world_size in (1, 2, 3, 50):

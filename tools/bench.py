@@ -1,7 +1,8 @@
 """Measure speed: NeoGPT against plain PyTorch or tiktoken code, in alternating repeats.
 
-    python -m tools.bench train       # the training step against a plain PyTorch loop; --profile also writes a trace
+    python -m tools.bench train       # the training step against a plain PyTorch loop; --profile: with its kernels
     python -m tools.bench choices     # the training step with one choice changed at a time
+    python -m tools.bench roofline    # copies, matrix products, attention and gradients of a training step, each alone
     python -m tools.bench sample      # prefill, and decoding with and without a KV cache
     python -m tools.bench hellaswag   # against scoring one row at a time
     python -m tools.bench tokenize --data='books-*.parquet'    # fineweb.py against a pool of tiktoken processes
@@ -17,6 +18,7 @@ import itertools
 import multiprocessing
 import tempfile
 import timeit
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,19 +26,22 @@ from typing import Literal
 from neogpt import config, data, files
 
 if multiprocessing.parent_process() is None:  # the workers of `tokenize` import this file too, but need no torch
+    import numpy as np
     import pyarrow.parquet
     import torch
+    import torch.utils.benchmark
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.utils.rnn import pad_sequence
 
     import fineweb
     import hellaswag
-    from neogpt import generate, runtime
+    from neogpt import generate, model, runtime
     from tools import timing
 
 
 @dataclass(frozen=True)
 class Config:
-    bench: Literal["train", "choices", "sample", "hellaswag", "tokenize"] = "train"  # what to measure
+    bench: Literal["train", "choices", "roofline", "sample", "hellaswag", "tokenize"] = "train"  # what to measure
     data: str = str(config.ROOT / "input.txt")  # text or shards; hellaswag: rows; tokenize: parquet files
     tokenizer: Literal["gpt2", "bytes"] = "bytes"  # of the data
     models: tuple[str, ...] = ("demo",)  # names of model.SIZES; the weights are random
@@ -52,7 +57,8 @@ class Config:
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
     compile: bool | None = None  # None: train and choices on CUDA, as in training; sample both with and without
-    profile: bool = False  # train: write trace-<model>-B<B>.json.gz, of one more repeat
+    profile: bool = False  # train: print the time of each kernel in one more repeat
+    only: tuple[str, ...] = ()  # choices: only these, besides the default
     workers: int | None = None  # tokenize: processes; None: one per core
     rows: int = 40  # hellaswag: rows per repeat, from all over the file
     out_dir: str = "out/bench"  # folder of <bench>.json
@@ -61,6 +67,7 @@ class Config:
 CONFIGS = {
     "train": Config(),
     "choices": Config(bench="choices", repeats=4),
+    "roofline": Config(bench="roofline", B=(2,)),
     "sample": Config(bench="sample", models=("gpt2",), B=(1, 8), repeats=4),
     "hellaswag": Config(bench="hellaswag", data="", tokenizer="gpt2", models=("gpt2",), repeats=4),
     "tokenize": Config(bench="tokenize", data="*.parquet", tokenizer="gpt2", repeats=4),
@@ -78,12 +85,13 @@ def bench_train(cfg: Config, name: str, B: int) -> list[dict]:
         row |= dict(ms=1e3 * t.n * cfg.T / row["median"], mfu=flops * row["median"] / peak if peak else None)
     details = dict(peak_gb=torch.cuda.max_memory_allocated() / 1e9, checkpoint_ms=t.checkpoint_ms())
     rows[1] |= details | dict(shares=t.time_shares())
-    print(", ".join(f"{key} {rows[1][key]:,.3g}" for key in ("ms", "mfu", *details) if rows[1][key]))
+    print(", ".join(f"{key} {rows[1][key]:,.3g}" for key in ("ms", "mfu", "first_s", *details) if rows[1][key]))
     print(", ".join(f"{phase} {share:.1%}" for phase, share in rows[1]["shares"].items()), flush=True)
     if cfg.profile:
-        with torch.profiler.profile() as profiler:
-            t.neogpt()
-        profiler.export_chrome_trace(f"{cfg.out_dir}/trace-{name}-B{B}.json.gz")
+        rows[1]["kernels"] = kernels = t.kernels()
+        for kind in (*timing.KERNELS, "other"):
+            print(f"{sum(row['us'] for row in kernels if row['kind'] == kind):9.4f} us/token  {kind}")
+        print("\n".join(f"{row['us']:9.4f} us/token {row['calls']:6d} calls  {row['name']}" for row in kernels[:30]))
     return rows
 
 
@@ -93,18 +101,62 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
     rt = runtime.setup(cfg.device, cfg.precision)
     compile = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
     precision = "fp32" if rt.precision == "bf16" else "bf16"
-    choices = {  # Config, and changes to GPTConfig
+    choices = {  # Config, and arguments of Trainer
         "default": (cfg, {}),
+        "not deterministic": (cfg, dict(deterministic=False)),
+        "bf16 residual": (cfg, dict(residual="bf16")),
         "vocabulary not padded": (cfg, dict(vocab_size=data.get_tokenizer(cfg.tokenizer).n_vocab)),
+        "heads of 128": (cfg, dict(n_head=max(1, model.SIZES[name]["n_embd"] // 128))),
         "manual attention": (cfg, dict(attention="manual")),
         "GELU tanh": (cfg, dict(gelu="tanh")),
         "GELU erf": (cfg, dict(gelu="erf")),
         precision: (replace(cfg, precision=precision), {}),
         "not compiled" if compile else "compiled": (replace(cfg, compile=not compile), {}),
     }
+    if unknown := set(cfg.only) - set(choices):
+        raise ValueError(f"--only {unknown.pop()!r}: expected some of {', '.join(choices)}")
     make = functools.cache(lambda choice: timing.Trainer(choices[choice][0], name, B, **choices[choice][1]))
-    variants = {choice: lambda choice=choice: make(choice).neogpt() for choice in choices}  # made in the first repeat
+    wanted = [choice for choice in choices if not cfg.only or choice in ("default", *cfg.only)]
+    variants = {choice: lambda choice=choice: make(choice).neogpt() for choice in wanted}  # made in the first repeat
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
+
+
+def bench_roofline(cfg: Config, name: str, B: int) -> list[dict]:
+    """The parts of a training step, each alone: copies, matrix products, attention in bf16, and index_put of ids."""
+    shape = model.GPTConfig(**model.SIZES[name] | dict(block_size=cfg.T))
+    rt, n, C, rows = runtime.setup(cfg.device, "bf16"), B * cfg.T, shape.n_embd, []
+    random = functools.partial(torch.randn, device=rt.device, dtype=torch.bfloat16)
+
+    def measure(part: str, amount: float, unit: str, function: Callable, *args: object) -> None:
+        timer = torch.utils.benchmark.Timer("function(*args)", globals=dict(function=function, args=args))
+        ms = 1e3 * timer.blocked_autorange(min_run_time=0.1).median
+        rows.append(dict(name=part, ms=ms, rate=1e3 * amount / ms, unit=unit))
+        print(f"{part:40} {ms:9.4f} ms {1e3 * amount / ms:9.1f} {unit}", flush=True)
+
+    x = random(64 * n, 64)
+    measure("copy", 2 * x.nbytes / 1e9, "GB/s", torch.empty_like(x).copy_, x)
+    widths = {"c_attn": (C, 3 * C), "attn.c_proj": (C, C), "c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
+    for linear, (n_in, n_out) in (widths | {"lm_head": (C, shape.vocab_size)}).items():
+        x, w, dy, tflop = random(n, n_in), random(n_out, n_in), random(n, n_out), 2e-12 * n * n_in * n_out
+        products = {"forward": (x, w.T), "gradient of the input": (dy, w), "gradient of the weight": (dy.T, x)}
+        for product, factors in products.items():
+            measure(f"{linear}, {product}", tflop, "TFLOP/s", torch.matmul, *factors)
+    q, k, v = (random(B, shape.n_head, cfg.T, C // shape.n_head).requires_grad_() for _ in range(3))
+    tflop = 2e-12 * n * cfg.T * C  # two products, half of them masked; in the backward pass five products
+    backends = [SDPBackend.FLASH_ATTENTION] + [SDPBackend.CUDNN_ATTENTION] * (rt.device.type == "cuda")
+    for backend in backends:
+        with sdpa_kernel(backend):
+            out, title = model.flash_attention(q, k, v), backend.name.lower().replace("_", " ")
+            backward = functools.partial(torch.autograd.grad, retain_graph=True)
+            measure(f"{title}, forward", tflop, "TFLOP/s", model.flash_attention, q, k, v)
+            measure(f"{title}, backward", 2.5 * tflop, "TFLOP/s", backward, out, (q, k, v), torch.randn_like(out))
+    ids = data.Windows(data.open_data(cfg.data, data.get_tokenizer(cfg.tokenizer))[0], cfg.T).read(np.arange(B))
+    ids, grad = torch.from_numpy(ids[:, :-1]).flatten().to(rt.device), torch.randn(n, C, device=rt.device)
+    add = functools.partial(torch.zeros(shape.vocab_size, C, device=rt.device).index_put_, accumulate=True)
+    for deterministic in (True, False):
+        torch.use_deterministic_algorithms(deterministic)
+        measure("embedding's gradient" + ", deterministic" * deterministic, grad.nbytes / 1e9, "GB/s", add, [ids], grad)
+    return rows
 
 
 def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
@@ -163,7 +215,7 @@ def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
             y = [torch.tensor([-100] * len(head) + tail) for tail in tails]
             y = pad_sequence(y, batch_first=True, padding_value=-100)
             with rt.autocast():
-                _, losses = raw(x[:, :-1].to(rt.device), y[:, 1:].to(rt.device), reduction="none")
+                losses = raw(x[:, :-1].to(rt.device), y[:, 1:].to(rt.device), reduction="none")
             losses.view(len(x), -1).sum(1).tolist()
         return len(rows)
 
@@ -200,7 +252,13 @@ def bench_tokenize(cfg: Config) -> list[dict]:
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
 
 
-PER_MODEL = {"train": bench_train, "choices": bench_choices, "sample": bench_sample, "hellaswag": bench_hellaswag}
+PER_MODEL = {
+    "train": bench_train,
+    "choices": bench_choices,
+    "roofline": bench_roofline,
+    "sample": bench_sample,
+    "hellaswag": bench_hellaswag,
+}
 
 
 def main(cfg: Config) -> None:
@@ -210,15 +268,13 @@ def main(cfg: Config) -> None:
     config.require("[2, inf)", repeats=cfg.repeats)
     config.require(f"[{cfg.T}, inf)", total_batch_size=cfg.total_batch_size)
     files.make_folder(cfg.out_dir)
-    rows = bench_tokenize(cfg) if cfg.bench == "tokenize" else []
-    try:
-        for name, B in itertools.product(cfg.models, cfg.B) if cfg.bench in PER_MODEL else ():
-            print(f"{name}, B={B}")
-            torch._dynamo.reset()  # it compiles a class at most eight times
-            rows += [row | dict(model=name, B=B) for row in PER_MODEL[cfg.bench](cfg, name, B)]
-    finally:  # keep the results if a larger model or B does not fit into memory
-        if rows:
-            timing.write_json(Path(cfg.out_dir) / f"{cfg.bench}.json", config=asdict(cfg), results=rows)
+    path, rows = Path(cfg.out_dir) / f"{cfg.bench}.json", bench_tokenize(cfg) if cfg.bench == "tokenize" else []
+    for name, B in itertools.product(cfg.models, cfg.B) if cfg.bench in PER_MODEL else ():
+        print(f"{name}, B={B}")
+        torch._dynamo.reset()  # it compiles a class at most eight times
+        rows += [row | dict(model=name, B=B) for row in PER_MODEL[cfg.bench](cfg, name, B)]
+        timing.write_json(path, config=asdict(cfg), results=rows)  # now: a larger B may not fit into memory
+    timing.write_json(path, config=asdict(cfg), results=rows)
 
 
 if __name__ == "__main__":

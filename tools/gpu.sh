@@ -1,37 +1,59 @@
 #!/usr/bin/env bash
-# Run the CUDA tests and all measurements on a GPU, in about half an hour on one H200 (estimated).
-#     bash tools/gpu.sh [edu_fineweb10B]        # shards written by fineweb.py; default: the text of the demo
-#     bash tools/gpu.sh input.txt tests train   # only these parts
-# Tables are printed; JSON files and traces are written to $OUT (default: out/bench-gpu). A part that fails does not
-# stop the others; the last line names the failed parts.
+# Tests and measurements of NeoGPT on one GPU. Every part takes less than nine minutes and prints its rows as they come.
+#     bash tools/gpu.sh PART …       # tests roofline train choices resume muon sample compiled hellaswag
+#     DEVICE=cpu bash tools/gpu.sh train    # a rehearsal with the demo's model
+# Tables and JSON files go to $OUT (default: out/bench-gpu). A part that fails does not stop the others.
+# Prepare: DATA, shards with GPT-2's vocabulary (default: edu_fineweb10B), and HELLASWAG, its validation rows as .jsonl.
+# A machine without network needs both, wheels of tyro, docstring_parser and typeguard, and TIKTOKEN_CACHE_DIR.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 trap 'exit 130' INT
-data=${1:-input.txt}
-wanted=" ${*:2} "
-out=${OUT:-out/bench-gpu}
-step="--models gpt2 --tokenizer=gpt2 --data=$data --T=1024 --total_batch_size=524288 --steps=3"
-sample="--tokenizer=gpt2 --B 1 8 64 --uncached_stride=16"
-failed=()
-parts="tests train sample choices muon compiled hellaswag"
+export PYTHONUNBUFFERED=1
+device=${DEVICE:-cuda} data=${DATA:-edu_fineweb10B} hellaswag=${HELLASWAG:-} out=${OUT:-out/bench-gpu}
+tokenizer=gpt2 name=gpt2 T=1024 batch=524288 B="32 64" steps=40 kill=25 muon_steps=100 rows=10042 streams="1 8 64"
+if [ "$device" = cpu ]; then  # the same commands, on a model that a CPU trains in seconds
+  tokenizer=bytes name=demo T=256 batch=2048 B=4 steps=8 kill=5 muon_steps=4 rows=20 streams=2
+  data=${DATA:-input.txt} hellaswag=${HELLASWAG:-demo/hellaswag.jsonl}
+fi
+run="--device=$device --data=$data --tokenizer=$tokenizer --model=$name --T=$T --total_batch_size=$batch"
+run="$run --hellaswag_data=$hellaswag --warmup_steps=10"
+bench="--device=$device --tokenizer=$tokenizer --models $name --out_dir=$out"
+step="$bench --data=$data --T=$T --total_batch_size=$batch --steps=3"
 
-for name in $wanted; do
-  [[ " $parts " = *" $name "* ]] || { echo "unknown part $name: expected some of $parts"; exit 2; }
-done
-
-part() {  # name, command: run the command if the part is wanted
-  [[ $wanted = "  " || $wanted = *" $1 "* ]] || return 0
-  echo "== $* (after $SECONDS s)"
-  "${@:2}" || failed+=("$1")
+tests() { python -m pytest -m gpu tests/test_model.py tests/test_generate.py tests/test_train_gpt2.py; }
+roofline() { python -m tools.bench roofline $bench --data=$data --T=$T --B ${B##* }; }
+train() { for b in $B; do python -m tools.bench train $step --B $b --repeats=4 --profile; done; }
+choices() {
+  python -m tools.bench choices $step --B ${B%% *} --repeats=4 \
+    --only "not deterministic" "bf16 residual" "heads of 128" "vocabulary not padded"
 }
+resume() {  # a run that is killed and resumed, with another compile cache, against a whole run
+  rm -rf "$out/whole" "$out/killed"
+  options="$run --max_steps=$steps --eval_every=20 --hellaswag_every=0 --save_every=10"
+  python train_gpt2.py $options --out_dir="$out/whole" || return 1
+  python train_gpt2.py $options --out_dir="$out/killed" & pid=$!
+  until grep -qs "^$kill train" "$out/killed/log.txt"; do sleep 0.1; kill -0 $pid || return 1; done
+  kill -9 $pid; wait $pid
+  TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) python train_gpt2.py $options --out_dir="$out/killed" || return 1
+  PYTHONPATH="tests:.:${PYTHONPATH:-}" python -c "import harness, pathlib, sys
+harness.assert_same_run(*map(pathlib.Path, sys.argv[1:])); print('resumed: the same log and weights, bit for bit')" \
+    "$out/killed" "$out/whole"
+}
+muon() {
+  python train_gpt2.py $run --optimizer=muon --max_lr=2e-3 --max_steps=$muon_steps --eval_every=50 \
+    --hellaswag_every=$muon_steps --hellaswag_rows=$rows --save_every=1000 --out_dir="$out/muon"
+}
+sample() { python -m tools.bench sample $bench --B $streams --uncached_stride=64 --repeats=3 --compile=False; }
+compiled() { python -m tools.bench sample $bench --B $streams --uncached_stride=64 --repeats=3 --compile; }
+hellaswag() { python -m tools.bench hellaswag $bench --data=$hellaswag --rows=$((rows / 10)) --repeats=3; }
 
-nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv || exit 1
-bench="python -m tools.bench"
-part tests python -m pytest -m gpu                                          # exact resume, kernels, micro-batch size
-part train $bench train $step --B 16 32 64 --repeats=4 --profile --out_dir=$out    # tokens/s, MFU, time shares
-part sample $bench sample $sample --compile=False --out_dir=$out
-part choices $bench choices $step --B 32 --repeats=3 --out_dir=$out
-part muon $bench train $step --B 32 --repeats=3 --optimizer=muon --out_dir=$out/muon
-part compiled $bench sample $sample --compile --out_dir=$out/compiled
-part hellaswag $bench hellaswag --rows=1000 --out_dir=$out
+[ $# -gt 0 ] || set -- tests roofline train choices resume muon sample compiled hellaswag
+mkdir -p "$out"
+[ "$device" = cpu ] || nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv || exit 1
+failed=()
+for part in "$@"; do
+  echo "== $part (after $SECONDS s)"
+  [ "$(type -t "$part")" = function ] || { echo "unknown part $part"; failed+=("$part"); continue; }
+  $part 2>&1 | tee "$out/$part.txt" || failed+=("$part")
+done
 [ ${#failed[@]} -eq 0 ] && echo "all parts passed" || { printf 'failed: %s\n' "${failed[*]}"; exit 1; }

@@ -44,7 +44,7 @@ def run_alternating(variants: dict[str, Callable[[], Any]], repeats: int, unit: 
     The first repeat warms up and is not counted. A variant returns its number of units, or (that number, clock() after
     its setup). A failing variant (out of memory) is skipped, unless it is the first, the baseline, or the only other.
     """
-    baseline, rates = next(iter(variants)), {name: [] for name in variants}
+    baseline, rates, firsts = next(iter(variants)), {name: [] for name in variants}, {}
     for repeat in range(repeats):
         for name in list(rates)[:: -1 if repeat % 2 else 1]:
             start = clock()
@@ -56,11 +56,13 @@ def run_alternating(variants: dict[str, Callable[[], Any]], repeats: int, unit: 
                 print(f"skipped: {name}: {files.one_line(error)}", flush=True)
                 del rates[name]
                 continue
+            firsts.setdefault(name, clock() - start)
             n, start = done if isinstance(done, tuple) else (done, start)
             rates[name].append(n / (clock() - start))
     rows, table = [], [("", f"median {unit}", "min", "max", "ratio")]
     for name, (_, *counted) in rates.items():
         row = dict(name=name, unit=unit, median=statistics.median(counted), min=min(counted), max=max(counted))
+        row |= dict(first_s=firsts[name])  # with compilation
         rows.append(row | dict(ratio=row["median"] / (rows or [row])[0]["median"]))
         table.append((name, *(f"{row[key]:,.1f}" for key in ("median", "min", "max")), f"{rows[-1]['ratio']:.3f}"))
     print(config.format_table(table), flush=True)
@@ -83,23 +85,35 @@ def write_json(path: Path, **results: Any) -> None:
     print(f"written: {path}")
 
 
-def build_model(cfg: Any, name: str, deterministic: bool = False, **changes: Any) -> tuple:
+def build_model(cfg: Any, name: str, **changes: Any) -> tuple:
     """A GPT on the device, its tokenizer, and the Runtime. cfg: bench.Config; changes: to the GPTConfig."""
     if name not in model.SIZES:
         raise ValueError(f"--models {name}: expected names of {', '.join(model.SIZES)}")
-    rt, tokenizer = runtime.setup(cfg.device, cfg.precision, deterministic), data.get_tokenizer(cfg.tokenizer)
+    rt, tokenizer = runtime.setup(cfg.device, cfg.precision), data.get_tokenizer(cfg.tokenizer)
     vocabulary = dict(n_tokens=tokenizer.n_vocab, vocab_size=model.pad_vocab(tokenizer.n_vocab))
     torch.manual_seed(0)
     return model.GPT(model.GPTConfig(**model.SIZES[name] | vocabulary | changes)).to(rt.device), tokenizer, rt
 
 
+# kinds of kernels: regular expressions for their names, in this order
+KERNELS = {
+    "attention": "flash|fmha|attention|cudnn",
+    "matrix product": "gemm|nvjet|cutlass|cublas|addmm|mm$",
+    "optimizer": "multi_tensor|foreach|adam",
+    "embedding": "index|sort|embedding|scan|unique",
+    "compiled": "triton",
+    "copy": "[mM]em(cpy|set)|copy",
+}
+
+
 class Trainer:
     """A plain training loop and NeoGPT's, for the same model: two models at other addresses can differ by 5 %."""
 
-    def __init__(self, cfg: Any, name: str, B: int, **changes: Any) -> None:
-        """cfg, name, changes: as in `build_model`. B: sequences per forward pass."""
-        raw, tokenizer, self.rt = build_model(cfg, name, deterministic=True, block_size=cfg.T, **changes)
+    def __init__(self, cfg: Any, name: str, B: int, deterministic: bool = True, **changes: Any) -> None:
+        """cfg, name, changes: as in `build_model`. B: sequences per forward pass. deterministic: of CUDA kernels."""
+        raw, tokenizer, self.rt = build_model(cfg, name, block_size=cfg.T, **changes)
         self.cfg, self.B, self.n = cfg, B, cfg.total_batch_size // cfg.T  # n: sequences per step
+        self.deterministic = deterministic and self.rt.device.type == "cuda"
         self.train = data.Windows(data.open_data(cfg.data, tokenizer)[0], cfg.T)
         self.folder = tempfile.TemporaryDirectory()
         self.run = run.Run(train_gpt2.Config(out_dir=self.folder.name), "pretraining", tokenizer.name, self.rt)
@@ -108,39 +122,42 @@ class Trainer:
         optimizers = optim.make_optimizers(raw, optimizer=cfg.optimizer, weight_decay=0.1)
         self.run.attach(raw, optimizers, self.rt.device.type == "cuda" if cfg.compile is None else cfg.compile)
 
-    def read(self, step: int) -> Tensor:
-        """The tokens of a step, (n, T + 1), on the host."""
+    def read(self, step: int) -> training.Batch:
+        """The batch of a step, as in train_gpt2.py."""
         xy = torch.from_numpy(self.train.read(self.run.items(step, self.n, len(self.train))))
-        return xy.pin_memory() if self.rt.device.type == "cuda" else xy
+        return train_gpt2.make_batch(runtime.to_device(xy, self.rt.device), self.B, self.n)
+
+    def loss_fn(self, net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
+        """The loss of train_gpt2.py."""
+        with self.rt.autocast(), runtime.single_shape_attention():
+            return net(batch["x"], batch["y"], reduction="sum"), {}
 
     def plain(self) -> int:
         """Forward, backward, clipping and optimizer on one batch that stays on the device; returns the tokens."""
-        xy = self.read(0).to(self.rt.device)
+        runtime.set_determinism(self.deterministic)
+        batch = self.read(0)
         for _ in range(self.cfg.steps):
-            for rows in xy.split(self.B):
-                with runtime.strict_determinism():  # as in NeoGPT
-                    with self.rt.autocast():
-                        _, loss = self.run.model(rows[:, :-1], rows[:, 1:])
-                    (loss * len(rows) / self.n).backward()
+            for micro_batch in batch.micro_batches:
+                training.backward(self.run.model, micro_batch, self.loss_fn, 1 / batch.n_tokens)
             nn.utils.clip_grad_norm_(self.run.raw.parameters(), 1.0)
             for optimizer in self.run.optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = 1e-4
                 optimizer.step()
                 optimizer.zero_grad()
-        return self.cfg.steps * self.n * self.cfg.T
+        return self.cfg.steps * batch.n_tokens
 
     def neogpt(self, mark: Callable[[str], None] = lambda phase: None) -> int:
         """train_gpt2.py's loop with data, log and console; returns the tokens. Calls mark(phase) after each phase."""
 
         def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
             mark("backward")  # of the previous micro-batch
-            with self.rt.autocast():
-                loss = net(batch["x"], batch["y"], reduction="sum")[1]
+            result = self.loss_fn(net, batch)
             mark("forward")
-            return loss, {}
+            return result
 
-        T, stop = self.cfg.T, self.run.step + self.cfg.steps
+        runtime.set_determinism(self.deterministic)
+        stop = self.run.step + self.cfg.steps
         batches = data.prefetch(self.read, self.run.step, stop)
         mark("start")
         with quiet():
@@ -148,13 +165,26 @@ class Trainer:
                 mark("log")
                 if self.run.last:
                     break
-                xy = next(batches).to(self.rt.device, non_blocking=True)
-                micro_batches = [dict(x=rows[:, :-1], y=rows[:, 1:], n=len(rows) * T) for rows in xy.split(self.B)]
+                batch = next(batches)
                 mark("data")
-                self.run.update(training.Batch(micro_batches, self.n, self.n * T), loss_fn, lr=1e-4)
+                self.run.update(batch, loss_fn, lr=1e-4)
                 mark("optimizer")
             self.run.read_results(0)
-        return self.cfg.steps * self.n * T
+        return self.cfg.steps * self.n * self.cfg.T
+
+    def kernels(self) -> list[dict]:
+        """Microseconds per token of the kernels (on a CPU: operators) in NeoGPT's step, by kind and by name."""
+        is_cuda = self.rt.device.type == "cuda"
+        with torch.profiler.profile() as profiler:
+            n_tokens = self.neogpt()
+        rows = []
+        for event in profiler.key_averages():
+            on_device = event.device_type == torch.autograd.DeviceType.CUDA
+            if on_device == is_cuda and not event.key.startswith(("Optimizer", "## Call")):  # those contain kernels
+                kind = next((kind for kind, names in KERNELS.items() if re.search(names, event.key)), "other")
+                us = event.self_device_time_total if is_cuda else event.self_cpu_time_total
+                rows.append(dict(kind=kind, name=event.key[:90], us=us / n_tokens, calls=event.count))
+        return sorted(rows, key=lambda row: -row["us"])
 
     def time_shares(self) -> dict[str, float]:
         """The share of each phase in NeoGPT's step, waiting for the device after each phase."""
