@@ -183,8 +183,6 @@ def pick_B(cfg: Config, per_rank: int, run: Run, loss_fn: training.LossFn) -> in
         return resumed.B  # the same B gives the same bits
     limit = 2**16 if rt.device.type == "cuda" else 2**12  # tokens: larger is not faster on a GPU, and slower on a CPU
     sizes = [B for B in range(1, per_rank + 1) if per_rank % B == 0 and (B == 1 or B * cfg.T <= limit)]
-    if rt.device.type != "cuda":
-        return max(sizes)
 
     def forward_backward(B: int) -> None:
         torch._dynamo.reset()  # it compiles a function at most eight times

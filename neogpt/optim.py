@@ -83,6 +83,21 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
     return out
 
 
+def orthogonalize_on_ranks(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonalize`, divided among the ranks: each computes its share, a sum with zeros distributes the results."""
+    if not torch.distributed.is_initialized():
+        return orthogonalize(matrices)
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    by_shape = sorted(range(len(matrices)), key=lambda i: matrices[i].shape)  # every rank gets some of each shape
+    mine = by_shape[rank::world_size]
+    flat = matrices[0].new_zeros(sum(x.numel() for x in matrices))
+    out = [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in matrices]), matrices)]
+    for i, x in zip(mine, orthogonalize([matrices[i] for i in mine])):
+        out[i].copy_(x)
+    torch.distributed.all_reduce(flat)
+    return out
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): Nesterov momentum with an orthogonalized update. Updates have the root mean square of
     AdamW's, so one learning rate and weight decay serve both (arXiv:2502.16982). Computes torch.optim.Muon with
@@ -106,7 +121,7 @@ class Muon(torch.optim.Optimizer):
                 grads = [torch.where(found_inf > 0, m, g) for m, g in zip(momenta, grads)]
                 rate = rate * (1 - found_inf.to(params[0].dtype))
             torch._foreach_lerp_(momenta, grads, 1 - beta)
-            updates = orthogonalize(torch._foreach_lerp(grads, momenta, beta))  # Nesterov
+            updates = orthogonalize_on_ranks(torch._foreach_lerp(grads, momenta, beta))  # Nesterov
             torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
             torch._foreach_mul_(updates, [-0.2 * max(p.shape) ** 0.5 for p in params])
             torch._foreach_mul_(updates, rate)

@@ -202,11 +202,12 @@ class Run:
             if adapters:
                 lora.save_adapter(self.out_dir / "adapter", self.raw, self.cfg.checkpoint, self.base)
             weights = lora.merged_weights(self.raw) if adapters else self.raw.state_dict()
-            ckpt = checkpoint.Checkpoint(self.stage, self.step, weights, asdict(self.raw.config), self.tokenizer)
             moments = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
             settings = dict(config=asdict(self.cfg), base=self.base, B=self.B, world_size=self.rt.world_size)
             progress = dict(n_sequences=self.n_sequences, n_tokens=self.n_tokens, seconds=self.seconds)
-            ckpt = replace(ckpt, optimizers=moments, adapters=adapters, **settings, **progress, scores=self.scores)
+            contents = dict(optimizers=moments, adapters=adapters, scores=self.scores) | settings | progress
+            model_config = asdict(self.raw.config)
+            ckpt = checkpoint.Checkpoint(self.stage, self.step, weights, model_config, self.tokenizer, **contents)
             self.writing = checkpoint.save_in_background(self.writer, self.out_dir, ckpt, self.cfg.keep_last, best)
         self.saved_step, self.clock = self.step, runtime.now(self.rt.device)
 

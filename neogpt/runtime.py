@@ -194,8 +194,11 @@ def attention_kernel(config: model.GPTConfig, B: int, T: int, rt: Runtime) -> st
 def fit_micro_batch(step: Callable[[int], None], sizes: list[int], reserved: int, rt: Runtime) -> int:
     """The largest of `sizes` with which `step`, a forward and backward pass, fits into CUDA memory on all ranks.
 
-    reserved: bytes to leave free for the state of the optimizer. Raises ValueError if no size fits.
+    reserved: bytes to leave free for the state of the optimizer. On a CPU every size fits. Raises ValueError if none
+    does.
     """
+    if rt.device.type != "cuda":
+        return max(sizes)
     fitting = 0
     for size in sorted(sizes, reverse=True):
         with suppress(torch.cuda.OutOfMemoryError):

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -98,6 +99,21 @@ def test_attention_kernel_is_named(attention: str, kernel: str) -> None:
     assert runtime.attention_kernel(config, 2, 16, ALONE) == kernel
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_determinism_is_strict_in_training_steps(enabled: bool) -> None:
+    try:
+        runtime.set_determinism(enabled)
+        for _ in range(2):
+            assert torch.get_deterministic_debug_mode() == enabled  # 1: warn
+            with runtime.strict_determinism(), runtime.single_shape_attention():
+                assert torch.get_deterministic_debug_mode() == 2 * enabled  # 2: raise an error
+                assert torch.backends.cuda.cudnn_sdp_enabled() != enabled
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch._inductor.config.deterministic == enabled
+    finally:
+        runtime.set_determinism(False)
+
+
 def test_compiler_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     for kind, variable, compiler in (("cuda", "CC", "gcc"), ("cpu", "CXX", "g++")):
@@ -120,3 +136,17 @@ def test_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(torch._dynamo.exc.Unsupported):
         runtime.wrap(raw, ALONE, compile=True)(idx)
     runtime.wrap(raw, ALONE, compile=True, dynamic=True)(idx)
+
+
+def test_loss_is_the_only_output_of_the_training_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        outputs.append([node.meta["example_value"].shape for node in graph.graph.output_node().args[0]])
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(runtime, "require_compiler", lambda device: None)
+    idx = torch.arange(8)[None]
+    runtime.wrap(tiny_model(n_layer=1), ALONE, compile=True)(idx, idx, reduction="sum").backward()
+    assert outputs == [[torch.Size([])]]

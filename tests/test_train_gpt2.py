@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ import harness
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from harness import losses, notes
 
@@ -186,6 +188,24 @@ def test_micro_batch_does_not_change_the_curve(cfg: Config) -> None:
         harness.assert_close_runs(train(cfg, B=B, out_dir=f"{cfg.out_dir}{B}"), reference)
     resumed = train(cfg, B=None, max_steps=13, out_dir=f"{cfg.out_dir}1")
     assert newest(resumed).B == 1  # kept, because the same B gives the same bits
+
+
+def test_validation_and_the_search_for_b_use_the_compiled_step(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs, sizes = torch._dynamo.testing.CompileCounter(), []
+
+    def fit(step: Callable[[int], None], sizes_: list[int], *_: Any) -> int:
+        step(4)
+        step(2)
+        sizes.append(graphs.frame_count)
+        return 2
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
+    monkeypatch.setattr(runtime, "require_compiler", lambda device: None)
+    expected = train(cfg, B=2)
+    monkeypatch.setattr(runtime, "fit_micro_batch", fit)
+    folder = train(cfg, B=None, compile=True, val_tokens=3 * cfg.T, out_dir=cfg.out_dir + "2")
+    assert sizes == [2] and graphs.frame_count == 3  # two sizes; training needs no other graph, validation has its own
+    assert losses(folder) == losses(expected)
 
 
 def test_evaluation_samples_and_checkpoints_do_not_disturb_training(cfg: Config) -> None:

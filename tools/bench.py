@@ -83,10 +83,8 @@ def bench_train(cfg: Config, name: str, B: int) -> list[dict]:
     peak, flops = runtime.peak_flops(t.rt.device), t.run.raw.flops_per_token(cfg.T)
     for row in rows:
         row |= dict(ms=1e3 * t.n * cfg.T / row["median"], mfu=flops * row["median"] / peak if peak else None)
-    details = dict(peak_gb=torch.cuda.max_memory_allocated() / 1e9, checkpoint_ms=t.checkpoint_ms())
-    rows[1] |= details | dict(shares=t.time_shares())
-    print(", ".join(f"{key} {rows[1][key]:,.3g}" for key in ("ms", "mfu", "first_s", *details) if rows[1][key]))
-    print(", ".join(f"{phase} {share:.1%}" for phase, share in rows[1]["shares"].items()), flush=True)
+    rows[1] |= dict(peak_gb=torch.cuda.max_memory_allocated() / 1e9)
+    print(", ".join(f"{key} {rows[1][key]:,.3g}" for key in ("ms", "mfu", "peak_gb") if rows[1][key]), flush=True)
     if cfg.profile:
         rows[1]["kernels"] = kernels = t.kernels()
         for kind in (*timing.KERNELS, "other"):

@@ -11,7 +11,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -97,11 +96,11 @@ def build_model(cfg: Any, name: str, **changes: Any) -> tuple:
 
 # kinds of kernels: regular expressions for their names, in this order
 KERNELS = {
+    "compiled": "^triton",
     "attention": "flash|fmha|attention|cudnn",
     "matrix product": "gemm|nvjet|cutlass|cublas|addmm|mm$",
     "optimizer": "multi_tensor|foreach|adam",
     "embedding": "index|sort|embedding|scan|unique",
-    "compiled": "triton",
     "copy": "[mM]em(cpy|set)|copy",
 }
 
@@ -147,28 +146,16 @@ class Trainer:
                 optimizer.zero_grad()
         return self.cfg.steps * batch.n_tokens
 
-    def neogpt(self, mark: Callable[[str], None] = lambda phase: None) -> int:
-        """train_gpt2.py's loop with data, log and console; returns the tokens. Calls mark(phase) after each phase."""
-
-        def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
-            mark("backward")  # of the previous micro-batch
-            result = self.loss_fn(net, batch)
-            mark("forward")
-            return result
-
+    def neogpt(self) -> int:
+        """train_gpt2.py's loop with data, log and console; returns the tokens."""
         runtime.set_determinism(self.deterministic)
         stop = self.run.step + self.cfg.steps
         batches = data.prefetch(self.read, self.run.step, stop)
-        mark("start")
         with quiet():
             for _ in self.run.steps(stop):
-                mark("log")
                 if self.run.last:
                     break
-                batch = next(batches)
-                mark("data")
-                self.run.update(batch, loss_fn, lr=1e-4)
-                mark("optimizer")
+                self.run.update(next(batches), self.loss_fn, lr=1e-4)
             self.run.read_results(0)
         return self.cfg.steps * self.n * self.cfg.T
 
@@ -185,27 +172,3 @@ class Trainer:
                 us = event.self_device_time_total if is_cuda else event.self_cpu_time_total
                 rows.append(dict(kind=kind, name=event.key[:90], us=us / n_tokens, calls=event.count))
         return sorted(rows, key=lambda row: -row["us"])
-
-    def time_shares(self) -> dict[str, float]:
-        """The share of each phase in NeoGPT's step, waiting for the device after each phase."""
-        spent, times = Counter(), [0.0]
-
-        def mark(phase: str) -> None:
-            times.append(clock())
-            spent[phase] += times[-1] - times[-2]
-
-        hook = self.run.optimizers[0].register_step_pre_hook(lambda *_: mark("backward"))
-        self.neogpt(mark)
-        hook.remove()
-        del spent["start"]
-        return {phase: seconds / spent.total() for phase, seconds in spent.items()}
-
-    def checkpoint_ms(self) -> float:
-        """Milliseconds that the loop waits for a checkpoint: for the copy, not for the writing."""
-        times = []
-        for _ in range(3):  # the first time also allocates host memory
-            self.run.wait_for_writer()
-            self.run.saved_step, start = None, clock()  # None: save the same step again
-            self.run.save()
-            times.append(clock() - start)
-        return 1e3 * statistics.median(times)
