@@ -130,12 +130,11 @@ def load_data(
 def evaluate(
     raw: model.GPT, val: data.Windows, questions: hellaswag.Questions | None, cfg: EvalConfig, rt: runtime.Runtime
 ) -> dict[str, Any]:
-    """Shares of zeros, numbers of parameters, loss in nats per token, perplexity, HellaSwag's acc and acc_norm."""
-    weights = {name.removeprefix("transformer."): x.weight for name, x in raw.weight_matrices().items()}
-    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
-    n_zeros, n_weights, n_params = sum(zeros.values()), sum(w.numel() for w in weights.values()), raw.n_params()
-    metrics = dict(by_matrix={name: zeros[name] / weight.numel() for name, weight in weights.items()})
-    metrics |= dict(sparsity=n_zeros / n_weights, parameters=n_params, parameters_left=n_params - n_zeros)
+    """Share of zeros, numbers of parameters, loss in nats per token, perplexity, HellaSwag's acc and acc_norm."""
+    weights = [linear.weight for linear in raw.weight_matrices().values()]
+    n_weights, n_params = sum(w.numel() for w in weights), raw.n_params()
+    n_zeros = n_weights - sum(int(w.count_nonzero()) for w in weights)
+    metrics = dict(sparsity=n_zeros / n_weights, parameters=n_params, parameters_left=n_params - n_zeros)
     loss = training.validate(raw, val, cfg.val_tokens, cfg.B, rt)
     metrics |= dict(loss=loss, perplexity=math.exp(min(loss, 99)))
     if questions:
@@ -165,7 +164,7 @@ def main(cfg: Config) -> None:
     before = evaluate(raw, val, questions, cfg, rt)
     prune_model(raw, idx, cfg, rt)
     after = evaluate(raw, val, questions, cfg, rt)
-    rows = [(name, f"{before[name]:,.10g}", f"{after[name]:,.10g}") for name in before if name != "by_matrix"]
+    rows = [(name, f"{before[name]:,.10g}", f"{after[name]:,.10g}") for name in before]
     runtime.print0(config.format_table([("", "before", f"{cfg.method} {cfg.pattern or cfg.ratio}"), *rows]))
     ckpt = checkpoint.Checkpoint(stage, step, raw.state_dict(), asdict(raw.config), tokenizer.name, pruned=asdict(cfg))
     checkpoint.write(path, ckpt)

@@ -3,7 +3,7 @@
     python sample.py demo                                       # after `python train_gpt2.py demo`: stories
     python sample.py --checkpoint=out/gpt2 --prompt="Once upon a time"
     python sample.py --checkpoint=gpt2 --prompt="The meaning of life is" --n_samples=3 --top_k=0 --top_p=0.95
-    echo "What is a cat?" | python sample.py --prompt=-         # standard input
+    python sample.py --prompt=- < prompt.txt                    # standard input
     python sample.py --checkpoint=out/dpo --chat                # chat with a fine-tuned model
     python sample.py demo-chat                                  # after the demos of sft.py and dpo.py
 
@@ -18,7 +18,6 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Literal
 
 import tiktoken
@@ -34,7 +33,6 @@ Ids = list[int]  # of tokens
 class Config:
     checkpoint: str = "out/gpt2"  # out_dir, checkpoint file, adapter folder, Hugging Face folder or hub name
     prompt: str = "Hello, I'm a language model,"  # "-" reads standard input; "" starts a new document
-    prompt_file: str = ""  # read the prompt from this file instead
     chat: bool = False  # chat: every line of standard input is an instruction in the prompt template of sft.py
     history_turns: int = 8  # previous turns that the model sees in a chat; 0 for a model trained on single questions
     n_samples: int = 1  # samples; they are generated together and printed one after another
@@ -115,11 +113,9 @@ def main(cfg: Config) -> None:
     if cfg.compile:
         runtime.require_compiler(rt.device)
     try:
-        text = Path(cfg.prompt_file).read_text(encoding="utf-8") if cfg.prompt_file else cfg.prompt
-        if cfg.prompt == "-" and not (cfg.prompt_file or cfg.chat):
-            text = sys.stdin.read()
+        text = sys.stdin.read() if cfg.prompt == "-" and not cfg.chat else cfg.prompt
     except UnicodeDecodeError as error:
-        raise ValueError(f"{cfg.prompt_file or 'standard input'} is not UTF-8 text: {error}") from error
+        raise ValueError(f"standard input is not UTF-8 text: {error}") from error
     raw, tokenizer, _, _ = checkpoint.load_model(cfg.checkpoint)
     raw.to(rt.device)
     if rt.precision == "bf16":

@@ -194,27 +194,22 @@ def attention_kernel(config: model.GPTConfig, B: int, T: int, rt: Runtime) -> st
 def fit_micro_batch(step: Callable[[int], None], sizes: list[int], reserved: int, rt: Runtime) -> int:
     """The largest of `sizes` with which `step`, a forward and backward pass, fits into CUDA memory on all ranks.
 
-    reserved: bytes to leave free for the state of the optimizer. On a CPU every size fits. Raises ValueError if none
-    does.
+    reserved: bytes to leave free for the state of the optimizer. Other devices: the largest. Raises ValueError if none
+    fits.
     """
     if rt.device.type != "cuda":
         return max(sizes)
-    fitting = 0
     for size in sorted(sizes, reverse=True):
+        fits = torch.zeros((), device=rt.device)
         with suppress(torch.cuda.OutOfMemoryError):
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(rt.device)
             free = torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_allocated(rt.device)
             step(size)
-            if torch.cuda.max_memory_allocated(rt.device) + reserved <= 0.95 * free:
-                fitting = size
-                break
-    smallest = torch.tensor(fitting, device=rt.device)
-    if rt.world_size > 1:
-        torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
-    if not smallest:
-        raise ValueError(f"--B={min(sizes)} does not fit into the memory of {rt.device}: use a smaller --model or --T")
-    return int(smallest)
+            fits += torch.cuda.max_memory_allocated(rt.device) + reserved <= 0.95 * free
+        if all_reduce_sum(fits, rt) == rt.world_size:
+            return size
+    raise ValueError(f"--B={min(sizes)} does not fit into the memory of {rt.device}: use a smaller --model or --T")
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -111,11 +111,10 @@ def test_empty_prompt_starts_a_document(tmp_path: Path, capsys: Capture) -> None
     assert run_main(capsys, configure(tmp_path, prompt="", max_new_tokens=4))[0] == "Once\n"
 
 
-def test_prompt_from_a_file(tmp_path: Path, capsys: Capture) -> None:
+def test_prompt_from_standard_input(tmp_path: Path, capsys: Capture) -> None:
     text = "grüß\n<|endoftext|> gott\n"  # the name of the special token is ordinary text
     save(tmp_path, scripted_model({len(text.encode()) - 1: b"!"}))
-    (tmp_path / "prompt.txt").write_text(text, encoding="utf-8")
-    assert run_main(capsys, configure(tmp_path, prompt_file=str(tmp_path / "prompt.txt")))[0] == text + "!\n"
+    assert run_main(capsys, configure(tmp_path, prompt="-"), stdin=text)[0] == text + "!\n"
 
 
 def test_prompt_longer_than_block_size(tmp_path: Path, capsys: Capture) -> None:
@@ -205,11 +204,8 @@ def test_options_out_of_range(tmp_path: Path, capsys: Capture) -> None:
         assert name in message and str(value) in message and capsys.readouterr().out == ""
 
 
-def test_text_that_is_not_utf8_and_missing_files(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+def test_text_that_is_not_utf8(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     save(tmp_path, scripted_model({}))
-    (tmp_path / "latin.txt").write_bytes(b"gr\xfc\xdf")
-    for path in (tmp_path / "nowhere.txt", tmp_path, tmp_path / "latin.txt"):
-        assert str(path) in error(configure(tmp_path, prompt_file=str(path)))
 
     def configure_latin(**changes: Any) -> sample.Config:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"gr\xfc\xdf\nhi\n"), encoding="utf-8"))
