@@ -266,13 +266,15 @@ def main(cfg: Config) -> None:
     config.require("[2, inf)", repeats=cfg.repeats)
     config.require(f"[{cfg.T}, inf)", total_batch_size=cfg.total_batch_size)
     files.make_folder(cfg.out_dir)
-    path, rows = Path(cfg.out_dir) / f"{cfg.bench}.json", bench_tokenize(cfg) if cfg.bench == "tokenize" else []
-    for name, B in itertools.product(cfg.models, cfg.B) if cfg.bench in PER_MODEL else ():
+    write = functools.partial(timing.write_json, Path(cfg.out_dir) / f"{cfg.bench}.json", config=asdict(cfg))
+    if cfg.bench == "tokenize":
+        return write(results=bench_tokenize(cfg))
+    rows = []
+    for name, B in itertools.product(cfg.models, cfg.B):
         print(f"{name}, B={B}")
         torch._dynamo.reset()  # it compiles a class at most eight times
         rows += [row | dict(model=name, B=B) for row in PER_MODEL[cfg.bench](cfg, name, B)]
-        timing.write_json(path, config=asdict(cfg), results=rows)  # now: a larger B may not fit into memory
-    timing.write_json(path, config=asdict(cfg), results=rows)
+        write(results=rows)  # now: a larger B may not fit into memory
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 #     bash tools/gpu.sh PART …       # tests roofline train choices resume muon sample compiled hellaswag
 #     DEVICE=cpu bash tools/gpu.sh train    # a rehearsal with the demo's model
 # Tables and JSON files go to $OUT (default: out/bench-gpu). A part that fails does not stop the others.
-# Prepare: DATA, shards with GPT-2's vocabulary (default: edu_fineweb10B), and HELLASWAG, its validation rows as .jsonl.
-# A machine without network needs both, wheels of tyro, docstring_parser and typeguard, and TIKTOKEN_CACHE_DIR.
+# Prepare: DATA, shards of at least 10M tokens with GPT-2's vocabulary (default: edu_fineweb10B), for example
+#     python fineweb.py --data='books-*.parquet' --shard_size=1000000 --out_dir=.cache/books
+# Carry to a machine without network: these shards, HELLASWAG (its validation rows as a .jsonl file), TIKTOKEN_CACHE_DIR,
+# and the packages that are missing there (tyro, docstring_parser and typeguard, on PYTHONPATH). `python` must be Python.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 trap 'exit 130' INT
@@ -22,7 +24,7 @@ step="$bench --data=$data --T=$T --total_batch_size=$batch --steps=3"
 
 tests() { python -m pytest -m gpu tests/test_model.py tests/test_generate.py tests/test_train_gpt2.py; }
 roofline() { python -m tools.bench roofline $bench --data=$data --T=$T --B ${B##* }; }
-train() { for b in $B; do python -m tools.bench train $step --B $b --repeats=4 --profile; done; }
+train() { for b in $B; do python -m tools.bench train $step --B $b --repeats=4 --profile --out_dir="$out/B$b"; done; }
 choices() {
   python -m tools.bench choices $step --B ${B%% *} --repeats=4 \
     --only "not deterministic" "bf16 residual" "heads of 128" "vocabulary not padded"
