@@ -57,9 +57,7 @@ class Config:
 
 
 CONFIGS = {
-    "sample-10BT": Config(),
-    "sample-100BT": Config(data=HUB + "HuggingFaceFW/fineweb-edu/sample/100BT", out_dir="edu_fineweb100B"),
-    "sample-350BT": Config(data=HUB + "HuggingFaceFW/fineweb-edu/sample/350BT", out_dir="edu_fineweb350B"),
+    f"sample-{n}BT": Config(f"{HUB}HuggingFaceFW/fineweb-edu/sample/{n}BT", f"edu_fineweb{n}B") for n in (10, 100, 350)
 }
 SUFFIXES = (".parquet", ".jsonl")
 CHUNK_BYTES = 2**20  # text per task of a worker
@@ -150,9 +148,8 @@ def read_chunks(paths: Iterable[Path], file: int, start: int) -> Iterator[Chunk]
     for number, path in enumerate(paths, file):
         n_read = 0  # documents of this file
         for documents in read_file(path):
-            n_skip = max(0, start - n_read)
-            if n_skip < len(documents):
-                yield Chunk(number, n_read + n_skip, documents[n_skip:], path.suffix == ".jsonl")
+            if rest := documents[max(0, start - n_read) :]:
+                yield Chunk(number, max(start, n_read), rest, path.suffix == ".jsonl")
             n_read += len(documents)
         start = 0
 
@@ -160,10 +157,13 @@ def read_chunks(paths: Iterable[Path], file: int, start: int) -> Iterator[Chunk]
 def parse_document(document: bytes | None, is_json: bool) -> str:
     """The text of a line of jsonl or a row of parquet; "" if it has no text or only white space."""
     try:
-        text = json.loads(document)["text"] if is_json else (document or b"").decode()
-    except (ValueError, LookupError, TypeError, RecursionError):  # bad UTF-8, bad JSON, no field, no object
+        if is_json:  # JSON can contain lone surrogates: replace them as tiktoken does
+            text = json.loads(document)["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        else:
+            text = (document or b"").decode()
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # bad UTF-8 or JSON, no text
         return ""
-    return text if isinstance(text, str) and not text.isspace() else ""
+    return "" if text.isspace() else text
 
 
 def start_worker() -> None:
@@ -185,15 +185,14 @@ def get_encoder(tokenizer: str, encoder: str) -> Callable[[str], np.ndarray]:
         path = Path(folder) / "gpt2.tiktoken"
         path.write_bytes(b"".join(b"%s %d\n" % (token, rank) for rank, token in enumerate(tokens)))
         fast = gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="gpt2", special_tokens={})
-    return lambda text: np.append(np.uint16(encoding.eot_token), fast.encode(data.utf8(text)).astype(np.uint16))
+    return lambda text: np.append(np.uint16(encoding.eot_token), fast.encode(text).astype(np.uint16))
 
 
-def tokenize(chunk: Chunk, tokenizer: str, encoder: str) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of all documents, (n,) uint16, and the end of each document in them, (n_documents,) int64."""
+def tokenize(chunk: Chunk, tokenizer: str, encoder: str) -> list[np.ndarray]:
+    """The ids of each document, (n,) uint16; n is 0 for a document without text."""
     encode = get_encoder(tokenizer, encoder)
     texts = [parse_document(document, chunk.is_json) for document in chunk.documents]
-    rows = [encode(text) if text else np.empty(0, np.uint16) for text in texts]
-    return np.concatenate(rows), np.cumsum([len(row) for row in rows])
+    return [encode(text) if text else np.empty(0, np.uint16) for text in texts]
 
 
 def choose_encoder(cfg: Config, chunk: Chunk) -> str:
@@ -222,15 +221,8 @@ def tokenize_all(chunks: Iterator[Chunk], cfg: Config, pool: Executor) -> Iterat
         if not pending:
             return
         chunk, future = pending.popleft()
-        ids, ends = future.result()
-        for number, row in enumerate(np.split(ids, ends[:-1]), chunk.start):
-            yield chunk.file, number, row
-
-
-def write_manifest(folder: Path, manifest: dict) -> None:
-    """Write manifest.json atomically."""
-    with files.atomic_write(folder / data.MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+        for number, ids in enumerate(future.result(), chunk.start):
+            yield chunk.file, number, ids
 
 
 def write_shard(folder: Path, manifest: dict, tokens: np.ndarray) -> None:
@@ -255,7 +247,7 @@ def write_shards(documents: Iterable[tuple[int, int, np.ndarray]], folder: Path,
             if filled == len(shard):
                 write_shard(folder, manifest, shard)
                 manifest["next"] = {"file": file, "document": number, "token": token}
-                write_manifest(folder, manifest)
+                files.write_json(folder / data.MANIFEST, manifest)
                 filled = 0
             n = min(len(shard) - filled, len(ids) - token)
             shard[filled : filled + n] = ids[token : token + n]
@@ -274,21 +266,7 @@ def write_shards(documents: Iterable[tuple[int, int, np.ndarray]], folder: Path,
     write_shard(folder, manifest, shard[:filled])
     manifest["complete"] = True
     del manifest["next"]
-    write_manifest(folder, manifest)
-
-
-def open_manifest(cfg: Config, source: dict, manifest: dict | None) -> dict:
-    """The folder's manifest, or a new one. Raises ValueError if the folder has shards with other settings."""
-    settings = dict(tokenizer=cfg.tokenizer, shard_size=cfg.shard_size, max_tokens=cfg.max_tokens or 0, source=source)
-    if manifest is None or not manifest["shards"]:
-        empty = dict(n_tokens=0, n_documents=0, n_skipped=0, shards=[], next=dict(file=0, document=0, token=0))
-        return dict(complete=False) | settings | empty
-    for name, value in settings.items():
-        if manifest[name] != value:
-            raise ValueError(f"{cfg.out_dir} was begun with {name}={manifest[name]}, not {value}: change --out_dir")
-    for entry in manifest["shards"]:
-        data.open_shard(Path(cfg.out_dir, entry["file"]))  # raises if it is missing or truncated
-    return manifest
+    files.write_json(folder / data.MANIFEST, manifest)
 
 
 def write_missing(cfg: Config, folder: Path, manifest: dict, paths: list[Path]) -> None:
@@ -323,7 +301,14 @@ def main(cfg: Config) -> None:
     folder = Path(cfg.out_dir)
     manifest = data.read_manifest(folder)
     source, paths = find_source(cfg.data, manifest)
-    manifest = open_manifest(cfg, source, manifest)
+    settings = dict(tokenizer=cfg.tokenizer, shard_size=cfg.shard_size, max_tokens=cfg.max_tokens or 0, source=source)
+    empty = dict(n_tokens=0, n_documents=0, n_skipped=0, shards=[], next=dict(file=0, document=0, token=0))
+    manifest = manifest or dict(complete=False) | settings | empty
+    for name, value in settings.items():
+        if manifest[name] != value:
+            raise ValueError(f"{folder} was begun with {name}={manifest[name]}, not {value}: change --out_dir")
+    for entry in manifest["shards"]:
+        data.open_shard(folder / entry["file"])  # raises if it is missing or truncated
     if not manifest["complete"]:
         write_missing(cfg, folder, manifest, paths)
     n_val, *n_train = [entry["n_tokens"] for entry in manifest["shards"]]

@@ -19,11 +19,10 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import tiktoken
 
-from neogpt import files
+from neogpt import config, files
 
 EOT = "<|endoftext|>"  # the first token of every document; alone on a line, it separates the documents of a text file
 MANIFEST = "manifest.json"
-CACHE = Path(__file__).resolve().parent.parent / ".cache"
 Item = TypeVar("Item")
 
 
@@ -38,7 +37,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         )
     if name != "gpt2":
         raise ValueError(f"unknown tokenizer {name!r}: expected 'gpt2' or 'bytes'")
-    folder = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(CACHE / "tiktoken"))
+    folder = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(config.ROOT / ".cache" / "tiktoken"))
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # requests and tiktoken raise many kinds
@@ -48,17 +47,9 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         ) from error
 
 
-def utf8(text: str) -> bytes:
-    """Text as UTF-8. Lone surrogates, which JSON can contain, are replaced, as tiktoken does."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-
-
 def encode_document(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
     """End-of-text, then the ids of the text, (n,) uint16. Special tokens in the text stay ordinary text."""
-    ids = tokenizer.encode_to_numpy(utf8(text).decode(), disallowed_special=())
+    ids = tokenizer.encode_to_numpy(text, disallowed_special=())
     return np.concatenate(([tokenizer.eot_token], ids)).astype(np.uint16)
 
 
@@ -145,8 +136,8 @@ def check_shards(folder: str | Path, n_tokens: int) -> None:
             raise ValueError(f"{shard.path} holds the id {largest}, but the tokenizer has {n_tokens} ids")
         if listed and listed.get(name) != (shard.n_tokens, crc):
             raise ValueError(f"{shard.path} differs from {MANIFEST}: restore it, or run fineweb.py into a new folder")
-    with contextlib.suppress(OSError), files.atomic_write(cache) as temporary:  # the folder can be read-only
-        temporary.write_text(json.dumps(state))
+    with contextlib.suppress(OSError):  # the folder can be read-only
+        files.write_json(cache, state)
 
 
 def read_text(path: Path, tokenizer: tiktoken.Encoding) -> tuple[list[Shard], list[Shard]]:
@@ -161,7 +152,7 @@ def read_text(path: Path, tokenizer: tiktoken.Encoding) -> tuple[list[Shard], li
     if len(documents) < 2:
         text = "".join(documents)
         documents = [text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]]
-    n = min(int(0.9 * len(documents)), len(documents) - 1)
+    n = int(0.9 * len(documents))
     encoded = [encode_document(tokenizer, document) for document in documents]
     train, val = np.concatenate(encoded[:n]), np.concatenate(encoded[n:])
     return [Shard(path, len(train), 0, train)], [Shard(path, len(val), 0, val)]
@@ -215,22 +206,22 @@ def mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> 31)
 
 
-def permute(i: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """The images of i, (k,) int64, under a permutation of 0 … n - 1 that is selected by (seed, epoch).
+def permute(i: np.ndarray, n: int, seed: int, epoch: int | np.ndarray) -> np.ndarray:
+    """The images of i, (k,) int64, under permutations of 0 … n - 1: each (seed, epoch) selects one. epoch: int or (k,).
 
     Computed, not stored: a Feistel network permutes 0 … 4^m - 1 for the smallest 4^m >= n, and results of n or more
     are permuted again (cycle walking, Black and Rogaway 2002), fewer than four times on average.
     """
     half = (max(n - 1, 1).bit_length() + 1) // 2  # m, the number of bits of either half
     mask = 2**half - 1
-    base = mix(np.uint64([seed]) ^ mix(np.uint64([epoch])))
-    keys = mix(np.arange(1, 9, dtype=np.uint64) * 0x9E3779B97F4A7C15 ^ base)  # one per round
+    base = mix(np.uint64(seed) ^ mix(np.full(len(i), epoch, dtype=np.uint64)))
+    keys = mix(np.arange(1, 9, dtype=np.uint64)[:, None] * 0x9E3779B97F4A7C15 ^ base)  # (8, k), a row per round
     out = i.astype(np.uint64)
     todo = np.arange(len(out))
     while len(todo):
         left, right = out[todo] >> half, out[todo] & mask
         for key in keys:
-            left, right = right, left ^ (mix(right ^ key) & mask)
+            left, right = right, left ^ (mix(right ^ key[todo]) & mask)
         out[todo] = left << half | right
         todo = todo[out[todo] >= n]
     return out.astype(np.int64)
@@ -238,13 +229,8 @@ def permute(i: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
 
 def windows_at(position: int, n: int, n_windows: int, seed: int) -> np.ndarray:
     """The n windows from `position` on, (n,) int64, in the order of training: a new permutation in every epoch."""
-    positions = position + np.arange(n)
-    epochs = positions // n_windows
-    out = np.empty_like(positions)
-    for epoch in set(epochs.tolist()):
-        here = epochs == epoch
-        out[here] = permute(positions[here] % n_windows, n_windows, seed, epoch)
-    return out
+    epochs, windows = np.divmod(position + np.arange(n), n_windows)
+    return permute(windows, n_windows, seed, epochs)
 
 
 def prefetch(make: Callable[[int], Item], start: int, stop: int, depth: int = 2) -> Iterator[Item]:

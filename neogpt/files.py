@@ -1,5 +1,6 @@
 """Atomic file writes and free-space checks."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -20,14 +21,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"cannot write {path}: {reason}; the previous file, if any, is unchanged") from error
+        raise OSError(f"cannot write {path} (any old file is unchanged): {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":  # make the rename itself durable; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write a value as indented JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def make_folder(folder: str | Path) -> Path:
