@@ -12,7 +12,6 @@ pruned blocks before it. Embeddings, head, norms and biases are not pruned.
 Writes a checkpoint that every script reads, and report.json with the metrics of `evaluate` before and after.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,8 +167,7 @@ def main(cfg: Config) -> None:
     runtime.print0(config.format_table([("", "before", f"{cfg.method} {cfg.pattern or cfg.ratio}"), *rows]))
     ckpt = checkpoint.Checkpoint(stage, step, raw.state_dict(), asdict(raw.config), tokenizer.name, pruned=asdict(cfg))
     checkpoint.write(path, ckpt)
-    with files.atomic_write(out_dir / "report.json") as temporary:
-        temporary.write_text(json.dumps(dict(config=asdict(cfg), before=before, after=after), indent=2) + "\n")
+    files.write_json(out_dir / "report.json", dict(config=asdict(cfg), before=before, after=after))
     runtime.print0(f"wrote {path} and {out_dir / 'report.json'}")
 
 

@@ -102,10 +102,8 @@ def set_determinism(enabled: bool) -> None:
     # Compile the backward pass together with the forward pass. Compiled lazily, it runs on the autograd thread, where
     # PyTorch 2.13 does not see the deterministic flag, so inductor may select kernels by timing.
     from torch._functorch import config as functorch
-    from torch._inductor import config as inductor
 
     functorch.force_non_lazy_backward_lowering = enabled
-    inductor.deterministic = enabled  # the flag above leaves padding and the shapes of reductions to timing
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -218,6 +218,16 @@ def test_a_parameter_without_a_rule_is_refused() -> None:
         Gated(shape())
 
 
+def test_residual_stream_in_bf16() -> None:
+    raw, idx = rough_model(residual="bf16"), random_ids(2, 16)
+    reference = GPT.from_weights(replace(raw.config, residual="fp32"), raw.state_dict())
+    assert torch.equal(raw(idx), reference(idx))  # nothing changes without autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        assert raw.embed(idx).dtype == torch.bfloat16 and reference.embed(idx).dtype == torch.float32
+        ours, theirs = raw(idx).float(), reference(idx).float()
+    assert 0 < (ours - theirs).norm() < 0.02 * theirs.norm()  # bf16 rounds to 2^-9
+
+
 def test_copies_are_equal_and_keep_head_and_embedding_tied() -> None:
     raw = rough_model()
     variants = [

@@ -29,7 +29,6 @@ if multiprocessing.parent_process() is None:  # the workers of `tokenize` import
     import numpy as np
     import pyarrow.parquet
     import torch
-    import torch.utils.benchmark
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.utils.rnn import pad_sequence
 
@@ -121,12 +120,14 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
 
 def bench_roofline(cfg: Config, name: str, B: int) -> list[dict]:
     """The parts of a training step, each alone: copies, matrix products, attention in bf16, and index_put of ids."""
+    from torch.utils.benchmark import Timer  # its import prints a warning on some machines without a GPU
+
     shape = model.GPTConfig(**model.SIZES[name] | dict(block_size=cfg.T))
     rt, n, C, rows = runtime.setup(cfg.device, "bf16"), B * cfg.T, shape.n_embd, []
     random = functools.partial(torch.randn, device=rt.device, dtype=torch.bfloat16)
 
     def measure(part: str, amount: float, unit: str, function: Callable, *args: object) -> None:
-        timer = torch.utils.benchmark.Timer("function(*args)", globals=dict(function=function, args=args))
+        timer = Timer("function(*args)", globals=dict(function=function, args=args))
         ms = 1e3 * timer.blocked_autorange(min_run_time=0.1).median
         rows.append(dict(name=part, ms=ms, rate=1e3 * amount / ms, unit=unit))
         print(f"{part:40} {ms:9.4f} ms {1e3 * amount / ms:9.1f} {unit}", flush=True)

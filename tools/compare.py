@@ -9,7 +9,6 @@ pass of the dense model (its kernels would also multiply zeros), validation loss
 
 import copy
 import itertools
-import json
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -82,9 +81,9 @@ def main(cfg: Config) -> None:
             rows.append(row)
             runtime.print0(format_markdown([row]).splitlines()[-1])
     results = dict(torch=torch.__version__, device=str(rt.device), config=asdict(cfg), rows=rows)
-    for name, text in (("compare.md", format_markdown(rows)), ("compare.json", json.dumps(results, indent=2))):
-        with files.atomic_write(out_dir / name) as temporary:
-            temporary.write_text(text + "\n")
+    files.write_json(out_dir / "compare.json", results)
+    with files.atomic_write(out_dir / "compare.md") as temporary:
+        temporary.write_text(format_markdown(rows) + "\n")
     runtime.print0(f"wrote {out_dir / 'compare.md'} and compare.json")
 
 

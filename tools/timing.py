@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import platform
 import re
@@ -78,9 +77,7 @@ def write_json(path: Path, **results: Any) -> None:
     packages = ("torch", "numpy", "tiktoken", "gigatoken", "pyarrow")
     versions = {d.name: d.version for d in metadata.distributions() if d.name in packages}
     versions |= dict(python=platform.python_version(), code=run.code_revision())
-    facts = dict(command=" ".join(sys.argv), hardware=hardware, versions=versions)
-    with files.atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(facts | results, indent=1) + "\n")
+    files.write_json(path, dict(command=" ".join(sys.argv), hardware=hardware, versions=versions) | results)
     print(f"written: {path}")
 
 
