@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 @contextmanager
@@ -34,6 +36,17 @@ def write_json(path: str | Path, value: object) -> None:
     """Write a value as indented JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def lock(file: IO) -> None:
+    """Lock an open file for this process, until it dies. Raises OSError if another process has locked it."""
+    if os.name == "posix" and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        import fcntl
+
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise OSError(f"another process writes {file.name}: stop it, or use another --out_dir") from error
 
 
 def make_folder(folder: str | Path) -> Path:

@@ -45,6 +45,7 @@ class Log(logging.Handler):
         path = folder / "log.txt" if rank == 0 else Path(os.devnull)
         has_incomplete_line = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # line-buffered: a killed run loses nothing
+        files.lock(self.file)
         self.write("\n" * has_incomplete_line)
 
     def write(self, text: str) -> None:
@@ -73,7 +74,6 @@ class Run:
     def __init__(self, cfg: Any, stage: str, tokenizer: str, rt: runtime.Runtime) -> None:
         """cfg: a script's Config with out_dir, keep_last, grad_clip and seed. stage: as in checkpoint.Checkpoint."""
         self.cfg, self.stage, self.tokenizer, self.rt = cfg, stage, tokenizer, rt
-        self.stop_requested = runtime.stop_on_signals()
         self.out_dir = files.make_folder(cfg.out_dir)
         self.log = Log(self.out_dir, rt.rank)
         runtime.logger.addHandler(self.log)
@@ -91,6 +91,7 @@ class Run:
         self.saved_step = start.step  # of the newest checkpoint
         self.B, self.base, self.flops_per_token = 0, "", 0  # set by the scripts: see Checkpoint; FLOPs for the MFU
         self.stopped, self.n_nonfinite = False, 0
+        self.stop_requested = lambda: False  # until the first step a signal ends the program at once
         self.pending = deque()  # steps whose losses are not read: (step, lr, n_tokens, function that reads them, end)
         self.writer, self.writing = ThreadPoolExecutor(1), None  # writing: the Future of the last checkpoint
         if self.resumed:
@@ -138,6 +139,7 @@ class Run:
         """Yield the steps from the resumed one to max_steps. Step max_steps is only evaluated and saved."""
         if self.step > max_steps:
             raise ValueError(f"the run in {self.out_dir} is at step {self.step} already: --max_steps={max_steps}")
+        self.stop_requested = runtime.stop_on_signals()
         self.max_steps, self.clock = max_steps, runtime.now(self.rt.device)
         for step in range(self.step, max_steps + 1):
             self.step = step

@@ -23,7 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from neogpt import model
 
 logger = logging.getLogger("neogpt")
-SAME_STOP = 5.0  # seconds; SIGTERMs closer than this count as one: torchrun and Slurm both send it
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # a run saves and stops
+SAME_STOP = 5.0  # seconds; signals closer than this count as one: torchrun and Slurm both send SIGTERM
 
 
 class Runtime(NamedTuple):
@@ -54,6 +55,8 @@ def setup(
     Raises ValueError if the device does not exist.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" not in os.environ and (world_size > 1 or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1):
+        raise ValueError("several processes without RANK: each would train alone; start them with torchrun")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # some consoles cannot show what a model samples
     logger.handlers = [logging.StreamHandler(console or sys.stdout)]
@@ -242,7 +245,9 @@ def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Eve
 
 
 def stop_on_signals() -> Callable[[], bool]:
-    """Catch Ctrl-C and SIGTERM; return a function that tells whether one was received. A second one kills."""
+    """Catch Ctrl-C and the signals that schedulers send before they kill; return a function that tells whether one was
+    received. A second one kills. Signals that are ignored, such as SIGHUP under nohup, stay ignored.
+    """
     received = []
 
     def handle(signum: int, frame: object) -> None:
@@ -253,6 +258,8 @@ def stop_on_signals() -> Callable[[], bool]:
         if is_second:
             os.kill(os.getpid(), signum)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, handle)
+    for name in STOP_SIGNALS:
+        signum = getattr(signal, name, None)  # Windows lacks some
+        if signum and signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handle)
     return lambda: bool(received)

@@ -2,6 +2,8 @@
 
 import math
 import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +160,7 @@ def test_stop_saves_all_steps_that_were_done(tmp_path: Path, monkeypatch: pytest
     whole, stopped = train(open_run(tmp_path / "whole"), 9, 100), tmp_path / "stopped"
     monkeypatch.setitem(run.LAG, "cpu", 1)
     opened = open_run(stopped)
-    opened.stop_requested = lambda: opened.step == 5
+    monkeypatch.setattr(runtime, "stop_on_signals", lambda: lambda: opened.step == 5)
     train(opened, 9, 100)
     # requested in step 5, and read when step 6 is queued, which therefore counts too
     assert sorted(harness.losses(stopped)) == list(range(7))
@@ -194,3 +196,16 @@ def test_checkpoints_are_saved_resumed_and_refused(tmp_path: Path) -> None:
         checkpoint.write(tmp_path / "ckpt_000004.pt", other)
         with pytest.raises(ValueError, match=f"{tmp_path} is not of a pretraining run.*--out_dir"):
             open_run(tmp_path)
+
+
+def test_a_folder_belongs_to_one_process(tmp_path: Path) -> None:
+    code = "import pathlib, sys; from neogpt import run; log = run.Log(pathlib.Path(sys.argv[1]))"
+    command = [sys.executable, "-c", f"{code}; print(1, flush=True); sys.stdin.read()", str(tmp_path)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen(command, env=harness.ENV, cwd=harness.ROOT, **pipes) as other:
+        assert other.stdout.readline()
+        with pytest.raises(OSError, match=f"{tmp_path}.*--out_dir"):
+            open_run(tmp_path)
+        other.kill()
+        other.wait()
+        train(open_run(tmp_path), 2)

@@ -56,10 +56,22 @@ def test_characters_that_the_console_cannot_show(monkeypatch: pytest.MonkeyPatch
     assert sys.stdout.buffer.getvalue().decode("cp1252").split() == ["a?é"]
 
 
+def test_several_processes_need_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="torchrun"):
+            patch.setenv(name, "2")
+            runtime.setup("cpu")
+
+
 def test_first_signal_asks_to_stop_and_the_second_kills(monkeypatch: pytest.MonkeyPatch) -> None:
     killed = []
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signals = [getattr(signal, name) for name in runtime.STOP_SIGNALS]
+    before = {signum: signal.getsignal(signum) for signum in signals}
     try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+        runtime.stop_on_signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         for signum in before:
             requested = runtime.stop_on_signals()
             assert not requested()

@@ -107,7 +107,7 @@ def test_run_stopped_by_signals_equals_uninterrupted_run(
     long: Config, server: harness.ForkServer, tmp_path: Path, uninterrupted: Path
 ) -> None:
     args = harness.command_line(replace(long, out_dir=str(tmp_path)))
-    for signum, n in ((signal.SIGTERM, 12), (signal.SIGINT, 21)):
+    for signum, n in ((signal.SIGTERM, 12), (signal.SIGINT, 21), (signal.SIGUSR1, 9)):
         n += harness.n_losses(tmp_path)
         pid, give_up = server.start(SCRIPT, args), time.monotonic() + 120
         while harness.n_losses(tmp_path) < n and time.monotonic() < give_up:
