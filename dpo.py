@@ -15,10 +15,11 @@ falls too: watch logps/chosen; rpo_alpha counteracts it. tok/s counts the tokens
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -26,8 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neogpt import chat, checkpoint, config, data, files, finetune, optim, preferences, runtime, training
-from neogpt.preferences import Pair
+from neogpt import chat, checkpoint, config, data, files, finetune, optim, runtime, training
 from neogpt.run import Run
 
 
@@ -66,18 +66,85 @@ CONFIGS = {
 }
 
 
-def response_logps(net: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the responses with end-of-text, summed over tokens: chosen (B,) and rejected (B,)."""
+class Pair(NamedTuple):
+    """A prompt with its chosen and with its rejected response: pair[:2] are both examples."""
+
+    chosen: chat.Example
+    rejected: chat.Example
+    reference: tuple[float, float] = (0.0, 0.0)  # log-probabilities of the responses by the reference model, nats
+
+
+def longest(pair: Pair) -> int:
+    """Tokens of the longer sequence."""
+    return max(len(pair.chosen.ids), len(pair.rejected.ids))
+
+
+def read_pairs(source: str, rt: runtime.Runtime) -> list[tuple[str, str, str]]:
+    """The (prompt, chosen, rejected) texts of a file or a dataset. Unusable pairs are dropped and counted."""
+    rows = chat.load_rows(source, rt)
+    kinds = [("prompt", "response_a", "response_b", "preferred"), ("prompt", "chosen", "rejected")]
+    pairs, dropped = [], Counter()
+    for texts in chat.read_texts(rows, kinds, source):
+        prompt, a, b, preferred = [*texts, "A"][:4]  # rows without `preferred`: a is the chosen response
+        if not a.strip() or not b.strip():
+            dropped["a blank response"] += 1
+        elif a == b:
+            dropped["equal responses"] += 1
+        elif preferred not in ("A", "B"):
+            dropped["a preference other than A or B"] += 1
+        else:
+            chosen, rejected = (a, b) if preferred == "A" else (b, a)
+            pairs.append((prompt.strip(), chosen, rejected))
+    if dropped:
+        reasons = ", ".join(f"{n:,} with {reason}" for reason, n in dropped.items())
+        runtime.print0(f"{source}: {dropped.total():,} of {len(rows):,} pairs dropped: {reasons}")
+    if len({prompt for prompt, _, _ in pairs}) < 2:
+        raise ValueError(f"{source} has {len(pairs)} usable pairs: at least two different prompts are needed")
+    return pairs
+
+
+def tokenize_pairs(pairs: list[tuple[str, str, str]], T: int, tokenizer: tiktoken.Encoding, source: str) -> list[Pair]:
+    """Pairs of texts -> examples of at most T input tokens. Truncated and dropped pairs are counted and reported."""
+    out = []
+    for prompt, *responses in pairs:
+        ids = chat.encode_prompt(prompt, "", T, tokenizer)
+        chosen, rejected = (chat.make_example(ids, text, T, tokenizer) for text in responses)
+        # a pair whose responses are equal after truncation has no gradient
+        if chosen and rejected and not np.array_equal(chosen.ids, rejected.ids):
+            out.append(Pair(chosen, rejected))
+    if len(out) < len(pairs):
+        runtime.print0(f"{source}: {len(pairs) - len(out):,} pairs dropped: the responses do not fit into T={T}")
+    if n_truncated := sum(any(e.ids[-1] != tokenizer.eot_token for e in pair[:2]) for pair in out):
+        runtime.print0(f"{source}: {n_truncated:,} pairs with a response truncated to T={T} tokens")
+    if not out:
+        raise ValueError(f"no pair of {source} is usable with T={T}")
+    return out
+
+
+def collate_pairs(pairs: Sequence[Pair], B: int, rt: runtime.Runtime) -> list[dict[str, Any]]:
+    """This rank's micro-batches of B pairs, longest first: `chat.collate` of B chosen, then B rejected examples. They
+    also have reference (B, 2), pair_mask (B,), 0 for an empty row of shard_across_ranks, and n, the number of pairs.
+    """
+    batches = []
+    for part in chat.shard_across_ranks([[pair] for pair in sorted(pairs, key=longest, reverse=True)], B, rt):
+        examples = [[pair[side] for pair in row] for side in (0, 1) for row in part]
+        batch = chat.collate(examples, rt.device)  # (2B, W), for a single forward pass
+        batch["reference"] = torch.tensor([row[0].reference if row else (0.0, 0.0) for row in part], device=rt.device)
+        batch["pair_mask"] = torch.tensor([float(len(row)) for row in part], device=rt.device)
+        batch["n"] = sum(map(len, part))
+        batches.append(batch)
+    return batches
+
+
+def response_logps(net: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Log-probabilities of the chosen and the rejected responses with end-of-text, summed over tokens, (2, B)."""
     nll = chat.loss(net, batch, "none").view(batch["y"].shape)  # (2B, W), 0 outside the response
-    chosen, rejected = -nll.sum(dim=1).view(2, -1)
-    return chosen, rejected
+    return -nll.sum(dim=1).view(2, -1)
 
 
 def preference_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor, cfg: Config) -> Tensor:
-    """The loss of each pair, (B,).
-
-    *_logratios: (B,) log π - log π_ref of the response. lengths: (2, B) tokens of the chosen and rejected responses,
-    by which ipo divides, as its authors do.
+    """The loss of each pair, (B,). *_logratios: log π - log π_ref of the responses, (B,). lengths: tokens of the chosen
+    and the rejected responses, (2, B), by which ipo divides, as its authors do.
     """
     logits, beta, eps = chosen_logratios - rejected_logratios, cfg.beta, cfg.label_smoothing
     if cfg.loss == "sigmoid":  # Eq. 7, arXiv:2305.18290; with smoothing: Eq. 3 of the note on conservative DPO
@@ -91,7 +158,7 @@ def preference_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, length
 
 
 def dpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and the detached metrics of a micro-batch of `preferences.collate`, summed over its pairs."""
+    """The loss and the detached metrics of a micro-batch of `collate_pairs`, summed over its pairs."""
     chosen, rejected = response_logps(net, batch)
     chosen_logratios, rejected_logratios = chosen - batch["reference"][:, 0], rejected - batch["reference"][:, 1]
     lengths = (batch["y"] >= 0).sum(dim=1).clamp(min=1).view(2, -1)
@@ -114,25 +181,25 @@ def dpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config) -> tuple[Tensor
 def reference_logps(raw: nn.Module, pairs: Sequence[Pair], B: int, rt: runtime.Runtime) -> np.ndarray:
     """Log-probabilities of the chosen and rejected responses, (n, 2) fp32. Each pair is computed by one rank."""
     out = torch.zeros(len(pairs), 2, device=rt.device)
-    order = sorted(range(len(pairs)), key=lambda i: -preferences.longest(pairs[i]))
+    order = sorted(range(len(pairs)), key=lambda i: -longest(pairs[i]))
     alone = rt._replace(rank=0, world_size=1)
     for start in range(rt.rank * B, len(order), B * rt.world_size):
         rows = order[start : start + B]
-        (batch,) = preferences.collate([pairs[i] for i in rows], B, alone)  # keeps the order, which is longest first
+        (batch,) = collate_pairs([pairs[i] for i in rows], B, alone)  # keeps the order, which is longest first
         with rt.autocast():
-            out[rows] = torch.stack(response_logps(raw, batch), dim=1).float()
+            out[rows] = response_logps(raw, batch).T.float()
     return runtime.all_reduce_sum(out, rt).cpu().numpy()
 
 
-def add_reference(run: Run, splits: Sequence[list[Pair]]) -> list[list[Pair]]:
-    """The splits with reference log-probabilities: from the cache in out_dir, or computed once and written there."""
-    rt, pairs = run.rt, [pair for split in splits for pair in split]
+def add_reference(run: Run, pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs with reference log-probabilities: from the cache in out_dir, or computed once and written there."""
+    rt = run.rt
     key = hashlib.sha256(f"{run.base} {rt.precision}".encode())  # weights and precision; the tokens follow
     for example in (example for pair in pairs for example in pair[:2]):
         key.update(f"{len(example.ids)} {example.n_prompt}".encode() + example.ids.tobytes())
     path, logps = run.out_dir / f"reference_{key.hexdigest()[:16]}.npz", np.empty(0)
     with suppress(Exception):  # a missing or damaged file: zipfile and numpy raise many kinds
-        logps = np.load(path, allow_pickle=False)["log_probs"]
+        logps = np.load(path)["log_probs"]
     is_usable = logps.shape == (len(pairs), 2) and np.isfinite(logps).all()
     if runtime.all_reduce_sum(torch.tensor(float(not is_usable), device=rt.device), rt):  # on any rank
         runtime.print0(f"computing the reference log-probabilities of {len(pairs):,} pairs")
@@ -141,20 +208,19 @@ def add_reference(run: Run, splits: Sequence[list[Pair]]) -> list[list[Pair]]:
         if rt.rank == 0:
             with files.atomic_write(path) as temporary, open(temporary, "wb") as file:
                 np.savez(file, log_probs=logps)
-    rows = iter(logps.tolist())
-    return [[pair._replace(reference=tuple(next(rows))) for pair in split] for split in splits]
+    return [pair._replace(reference=tuple(row)) for pair, row in zip(pairs, logps.tolist())]
 
 
 @torch.no_grad()
 def evaluate(
-    run: Run, pairs: Sequence[Pair], chosen: chat.EvalPrompts, questions: chat.EvalPrompts, tokenizer: tiktoken.Encoding
+    run: Run, pairs: list[Pair], held_out: list[chat.Row], questions: list[chat.Row], tokenizer: tiktoken.Encoding
 ) -> bool:
     """Evaluate on held-out pairs, log and print the results; return whether the loss is the lowest so far."""
     cfg, rt, sums = run.cfg, run.rt, []
-    for batch in preferences.collate(pairs, cfg.B, rt):
+    for batch in collate_pairs(pairs, cfg.B, rt):
         with rt.autocast():
             loss, metrics = dpo_loss(run.raw, batch, cfg)
-        sums.append(torch.stack([loss.float(), *(value.float() for value in metrics.values())]))
+        sums.append(torch.stack([loss, *metrics.values()]))
     means = runtime.all_reduce_sum(torch.stack(sums).sum(dim=0), rt) / len(pairs)
     means = dict(zip(("loss", *metrics), means.tolist()))
     scores = dict(val=means["loss"]) | {f"val/{name}": value for name, value in means.items()}
@@ -165,11 +231,11 @@ def evaluate(
         assert logratio <= tolerance, f"the policy does not start as the reference: log-ratio {logratio} per token"
     text = f"reward margin {means['rewards/margins']:.3f}, reward accuracy {means['rewards/accuracies']:.1%}, "
     text += f"log-probabilities {means['logps/chosen']:.2f} and {means['logps/rejected']:.2f}"
-    if chosen:
-        scores["chosen"] = chat.score_answers(run.raw, chosen, cfg.answer_tokens, tokenizer, rt).exact
+    if held_out:
+        scores["chosen"] = finetune.score_answers(run, held_out, tokenizer)["exact"]
         text += f"; exact match with the chosen answers {scores['chosen']:.1%}"
     if questions:
-        scores["right"] = chat.score_answers(run.raw, questions, cfg.answer_tokens, tokenizer, rt).begins
+        scores["right"] = finetune.score_answers(run, questions, tokenizer)["begins"]
         text += f"; {len(questions)} answers begin correctly {scores['right']:.1%}"
     return finetune.report(run, scores, text, tokenizer)
 
@@ -184,31 +250,31 @@ def main(cfg: Config) -> None:
     config.require(smoothing, label_smoothing=cfg.label_smoothing)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     run, tokenizer, T = finetune.open_run(cfg, "dpo", ("sft",), rt, compile=False)
-    pairs = preferences.read(cfg.data, rt)
-    splits = chat.split_rows([prompt for prompt, _, _ in pairs], cfg.val_frac, cfg.seed)
-    tokenized = [preferences.tokenize([pairs[i] for i in split], T, tokenizer, cfg.data) for split in splits]
-    train, val = add_reference(run, tokenized)
-    held_out = [chat.Row(pairs[i][0], "", pairs[i][1]) for i in splits[1][: cfg.n_eval_prompts]]
-    rows = chat.read_rows(cfg.eval_questions, rt) if cfg.eval_questions else []
-    chosen, questions = (finetune.encode_prompts(part, cfg, T, tokenizer) for part in (held_out, rows))
+    texts = read_pairs(cfg.data, rt)
+    splits = chat.split_rows(texts, [prompt for prompt, _, _ in texts], cfg.val_frac, cfg.seed)
+    train, val = (tokenize_pairs(split, T, tokenizer, cfg.data) for split in splits)
+    pairs = add_reference(run, train + val)
+    train, val = pairs[: len(train)], pairs[len(train) :]
+    held_out = [chat.Row(prompt, "", chosen) for prompt, chosen, _ in splits[1][: cfg.n_eval_prompts]]
+    questions = chat.read_rows(cfg.eval_questions, rt) if cfg.eval_questions else []
     n = cfg.pairs_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(train) / n))
     runtime.print0(f"{len(train):,} pairs to train on, {len(val):,} held out; {max_steps:,} steps of {n}")
 
+    @rt.autocast()
     def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
-        with rt.autocast():
-            return dpo_loss(net, batch, cfg)
+        return dpo_loss(net, batch, cfg)
 
     def read(step: int) -> training.Batch:
         batch = [train[i] for i in run.items(step, n, len(train))]
         n_tokens = sum(example.n_inputs for pair in batch for example in pair[:2])
-        return training.Batch(preferences.collate(batch, cfg.B, rt), n, n_tokens)
+        return training.Batch(collate_pairs(batch, cfg.B, rt), n, n_tokens)
 
     run.warm_up(read(run.step), loss_fn)
     lr_at = optim.schedule("cosine", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr)
     batches = data.prefetch(read, run.step, max_steps)
     for step in run.steps(max_steps):
-        best = run.due(cfg.eval_every) and evaluate(run, val, chosen, questions, tokenizer)
+        best = run.due(cfg.eval_every) and evaluate(run, val, held_out, questions, tokenizer)
         if best or run.due(cfg.save_every):
             run.save(best)
         if run.last:

@@ -73,32 +73,25 @@ def make_examples(rows: Sequence[chat.Row], T: int, tokenizer: tiktoken.Encoding
     return examples
 
 
-def make_bins(examples: Sequence[chat.Example], T: int | None) -> list[list[chat.Example]]:
-    """Examples packed into sequences of T tokens; None: one per sequence, longest first for little padding."""
-    return chat.pack(examples, T) if T else [[e] for e in sorted(examples, key=lambda e: -len(e.ids))]
-
-
 @torch.no_grad()
-def evaluate(
-    run: Run, examples: Sequence[chat.Example], eval_prompts: chat.EvalPrompts, tokenizer: tiktoken.Encoding
-) -> bool:
-    """Evaluate on held-out rows, log and print the results; return whether the loss is the lowest so far."""
+def evaluate(run: Run, examples: list[chat.Example], rows: list[chat.Row], tokenizer: tiktoken.Encoding) -> bool:
+    """Evaluate on held-out examples, answer rows, log and print; return whether the loss is the lowest so far."""
     cfg, rt, sums = run.cfg, run.rt, []
-    for bins in chat.shard_across_ranks(make_bins(examples, None), cfg.B, rt):
+    sequences = [[example] for example in sorted(examples, key=lambda e: -len(e.ids))]  # sorted: little padding
+    for bins in chat.shard_across_ranks(sequences, cfg.B, rt):
         batch = chat.collate(bins, rt.device)
         with rt.autocast():
             logits = run.raw(batch["x"])  # one example per sequence: no positions and mask
             loss = model.cross_entropy(logits, batch["y"], "sum")
         hits = (logits[..., : run.raw.config.n_tokens].argmax(-1) == batch["y"]).sum()
-        n = loss.new_tensor(batch["n"], dtype=torch.float32)
-        sums.append(torch.stack([loss.float(), hits.float(), n]))
-    loss, hits, n = runtime.all_reduce_sum(torch.stack(sums).sum(0), rt).tolist()
-    scores = dict(val=loss / n, accuracy=hits / n)  # nats per target token; share of the targets
+        sums.append(torch.stack([loss, hits.float()]))
+    loss, hits = runtime.all_reduce_sum(torch.stack(sums).sum(0), rt).tolist()
+    n = sum(len(e.ids) - e.n_prompt for e in examples)  # target tokens
+    scores = dict(val=loss / n, accuracy=hits / n)
     text = f"perplexity {math.exp(min(loss / n, 99)):.2f}, token accuracy {hits / n:.3f}"
-    if eval_prompts:
-        score = chat.score_answers(run.raw, eval_prompts, cfg.answer_tokens, tokenizer, rt)
-        scores |= score._asdict()
-        text += f"; {len(eval_prompts)} answers: {score.exact:.1%} exact match, {score.ended:.1%} ended"
+    if rows:
+        scores |= finetune.score_answers(run, rows, tokenizer)
+        text += f"; {len(rows)} answers: {scores['exact']:.1%} exact match, {scores['ended']:.1%} ended"
     return finetune.report(run, scores, text, tokenizer)
 
 
@@ -114,21 +107,19 @@ def main(cfg: Config) -> None:
         val_rows = chat.read_rows(cfg.val_data, rt)
     else:
         prompts = [chat.prompt_text(row.instruction, row.context) for row in rows]
-        train, held_out = chat.split_rows(prompts, cfg.val_frac, cfg.seed)
-        rows, val_rows = [rows[i] for i in train], [rows[i] for i in held_out]
+        rows, val_rows = chat.split_rows(rows, prompts, cfg.val_frac, cfg.seed)
     examples = make_examples(rows, T, tokenizer, cfg.data)
     val_examples = make_examples(val_rows, T, tokenizer, cfg.val_data or "the held-out part")
-    eval_prompts = finetune.encode_prompts(val_rows[: cfg.n_eval_prompts], cfg, T, tokenizer)
     n = cfg.rows_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(examples) / n))
 
+    @rt.autocast()
     def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
-        with rt.autocast():
-            return chat.loss(net, batch, "sum"), {}
+        return chat.loss(net, batch, "sum"), {}
 
     def read(step: int) -> training.Batch:
         chosen = [examples[i] for i in run.items(step, n, len(examples))]
-        parts = chat.shard_across_ranks(make_bins(chosen, T if cfg.packing else None), cfg.B, rt)
+        parts = chat.shard_across_ranks(chat.pack(chosen, T if cfg.packing else 0), cfg.B, rt)
         width = 1
         if cfg.packing and compiled:  # a fixed shape for the compiler
             parts, width = [bins + [[]] * (cfg.B - len(bins)) for bins in parts], T
@@ -143,7 +134,7 @@ def main(cfg: Config) -> None:
     lr_at = optim.schedule("cosine", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr)
     batches = data.prefetch(read, run.step, max_steps)
     for step in run.steps(max_steps):
-        best = run.due(cfg.eval_every) and evaluate(run, val_examples, eval_prompts, tokenizer)
+        best = run.due(cfg.eval_every) and evaluate(run, val_examples, val_rows[: cfg.n_eval_prompts], tokenizer)
         if best or run.due(cfg.save_every):
             run.save(best)
         if run.last:

@@ -1,7 +1,4 @@
-"""Rows of prompts and responses for sft.py and dpo.py: files, prompt template, masks, packing, and greedy answers.
-
-The loss is on the response tokens and the end-of-text after them, not on the prompt.
-"""
+"""Rows of prompts and responses for sft.py and dpo.py: files, prompt template, masks, and packing."""
 
 import json
 from collections.abc import Sequence
@@ -13,15 +10,12 @@ import tiktoken
 import torch
 from torch import Tensor, nn
 
-from neogpt import data, files, generate, model, runtime
-
-EvalPrompts = list[tuple[list[int], str]]  # (prompt ids, reference response) of each prompt
+from neogpt import data, files, runtime
 
 
 def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[dict[str, Any]]:
-    """The rows of a .json (a list), .jsonl or .parquet file, or of a dataset on the Hugging Face hub.
-
-    Raises ValueError for a file and OSError for a dataset that cannot be read, on all ranks.
+    """The rows of a .json (a list), .jsonl or .parquet file, or of a dataset on the Hugging Face hub. Raises ValueError
+    for a file and OSError for a dataset that cannot be read, on all ranks.
     """
     path = Path(source)
     is_local = path.exists() or path.suffix in (".json", ".jsonl", ".parquet")
@@ -91,14 +85,14 @@ def read_rows(source: str, rt: runtime.Runtime) -> list[Row]:
     return out
 
 
-def split_rows(prompts: Sequence[str], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the training and of the held-out rows, which are all rows of `fraction` of the distinct prompts."""
+def split_rows(rows: Sequence, prompts: Sequence[str], fraction: float, seed: int) -> tuple[list, list]:
+    """The training rows and the held-out rows, which are all rows of `fraction` of the distinct prompts."""
     distinct = list(dict.fromkeys(prompts))
     order = data.permute(np.arange(len(distinct)), len(distinct), seed, 0)
     n_held_out = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
     held_out = {distinct[i] for i in order[:n_held_out]}
-    train = [i for i, prompt in enumerate(prompts) if prompt not in held_out]
-    return train, [i for i, prompt in enumerate(prompts) if prompt in held_out]
+    train = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
+    return train, [row for row, prompt in zip(rows, prompts) if prompt in held_out]
 
 
 def prompt_text(instruction: str, context: str = "") -> str:
@@ -137,27 +131,23 @@ def make_example(prompt: list[int], response: str, T: int, tokenizer: tiktoken.E
 
 
 def pack(examples: Sequence[Example], T: int) -> list[list[Example]]:
-    """Examples -> bins of at most T input tokens, by first-fit decreasing: each into the first bin with enough room."""
-    bins, free = [], []  # free: input tokens left in each bin
+    """Examples -> bins of at most T input tokens, longest first, each into the first bin with enough room (first-fit
+    decreasing). An example of more than T tokens has its own bin, so T=0 does not pack at all.
+    """
+    bins = [[] for _ in examples]
     for example in sorted(examples, key=lambda e: -len(e.ids)):
-        at = next((i for i, n in enumerate(free) if n >= example.n_inputs), len(bins))
-        if at == len(bins):
-            bins.append([])
-            free.append(T)
-        bins[at].append(example)
-        free[at] -= example.n_inputs
-    return bins
+        next(b for b in bins if not b or sum(e.n_inputs for e in [*b, example]) <= T).append(example)
+    return [b for b in bins if b]
 
 
 def collate(bins: Sequence[Sequence[Example]], device: torch.device, width: int = 1) -> dict[str, Any]:
-    """Bins of examples -> a micro-batch, in which each bin is one sequence, padded on the right to W tokens.
-
-    Returns x, y (B, W) int64, with y = -100 where there is no loss, and n, the number of targets. If a bin holds
-    several examples, also pos (B, W), which restarts at 0 in each example, and mask (B, 1, W, W), causal within each
-    example. W is the length of the longest bin, at least `width`.
+    """Bins of examples -> a micro-batch, in which each bin is one sequence, padded on the right. Returns x, y (B, W)
+    int64, with y = -100 where there is no loss, and n, the number of targets. If a bin holds several examples, also pos
+    (B, W), which restarts at 0 in each example, and mask (B, 1, W, W), causal within each example. W is the length of
+    the longest bin, at least `width`.
     """
     W = max(width, *(sum(e.n_inputs for e in row) for row in bins))
-    x, pos, doc = (np.zeros((len(bins), W), dtype=np.int64) for _ in range(3))  # doc: number of the example
+    x, pos, doc = np.zeros((3, len(bins), W), dtype=np.int64)  # doc: number of the example
     y = np.full((len(bins), W), -100)
     for b, row in enumerate(bins):
         start = 0
@@ -183,36 +173,3 @@ def shard_across_ranks(rows: list[list], B: int, rt: runtime.Runtime) -> list[li
     missing = -len(rows) % rt.world_size
     mine = (rows + [[] for _ in range(missing)])[rt.rank :: rt.world_size]
     return [mine[i : i + B] for i in range(0, len(mine), B)]
-
-
-def greedy_answers(
-    raw: model.GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, tokenizer: tiktoken.Encoding
-) -> list[tuple[str, bool]]:
-    """The greedy response to each prompt, and whether it ended with end-of-text."""
-    answers: list[tuple[str, bool]] = []
-    for start in range(0, len(prompts), 64):
-        rows = generate.complete(raw, prompts[start : start + 64], max_new_tokens, tokenizer.eot_token, temperature=0)
-        answers += [(tokenizer.decode(ids), ended) for ids, ended in rows]
-    return answers
-
-
-class Score(NamedTuple):
-    """The fractions of greedy answers that meet a condition."""
-
-    exact: float  # exact match: equal to the reference, and ended
-    begins: float  # equal to the reference, or beginning with it and a space
-    ended: float  # ended with end-of-text
-
-
-def score_answers(
-    raw: model.GPT, prompts: EvalPrompts, max_new_tokens: int, tokenizer: tiktoken.Encoding, rt: runtime.Runtime
-) -> Score:
-    """Compare greedy answers with the references, over all ranks."""
-    mine = prompts[rt.rank :: rt.world_size]
-    with rt.autocast():
-        answers = greedy_answers(raw, [ids for ids, _ in mine], max_new_tokens, tokenizer)
-    counts = torch.zeros(3)
-    for (text, ended), (_, reference) in zip(answers, mine):
-        begins = text == reference or text.startswith(reference + " ")
-        counts += torch.tensor([text == reference and ended, begins, ended])
-    return Score(*(runtime.all_reduce_sum(counts.to(rt.device), rt) / len(prompts)).tolist())

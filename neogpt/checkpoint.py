@@ -61,27 +61,23 @@ def save(folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False) -> 
         old.unlink()
 
 
-def copy_to_host(value: Any, copies: dict[int, Tensor]) -> Any:
-    """Copy nested dicts, lists and tensors to host memory; from CUDA the copies are pinned and only queued.
-
-    copies: the copied tensors by address, so that tied weights stay one tensor.
-    """
-    if isinstance(value, dict):
-        return {key: copy_to_host(item, copies) for key, item in value.items()}
-    if isinstance(value, list):
-        return [copy_to_host(item, copies) for item in value]
-    if not isinstance(value, Tensor):
-        return value
-    if value.data_ptr() not in copies:
-        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        copies[value.data_ptr()] = host.copy_(value, non_blocking=value.is_cuda)
-    return copies[value.data_ptr()]
-
-
 def save_in_background(pool: Executor, folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False) -> Future:
     """`save` on the pool's thread. Returns when the tensors are copied (CPU) or their copies are queued (CUDA)."""
-    copies: dict[int, Tensor] = {}
-    ckpt = Checkpoint(**copy_to_host(vars(ckpt), copies))
+    copies: dict[int, Tensor] = {}  # by address, so that tied weights stay one tensor
+
+    def to_host(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: to_host(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [to_host(item) for item in value]
+        if not isinstance(value, Tensor):
+            return value
+        if value.data_ptr() not in copies:
+            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            copies[value.data_ptr()] = host.copy_(value, non_blocking=value.is_cuda)
+        return copies[value.data_ptr()]
+
+    ckpt = Checkpoint(**to_host(vars(ckpt)))
     copied = torch.cuda.current_stream().record_event() if any(host.is_pinned() for host in copies.values()) else None
 
     def write_when_copied() -> None:
@@ -134,13 +130,12 @@ def upgrade(state: dict[str, Any]) -> dict[str, Any]:
     per_step = config.get("rows_per_step") or config.get("pairs_per_step") or tokens_per_step // config.get("T", 1)
     if isinstance(scores.get("best"), tuple):  # dpo.py stored (loss, margin, step)
         scores = scores | dict(best=scores["best"][0])
-    width = state["model_config"].get("mlp_width") or None
-    new = dict(model_config=state["model_config"] | dict(mlp_width=width), scores=scores)
-    new |= dict(n_sequences=step * per_step, n_tokens=state.get("tokens", step * tokens_per_step))
-    return dict(stage="pretraining") | state | new
+    model_config = state["model_config"] | dict(mlp_width=state["model_config"].get("mlp_width") or None)
+    position = dict(n_sequences=step * per_step, n_tokens=state.get("tokens", step * tokens_per_step))
+    return dict(stage="pretraining") | state | position | dict(model_config=model_config, scores=scores)
 
 
-def read_newest(source: str | Path, script: str = "train_gpt2.py", verify: bool = True) -> Checkpoint:
+def read_newest(source: str | Path, script: str = "train_gpt2.py") -> Checkpoint:
     """The checkpoint in a file, or the newest readable one in a folder. script: for the message if there is none."""
     source = Path(source)
     candidates = [source] if source.is_file() else list_checkpoints(source)
@@ -148,10 +143,10 @@ def read_newest(source: str | Path, script: str = "train_gpt2.py", verify: bool 
         raise FileNotFoundError(f"no checkpoint in {source}: run `python {script}` first, or give another --checkpoint")
     for candidate in candidates[:-1]:
         try:
-            return read(candidate, verify)
+            return read(candidate)
         except ValueError as error:
             runtime.print0(f"{error}; trying the one before it")
-    return read(candidates[-1], verify)
+    return read(candidates[-1])
 
 
 def find_resume(folder: Path, rt: runtime.Runtime) -> Checkpoint | None:
@@ -190,9 +185,8 @@ class Loaded(NamedTuple):
 
 def load_model(source: str, stages: tuple[str, ...] = ()) -> Loaded:
     """Open a model: an out_dir (its newest checkpoint), a checkpoint file, an adapter folder in PEFT's format (merged
-    into its base), a folder in Hugging Face's format, or a name on the hub. Raises ValueError or OSError.
-
-    stages: the accepted stages of a checkpoint; empty for all.
+    into its base), a folder in Hugging Face's format, or a name on the hub. Raises ValueError or OSError. stages: the
+    accepted stages of a checkpoint; empty for all.
     """
     path = Path(source)
     is_adapter = (path / "adapter_config.json").is_file()
@@ -205,7 +199,7 @@ def load_model(source: str, stages: tuple[str, ...] = ()) -> Loaded:
         raise ValueError(f"the checkpoint in {source} is of stage {ckpt.stage}: expected {expected}")
     try:
         if is_adapter:
-            base = lora.read_adapter_config(path)["base_model_name_or_path"]
+            base, _, _ = lora.read_adapter_config(path)
             if Path(base).resolve() == path.resolve():
                 raise ValueError("the adapter is its own base")
             loaded = load_model(base)

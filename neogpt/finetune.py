@@ -7,7 +7,7 @@ from typing import Any, Literal
 import tiktoken
 import torch
 
-from neogpt import chat, checkpoint, config, lora, model, optim, runtime
+from neogpt import chat, checkpoint, config, generate, lora, model, optim, runtime
 from neogpt.run import Run
 
 
@@ -53,10 +53,9 @@ def check(cfg: Any) -> None:
 def open_run(
     cfg: Any, stage: str, stages: tuple[str, ...], rt: runtime.Runtime, compile: bool = False, dynamic: bool = False
 ) -> tuple[Run, tiktoken.Encoding, int]:
-    """A run that starts from the model `cfg.checkpoint`, the tokenizer, and the sequence length T.
-
-    cfg: a Config of sft.py or dpo.py. stages: the accepted stages of the model. compile, dynamic: as in runtime.wrap.
-    Raises ValueError if the run in out_dir started from other weights or has other adapters.
+    """A run that starts from the model `cfg.checkpoint`, the tokenizer, and the sequence length T. stages: the accepted
+    stages of the model. compile, dynamic: as in runtime.wrap. Raises ValueError if the run in out_dir started from
+    other weights or has other adapters.
     """
     checkpoint.refuse_own_folder(cfg.out_dir, cfg.checkpoint)
     raw, tokenizer, _, _ = checkpoint.load_model(cfg.checkpoint, stages)
@@ -84,10 +83,30 @@ def open_run(
     return run, tokenizer, cfg.T or raw.config.block_size
 
 
-def encode_prompts(rows: list[chat.Row], cfg: Any, T: int, tokenizer: tiktoken.Encoding) -> chat.EvalPrompts:
-    """The prompt of each row, truncated so that an answer fits into T tokens, with the response as reference."""
-    budget = T - min(cfg.answer_tokens, T // 2)
-    return [(chat.encode_prompt(r.instruction, r.context, budget, tokenizer), r.response) for r in rows]
+def greedy_answers(run: Run, prompts: list[list[int]], tokenizer: tiktoken.Encoding) -> list[tuple[str, bool]]:
+    """The greedy response to each prompt, and whether it ended with end-of-text."""
+    answers, n = [], run.cfg.answer_tokens
+    with run.rt.autocast():
+        for start in range(0, len(prompts), 64):
+            part = generate.complete(run.raw, prompts[start : start + 64], n, tokenizer.eot_token, temperature=0)
+            answers += [(tokenizer.decode(ids), ended) for ids, ended in part]
+    return answers
+
+
+def score_answers(run: Run, rows: list[chat.Row], tokenizer: tiktoken.Encoding) -> dict[str, float]:
+    """Compare greedy answers with the responses of all rows. Returns fractions of the answers: exact (equal to the
+    response, and ended), begins (equal to it, or beginning with it and a space), and ended (with end-of-text).
+    """
+    rt, T = run.rt, run.cfg.T or run.raw.config.block_size
+    budget = T - min(run.cfg.answer_tokens, T // 2)  # for the prompt, so that an answer fits into T tokens
+    mine = rows[rt.rank :: rt.world_size]
+    prompts = [chat.encode_prompt(row.instruction, row.context, budget, tokenizer) for row in mine]
+    counts = torch.zeros(3)
+    for (text, ended), row in zip(greedy_answers(run, prompts, tokenizer), mine):
+        begins = text == row.response or text.startswith(row.response + " ")
+        counts += torch.tensor([text == row.response and ended, begins, ended])
+    fractions = runtime.all_reduce_sum(counts.to(rt.device), rt) / len(rows)
+    return dict(zip(("exact", "begins", "ended"), fractions.tolist()))
 
 
 def report(run: Run, scores: dict[str, float], text: str, tokenizer: tiktoken.Encoding) -> bool:
@@ -102,8 +121,6 @@ def report(run: Run, scores: dict[str, float], text: str, tokenizer: tiktoken.En
     runtime.print0(f"step {run.step}: held-out loss {loss:.4f}{', the lowest so far' if best else ''}; {text}")
     if run.rt.rank == 0:
         prompts = [tokenizer.encode_ordinary(chat.prompt_text(prompt)) for prompt in cfg.prompts]
-        with run.rt.autocast():
-            answers = chat.greedy_answers(run.raw, prompts, cfg.answer_tokens, tokenizer)
-        for prompt, (answer, ended) in zip(cfg.prompts, answers):
+        for prompt, (answer, ended) in zip(cfg.prompts, greedy_answers(run, prompts, tokenizer)):
             runtime.print0(f"  > {prompt} -> {answer}{'' if ended else ' …'}")
     return best

@@ -80,5 +80,4 @@ def save(raw: model.GPT, folder: str | Path) -> None:
     folder = files.make_folder(folder)
     with files.atomic_write(folder / "model.safetensors") as temporary:
         safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
-    with files.atomic_write(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(hf, indent=2) + "\n")
+    files.write_json(folder / "config.json", hf)

@@ -82,12 +82,11 @@ def save_adapter(folder: Path, raw: model.GPT, base: str, base_fingerprint: str)
     files.make_folder(folder)
     with files.atomic_write(folder / "adapter_model.safetensors") as temporary:
         safetensors.torch.save_file(weights, temporary, metadata={"format": "pt", "base": base_fingerprint})
-    with files.atomic_write(folder / "adapter_config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    files.write_json(folder / "adapter_config.json", config)
 
 
-def read_adapter_config(folder: Path) -> dict:
-    """adapter_config.json with r, lora_alpha and base_model_name_or_path. Raises ValueError for other adapters."""
+def read_adapter_config(folder: Path) -> tuple[str, int, float]:
+    """The base model, rank and alpha in adapter_config.json. Raises ValueError for adapters of other kinds."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     required = dict(peft_type="LORA", use_rslora=False, use_dora=False, bias="none", rank_pattern={}, alpha_pattern={})
     for key, value in required.items():
@@ -96,20 +95,19 @@ def read_adapter_config(folder: Path) -> dict:
     r, alpha, base = (config.get(key) for key in ("r", "lora_alpha", "base_model_name_or_path"))
     if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not isinstance(base, str):
         raise ValueError(f"adapter_config.json has r={r!r}, lora_alpha={alpha!r}, base_model_name_or_path={base!r}")
-    return config
+    return base, r, alpha
 
 
 def apply_adapter(raw: model.GPT, folder: Path) -> model.GPT:
     """The model with an adapter in PEFT's format merged into its weights. Raises ValueError if it does not fit them."""
-    config = read_adapter_config(folder)
-    r, source = config["r"], config["base_model_name_or_path"]
+    base, r, alpha = read_adapter_config(folder)
     with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        base = (file.metadata() or {}).get("base")
-    if base and base != fingerprint(raw.state_dict()):
-        raise ValueError(f"{source} has changed since training: correct base_model_name_or_path in adapter_config.json")
+        trained_on = (file.metadata() or {}).get("base")  # unknown for an adapter of PEFT
+    if trained_on and trained_on != fingerprint(raw.state_dict()):
+        raise ValueError(f"{base} has changed since training: correct base_model_name_or_path in adapter_config.json")
     if {len(w) for name, w in weights.items() if "lora_A" in name} != {r}:  # before anything of size r is allocated
         raise ValueError(f"adapter_config.json has r={r}, which is not the rank of the matrices")
-    add_lora(raw, r, config["lora_alpha"])
+    add_lora(raw, r, alpha)
     load_lora(raw, {name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): w for name, w in weights.items()})
     return model.GPT.from_weights(raw.config, merged_weights(raw))

@@ -1,9 +1,10 @@
-"""Rows, masks, truncation, packing, split across ranks, and greedy answers: what sft.py and dpo.py train on."""
+"""Rows, masks, truncation, packing, split across ranks, and greedy answers: the data of sft.py and dpo.py."""
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from harness import ALONE, tiny_model, write_rows
 from torch import Tensor
 
-from neogpt import chat, data, generate, runtime
+from neogpt import chat, data, finetune, generate, runtime
 from neogpt.chat import Example, Row
 
 CPU = torch.device("cpu")
@@ -124,16 +125,16 @@ def test_rows_of_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_prompt_is_on_both_sides_of_the_split(fraction: float) -> None:
     prompts = [f"question {i}" for i in np.random.default_rng(0).integers(0, 60, 300)]
     n = len(set(prompts))
-    splits = [chat.split_rows(prompts, fraction, seed) for seed in range(20)]
+    splits = [chat.split_rows(range(300), prompts, fraction, seed) for seed in range(20)]
     for seed, (train, held_out) in enumerate(splits):
         assert sorted(train + held_out) == list(range(300))
         side, other = {prompts[i] for i in train}, {prompts[i] for i in held_out}
         assert side and other and not side & other
         assert len(other) == min(n - 1, max(1, round(fraction * n)))
-        assert (train, held_out) == chat.split_rows(prompts, fraction, seed)
+        assert (train, held_out) == chat.split_rows(range(300), prompts, fraction, seed)
     assert len({tuple(held_out) for _, held_out in splits}) > 10
-    assert chat.split_rows(["a", "a"], fraction, 0) == ([0, 1], [])
-    assert chat.split_rows([], fraction, 0) == ([], [])
+    assert chat.split_rows([0, 1], ["a", "a"], fraction, 0) == ([0, 1], [])
+    assert chat.split_rows([], [], fraction, 0) == ([], [])
 
 
 # -----------------------------------------------------------------------------
@@ -296,32 +297,38 @@ def fixed_answers(
         yield [text[at] if at < len(text) else None for text in texts]
 
 
+def run_of(texts: list[str], answer_tokens: int, rt: runtime.Runtime = ALONE) -> Any:
+    """Stands for a run.Run whose model answers with these texts."""
+    return SimpleNamespace(raw=texts, rt=rt, cfg=SimpleNamespace(T=T, answer_tokens=answer_tokens))
+
+
 def test_answers_end_at_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "generate", fixed_answers)
-    raw: Any = ["a", "lorem ipsum", "", "日本"]
+    texts = ["a", "lorem ipsum", "", "日本"]
     prompts = [[1] * n for n in (1, 2, 3, 4)]
     # eight tokens: "日本" is six bytes and end-of-text
     expected = [("a", True), ("lorem ip", False), ("", True), ("日本", True)]
-    assert chat.greedy_answers(raw, prompts, 8, BYTES) == expected
-    assert chat.greedy_answers(raw, prompts[:1] * 130, 8, BYTES) == [("a", True)] * 130
-    assert chat.greedy_answers(raw, [], 8, BYTES) == []
-    assert chat.greedy_answers(raw, prompts[:1], 1, BYTES) == [("a", False)]
+    assert finetune.greedy_answers(run_of(texts, 8), prompts, BYTES) == expected
+    assert finetune.greedy_answers(run_of(texts, 8), prompts[:1] * 130, BYTES) == [("a", True)] * 130
+    assert finetune.greedy_answers(run_of(texts, 8), [], BYTES) == []
+    assert finetune.greedy_answers(run_of(texts, 1), prompts[:1], BYTES) == [("a", False)]
 
 
 def test_scores_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "generate", fixed_answers)
-    raw: Any = ["Rosa", "Rosa has it", "Rosalie", "Rosa has it and does not come to an end", ""]
-    questions = [([1] * n, text) for n, text in enumerate(["Rosa", "Rosa", "Rosa", "Rosa has", "Rosa"], 1)]
-    score = chat.score_answers(raw, questions, 12, BYTES, ALONE)
+    texts = ["Rosa", "Rosa has it", "Rosalie", "Rosa has it and does not come to an end", ""]
+    texts = [""] * len("\nResponse:\n") + texts  # the prompt of row n is n characters and the template
+    rows = [Row("x" * n, "", text) for n, text in enumerate(["Rosa", "Rosa", "Rosa", "Rosa has", "Rosa"], 1)]
     # exact: the first; begins: 1, 2 and 4; ended: all but 4
-    assert score._asdict() == pytest.approx(dict(exact=1 / 5, begins=3 / 5, ended=4 / 5))
+    expected = pytest.approx(dict(exact=1 / 5, begins=3 / 5, ended=4 / 5))
+    assert finetune.score_answers(run_of(texts, 12), rows, BYTES) == expected
     # stopped after the reference without end-of-text: it begins with the reference, but is not an exact match
-    assert chat.score_answers(raw, questions[:1], 4, BYTES, ALONE) == (0, 1, 0)
-    total, expected = torch.tensor([1.0, 3.0, 4.0]), pytest.approx((0.2, 0.6, 0.8))
-    for n_ranks in (2, 7):  # 7: more ranks than questions
+    assert finetune.score_answers(run_of(texts, 4), rows[:1], BYTES) == dict(exact=0, begins=1, ended=0)
+    total = torch.tensor([1.0, 3.0, 4.0])
+    for n_ranks in (2, 7):  # 7: more ranks than rows
         counts: list[Tensor] = []
         monkeypatch.setattr(runtime, "all_reduce_sum", lambda x, rt, counts=counts: counts.append(x) or total)
         for rank in range(n_ranks):
             rt = ALONE._replace(rank=rank, world_size=n_ranks)
-            assert chat.score_answers(raw, questions, 12, BYTES, rt) == expected
+            assert finetune.score_answers(run_of(texts, 12, rt), rows, BYTES) == expected
         assert torch.equal(sum(counts), total)

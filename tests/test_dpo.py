@@ -1,4 +1,4 @@
-"""dpo.py: losses worked by hand, sums that no split changes, the cached reference, and whole runs."""
+"""dpo.py: pairs, losses worked by hand, sums that no split changes, the cached reference, and whole runs."""
 
 import math
 import random
@@ -18,9 +18,9 @@ from harness import ALONE, ForkServer, losses, notes, read_log, write_rows
 from torch import Tensor
 
 import dpo
-from neogpt import checkpoint, data, model, preferences
+from dpo import Pair
+from neogpt import checkpoint, data, model
 from neogpt.chat import Example
-from neogpt.preferences import Pair
 
 BYTES = data.get_tokenizer("bytes")
 EOT = 256
@@ -33,6 +33,115 @@ train = partial(harness.train, dpo.main)
 def tiny(seed: int = 0, scale: float = 0.3) -> model.GPT:
     """A model of one layer whose predictions are far from uniform."""
     return harness.tiny_model(seed, scale, n_layer=1, block_size=48)
+
+
+# -----------------------------------------------------------------------------
+# Rows
+
+
+def row(prompt: str, a: str | None, b: str | None, preferred: str | None = "A") -> dict[str, Any]:
+    """A row with the fields of red_teaming_reward_modeling_pairwise."""
+    return dict(prompt=prompt, response_a=a, response_b=b, explanation="because", preferred=preferred)
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """log.messages is what `print0` prints during a test."""
+    caplog.set_level("INFO", "neogpt")
+    return caplog
+
+
+def test_preferred_selects_chosen_and_unusable_pairs_are_counted(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    rows = [
+        row(" one ", "yes", "no", "A"),
+        row("two", "yes", "no", "B"),
+        row("three", "", "no"),
+        row("four", "yes", " \n"),
+        row("five", None, "no"),
+        row("six", "same", "same"),
+        row("seven", "yes", "no", "C"),
+        row("eight", "yes", "no", None),
+    ]
+    pairs = dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE)
+    assert pairs == [("one", "yes", "no"), ("two", "no", "yes")]
+    (message,) = log.messages
+    for text in ("6 of 8", "3 with a blank response", "1 with equal responses", "2 with a preference"):
+        assert text in message
+
+
+def test_rows_with_chosen_and_rejected(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    texts = [("one", "yes", "no"), ("two", " x", "y "), ("three", "x", "x")]
+    rows = [dict(zip(("prompt", "chosen", "rejected"), text)) for text in texts]
+    assert dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE) == texts[:2]
+    assert "1 of 3" in log.messages[0]
+
+
+@pytest.mark.parametrize(
+    "rows, words",
+    [
+        ([dict(question="q", answer="a")], ["answer, question", "response_a", "chosen"]),
+        ([], ["(none)", "prompt"]),
+        ([row("a", "yes", "no"), dict(prompt="b")], ["row 2", "response_a"]),
+        ([row("a", "yes", "no"), row("b", "no", "yes") | dict(response_b=3)], ["row 2", "response_b", "3"]),
+        ([row("a", "yes", "yes"), row("b", "", "no"), row("c", "yes", "no", "?")], ["0 usable pairs"]),
+        ([row("a", "yes", "no"), row(" a", "yes", "never")], ["2 usable pairs", "two different prompts"]),
+    ],
+    ids=["unknown fields", "no rows", "missing field", "not text", "all dropped", "one prompt"],
+)
+def test_unusable_rows_are_refused(tmp_path: Path, rows: list[dict], words: list[str]) -> None:
+    source = write_rows(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(ValueError) as error:
+        dpo.read_pairs(source, ALONE)
+    assert [word for word in [source, *words] if word not in str(error.value)] == []
+
+
+def test_kind_of_rows_is_decided_by_all_rows(tmp_path: Path) -> None:
+    """A first row without a field is an incomplete row, wherever the row stands in the file."""
+    incomplete = dict(prompt="b", response_a="yes", response_b="no", chosen="yes")
+    for number, rows in ((1, [incomplete, row("a", "yes", "no")]), (2, [row("a", "yes", "no"), incomplete])):
+        with pytest.raises(ValueError, match=f"row {number}: preferred=None"):
+            dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE)
+
+
+# -----------------------------------------------------------------------------
+# Tokens and micro-batches
+
+
+def test_pairs_are_truncated_to_the_sequence_length(log: pytest.LogCaptureFixture) -> None:
+    """The template takes 11 bytes, and T inputs make T + 1 ids."""
+    pairs = [
+        ("abc", "12345", "12"),  # 14 + 5 + 1 = 20 ids: the longest that fit into T=19
+        ("abc", "123456", "12"),  # without its end-of-text
+        ("abc", "1234567", "12345678"),  # equal in the 6 bytes that are left: dropped
+        ("abc", "12", "123456"),
+        ("abc", "x234567", "12345678"),  # both truncated, and still different
+        ("a" * 9, "1", "2"),  # the prompt has 20 ids: dropped
+    ]
+    tokenized = dpo.tokenize_pairs(pairs, 19, BYTES, "pairs.jsonl")
+    chosen = ["".join(map(chr, pair.chosen.ids[pair.chosen.n_prompt :])) for pair in tokenized]
+    assert chosen == ["12345\u0100", "123456", "12\u0100", "x23456"]
+    assert bytes(tokenized[0].rejected.ids[:-1].tolist()) == b"abc\nResponse:\n12"
+    assert [dpo.longest(pair) for pair in tokenized] == [20, 20, 20, 20]
+    for message, words in zip(log.messages, (("2 pairs", "dropped"), ("3 pairs", "truncated")), strict=True):
+        assert [word for word in ("pairs.jsonl", "T=19", *words) if word not in message] == []
+    with pytest.raises(ValueError, match="pairs.jsonl.*T=19"):
+        dpo.tokenize_pairs(pairs[-1:], 19, BYTES, "pairs.jsonl")
+
+
+def test_micro_batches_are_longest_first_and_equally_many_on_every_rank() -> None:
+    """Row i of the chosen half, row i of the rejected half and row i of the reference are of the same pair."""
+    pairs = [Pair(Example(np.arange(n), 2), Example(np.arange(3, 7), 1), (float(-n), 0.5)) for n in (4, 9, 6, 8, 5)]
+    parts = [dpo.collate_pairs(pairs, 2, ALONE._replace(rank=rank, world_size=3)) for rank in range(3)]
+    assert [[batch["n"] for batch in part] for part in parts] == [[2], [2], [1]]
+    for lengths, (batch,) in zip(([9, 5], [8, 4], [6]), parts):
+        n, W = len(lengths), max(lengths) - 1
+        assert batch["x"].shape == batch["y"].shape == (4, W)
+        assert batch["pair_mask"].tolist() == [1.0] * n + [0.0] * (2 - n)
+        assert batch["reference"].tolist() == [[-length, 0.5] for length in lengths] + [[0.0, 0.0]] * (2 - n)
+        for i, length in enumerate(lengths):
+            assert torch.equal(batch["y"][i], torch.tensor([-100, *range(2, length), *[-100] * (W + 1 - length)]))
+            assert batch["y"][2 + i].tolist() == [4, 5, 6, *[-100] * (W - 3)]
+    assert (parts[2][0]["y"][[1, 3]] == -100).all()  # the empty rows of the last rank
 
 
 # -----------------------------------------------------------------------------
@@ -100,7 +209,7 @@ def random_texts(n: int) -> list[tuple[str, str, str]]:
 
 def random_pairs(n: int) -> list[Pair]:
     """The tokenized texts with a different reference for each, so that a mix-up changes the result."""
-    tokenized = preferences.tokenize(random_texts(n), 48, BYTES, "texts")
+    tokenized = dpo.tokenize_pairs(random_texts(n), 48, BYTES, "texts")
     assert len(tokenized) == n
     return [pair._replace(reference=(-40.0 - i, -30.0 - 2 * i)) for i, pair in enumerate(tokenized)]
 
@@ -129,7 +238,7 @@ def test_loss_with_rpo_term_and_metrics_worked_one_by_one(loss: Any) -> None:
         total += value - 0.7 * chosen / n_chosen
         sums += [value, 0.3 * c, 0.3 * r, 0.3 * (c - r), c > r, chosen, rejected]
         logps.append([chosen, rejected])
-    (batch,) = preferences.collate(pairs, 99, ALONE)
+    (batch,) = dpo.collate_pairs(pairs, 99, ALONE)
     got, metrics = dpo.dpo_loss(raw, batch, dpo.Config(loss=loss, beta=0.3, rpo_alpha=0.7))
     assert got.item() == pytest.approx(total, rel=1e-9)
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(dict(zip(METRICS, sums)), rel=1e-9)
@@ -146,7 +255,7 @@ def test_no_split_changes_loss_or_gradient(loss: Any) -> None:
         """The number of pairs, the loss with the metrics, and the gradient."""
         raw, n, values = tiny().double(), 0, torch.zeros(8)
         ranks = [ALONE._replace(rank=rank, world_size=world_size) for rank in range(world_size)]
-        parts = [preferences.collate(pairs, B, rt) for rt in ranks]
+        parts = [dpo.collate_pairs(pairs, B, rt) for rt in ranks]
         # ranks wait for each other after every micro-batch
         assert len({tuple(len(batch["pair_mask"]) for batch in part) for part in parts}) == 1
         for batch in (batch for part in parts for batch in part):
@@ -288,7 +397,7 @@ def test_reference_belongs_to_the_boundaries_of_sequences(tmp_path: Path, monkey
     pairs = [Pair(Example(ids[:n], n_prompt), Example(ids[n:], 1)) for n, n_prompt in ((3, 1), (3, 2), (2, 1))]
     run = SimpleNamespace(cfg=dpo.Config(), rt=ALONE, base="", out_dir=tmp_path, resumed=None, raw=None)
     for pair in pairs * 2:
-        dpo.add_reference(run, [[pair]])
+        dpo.add_reference(run, [pair])
     assert len(computed) == 3
 
 
