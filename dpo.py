@@ -261,7 +261,6 @@ def main(cfg: Config) -> None:
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(train) / n))
     runtime.print0(f"{len(train):,} pairs to train on, {len(val):,} held out; {max_steps:,} steps of {n}")
 
-    @rt.autocast()
     def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
         return dpo_loss(net, batch, cfg)
 

@@ -4,13 +4,13 @@
     python hellaswag.py                              # out/gpt2's newest checkpoint; downloads the rows once
     python hellaswag.py --checkpoint=gpt2 --style=harness    # OpenAI's GPT-2, scored as lm-evaluation-harness does
     python hellaswag.py --checkpoint=out/gpt2/ckpt_019073.pt --out=rows.jsonl
-    torchrun --nproc_per_node=8 hellaswag.py         # eight GPUs: the same bits
+    torchrun --nproc_per_node=8 hellaswag.py         # eight GPUs: same bits as on one
 
 Two scoring conventions are in use. `completion` (build-nanogpt, llm.c) continues `ctx` with " " + ending. `harness`
 (lm-evaluation-harness, task hellaswag) prepends the activity, capitalizes ctx_b and removes WikiHow's markup. In both,
 acc selects the ending with the largest summed log-probability; acc_norm divides the sum by the number of tokens
-(completion) or characters (harness). Published acc_norm in completion style: GPT-2 350M … 1558M 0.3752, 0.4320, 0.4889;
-GPT-3 350M … 1.3B 0.436, 0.510, 0.547. One standard error is 0.0046 for the 10,042 validation rows.
+(completion) or characters (harness). Published acc_norm in completion style: GPT-2 355M, 774M, 1558M: 0.3752, 0.4320,
+0.4889; GPT-3 350M, 760M, 1.3B: 0.436, 0.510, 0.547. One standard error is 0.0046 for the 10,042 validation rows.
 """
 
 import json
@@ -32,7 +32,7 @@ from neogpt import chat, checkpoint, config, files, model, runtime
 HUB = "Rowan/hellaswag"  # the dataset on the Hugging Face hub
 N_ENDINGS = 4
 
-Ids = list[int]  # of tokens
+Ids = list[int]  # token ids
 Style = Literal["completion", "harness"]
 ACC_NORM: dict[Style, str] = {"completion": "per token", "harness": "per character"}
 PUBLISHED: dict[Style, dict[str, dict[str, float]]] = {
@@ -161,7 +161,7 @@ def prepare(rows: list[Row], tokenizer: tiktoken.Encoding, style: Style, block_s
 def load_questions(
     source: str, limit: int | None, tokenizer: tiktoken.Encoding, style: Style, block_size: int, rt: runtime.Runtime
 ) -> Questions:
-    """`prepare` of `read_rows`."""
+    """Read and tokenize rows: see `read_rows` and `prepare`."""
     return prepare(read_rows(source, limit, rt), tokenizer, style, block_size)
 
 

@@ -5,8 +5,8 @@
     python train_gpt2.py --init_from=out/pruned --out_dir=out/recovered \\
         --max_lr=6e-5 --max_steps=500 --warmup_steps=50  # training keeps the zeros
 
-Wanda scores a weight by its absolute value times the L2 norm of its input over the calibration tokens, and prunes the
-weights of every output with the lowest scores. Blocks are pruned in order: the input of a block is the output of the
+Wanda scores a weight by its absolute value times the L2 norm of its input over the calibration tokens, and prunes, for
+every output, the weights with the lowest scores. Blocks are pruned in order: the input of a block is the output of the
 pruned blocks before it. Embeddings, head, norms and biases are not pruned.
 
 Writes a checkpoint that every script reads, and report.json with the metrics of `evaluate` before and after.
@@ -50,9 +50,14 @@ class Config(EvalConfig):
     T: int | None = None  # tokens per calibration and validation sequence; None: the model's block_size
 
 
-DEMO = dict(data=str(config.ROOT / "input.txt"), hellaswag_data=str(config.ROOT / "demo" / "hellaswag.jsonl"))
-DEMO |= dict(val_tokens=2**16)
+DEMO = dict(data=f"{config.ROOT}/input.txt", hellaswag_data=f"{config.ROOT}/demo/hellaswag.jsonl", val_tokens=2**16)
 CONFIGS = {"gpt2": Config(), "demo": Config(checkpoint="out/demo", out_dir="out/demo-pruned", **DEMO)}
+
+
+def check(cfg: EvalConfig) -> None:
+    """Raise ValueError for the first constant that is out of range."""
+    config.require("[1, inf)", n_sequences=cfg.n_sequences, B=cfg.B, val_tokens=cfg.val_tokens)
+    config.require("[0, 9e18]", seed=cfg.seed, hellaswag_rows=cfg.hellaswag_rows)
 
 
 def require_prunable(raw: model.GPT, cfg: Config) -> None:
@@ -86,6 +91,10 @@ def prune_model(raw: model.GPT, idx: Tensor, cfg: Config, rt: runtime.Runtime) -
     """Prune the model in place, block by block. idx: calibration tokens, (n, T), on the model's device.
     Needs memory for the input of one block, (n, T, C).
     """
+    if cfg.method == "magnitude":
+        for linear in raw.weight_matrices().values():
+            linear.weight.mul_(make_mask(linear.weight, None, cfg))
+        return
     squared_norms: dict[nn.Module, Tensor] = {}  # per linear layer: (in,) fp32, sums over all tokens
 
     def add(linear: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -95,18 +104,16 @@ def prune_model(raw: model.GPT, idx: Tensor, cfg: Config, rt: runtime.Runtime) -
     x = torch.cat([raw.embed(rows) for rows in idx.split(cfg.B)])  # (n, T, C), the input of the block
     for block in raw.transformer.h:
         matrices = block.weight_matrices().values()
-        if cfg.method == "wanda":
-            hooks = [linear.register_forward_pre_hook(add) for linear in matrices]
-            with rt.autocast():
-                for rows in x.split(cfg.B):
-                    block(rows)
-            for hook in hooks:
-                hook.remove()
-        for linear in matrices:
-            norm = squared_norms[linear].sqrt() if cfg.method == "wanda" else None
-            linear.weight.mul_(make_mask(linear.weight, norm, cfg))
+        hooks = [linear.register_forward_pre_hook(add) for linear in matrices]
         with rt.autocast():
-            for rows in x.split(cfg.B) if cfg.method == "wanda" else ():
+            for rows in x.split(cfg.B):
+                block(rows)
+        for hook in hooks:
+            hook.remove()
+        for linear in matrices:
+            linear.weight.mul_(make_mask(linear.weight, squared_norms[linear].sqrt(), cfg))
+        with rt.autocast():
+            for rows in x.split(cfg.B):
                 rows.copy_(block(rows))
 
 
@@ -144,8 +151,7 @@ def evaluate(
 
 def main(cfg: Config) -> None:
     """Evaluate, prune, evaluate again, and write the checkpoint and the report."""
-    config.require("[1, inf)", n_sequences=cfg.n_sequences, B=cfg.B)
-    config.require("[0, 9e18]", seed=cfg.seed, hellaswag_rows=cfg.hellaswag_rows)
+    check(cfg)
     rt = runtime.setup(cfg.device, cfg.precision)
     if rt.world_size > 1:
         raise ValueError("prune.py runs as one process: start it with python, not torchrun")

@@ -7,8 +7,8 @@
     python sample.py --checkpoint=out/dpo --chat                # chat with a fine-tuned model
     python sample.py demo-chat                                  # after the demos of sft.py and dpo.py
 
-Prompts and samples go to standard output, messages to standard error. A sample depends on its prompt and its seed; on a
-CPU in rare cases also on whether --n_samples is 1, because a batch of one uses other matrix products.
+Prompts and samples go to standard output, messages to standard error. A sample depends on its prompt and its seed, and
+on the number of samples through rounding.
 """
 
 import codecs
@@ -26,7 +26,7 @@ import torch
 from neogpt import chat, checkpoint, config, generate, model, runtime
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control characters but tab and newline
-Ids = list[int]  # of tokens
+Ids = list[int]  # token ids
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def main(cfg: Config) -> None:
     config.require("[0, inf)", max_new_tokens=cfg.max_new_tokens, history_turns=cfg.history_turns)
     config.require("[0, inf)", temperature=cfg.temperature, top_k=cfg.top_k)
     config.require("(0, 1]", top_p=cfg.top_p)
+    config.require("[0, 9e18]", seed=cfg.seed)
     if cfg.compile:
         runtime.require_compiler(rt.device)
     try:

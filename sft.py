@@ -73,6 +73,11 @@ def make_examples(rows: Sequence[chat.Row], T: int, tokenizer: tiktoken.Encoding
     return examples
 
 
+def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
+    """The cross-entropy of a micro-batch, summed over the target tokens."""
+    return chat.loss(net, batch, "sum"), {}
+
+
 @torch.no_grad()
 def evaluate(run: Run, examples: list[chat.Example], rows: list[chat.Row], tokenizer: tiktoken.Encoding) -> bool:
     """Evaluate on held-out examples, answer rows, log and print; return whether the loss is the lowest so far."""
@@ -112,10 +117,6 @@ def main(cfg: Config) -> None:
     val_examples = make_examples(val_rows, T, tokenizer, cfg.val_data or "the held-out part")
     n = cfg.rows_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(examples) / n))
-
-    @rt.autocast()
-    def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
-        return chat.loss(net, batch, "sum"), {}
 
     def read(step: int) -> training.Batch:
         chosen = [examples[i] for i in run.items(step, n, len(examples))]

@@ -1,6 +1,6 @@
 """Pretrain GPT-2 on token shards or on a text file.
 
-    python train_gpt2.py demo                       # on a laptop CPU: input.txt, three minutes, no download
+    python train_gpt2.py demo                       # on a laptop CPU: input.txt, 2 to 4 minutes, no download
     python train_gpt2.py                            # one GPU: GPT-2 124M on the shards of fineweb.py
     torchrun --nproc_per_node=8 train_gpt2.py       # eight GPUs
     torchrun --nproc_per_node=8 --nnodes=2 --node_rank=0 --master_addr=HOST train_gpt2.py    # first of two nodes
@@ -28,7 +28,7 @@ class Config:
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # of the shards, or for the .txt file
     out_dir: str = "out/gpt2"  # where log.txt and checkpoints go
     init_from: str = ""  # start from the weights of this checkpoint, of the same shape; "": random weights
-    model: str = "gpt2"  # a name of model.SIZES
+    model: str = "gpt2"  # a name in SIZES of neogpt/model.py
     attention: Literal["flash", "manual"] = "flash"  # flash: fused kernels; manual: written out, slower
     residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream in bf16 runs
     T: int = 1024  # sequence length, tokens; becomes the model's block_size
@@ -50,7 +50,7 @@ class Config:
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping (GPT-3 paper, appendix B)
     seed: int = 1337  # of initial weights, data order and samples
     eval_every: int = 250  # steps between validation losses and samples
-    val_tokens: int = 10_485_760  # tokens of a validation, or all if there are fewer; the same on any number of devices
+    val_tokens: int = 10_485_760  # validation tokens; all if there are fewer
     hellaswag_every: int | None = None  # steps between HellaSwag scores; 0: never; None: eval_every on CUDA, else 0
     hellaswag_rows: int | None = None  # score only this many rows; None: all
     hellaswag_data: str = ""  # rows, a .jsonl or .parquet file; "": the validation set, downloaded once
@@ -174,7 +174,13 @@ def make_batch(xy: Tensor, B: int, n: int = 0) -> training.Batch:
     return training.Batch([dict(x=rows[:, :-1], y=rows[:, 1:], n=len(rows) * T) for rows in xy.split(B)], n, n * T)
 
 
-def pick_B(cfg: Config, per_rank: int, run: Run, loss_fn: training.LossFn) -> int:
+def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
+    """The cross-entropy of a micro-batch, summed over its tokens."""
+    with runtime.single_shape_attention():
+        return net(batch["x"], batch["y"], reduction="sum"), {}
+
+
+def pick_B(cfg: Config, per_rank: int, run: Run) -> int:
     """The micro-batch size: that of the configuration or of the resumed run, else as many sequences as fit."""
     rt, resumed = run.rt, run.resumed
     if cfg.B:
@@ -194,8 +200,8 @@ def pick_B(cfg: Config, per_rank: int, run: Run, loss_fn: training.LossFn) -> in
 
 
 def print_samples(raw: model.GPT, cfg: Config, tokenizer: tiktoken.Encoding, step: int, rt: runtime.Runtime) -> None:
-    """Print continuations of the prompt. They depend on seed and step only."""
-    if rt.rank or not cfg.n_samples or not step:  # samples of an untrained model are noise
+    """Print continuations of the prompt. The seeds depend on cfg.seed and the step."""
+    if rt.rank or not cfg.n_samples or not step:  # most models are untrained at step 0
         return
     n, eot = cfg.n_samples, tokenizer.eot_token
     prompt = tokenizer.encode_ordinary(cfg.prompt) or [eot]
@@ -214,13 +220,13 @@ def warn_if_slow(cfg: Config, raw: model.GPT, rt: runtime.Runtime) -> None:
 
 
 def results_table(cfg: Config, run: Run) -> str:
-    """The results of this run and, if they are comparable, of GPT-2 124M and GPT-3 124M."""
+    """The results of this run and, for GPT-2's tokenizer and all HellaSwag rows, of GPT-2 124M and GPT-3 124M."""
     scores = [f"{run.scores[name]:.4f}" if name in run.scores else "-" for name in ("val", "hella")]
     cost = f"{run.n_tokens:,}", f"{run.seconds / 3600:.2f}", f"{run.n_tokens / run.seconds:,.0f}"
     rows = [["", "validation loss", "HellaSwag", "parameters", "tokens", "hours", "tok/s"]]
     rows.append([cfg.out_dir, *scores, f"{run.raw.n_params():,}", *cost])
-    if cfg.tokenizer == "gpt2" and not cfg.hellaswag_data:  # the loss of GPT-2 is on FineWeb-Edu's first shard
-        rows.append(["GPT-2 124M", "3.2924", "0.2955", "124,439,808", "-", "-", "-"])
+    if cfg.tokenizer == "gpt2" and not (cfg.hellaswag_data or cfg.hellaswag_rows):
+        rows.append(["GPT-2 124M on FineWeb-Edu", "3.2924", "0.2955", "124,439,808", "-", "-", "-"])
         rows.append(["GPT-3 124M", "-", "0.3370", "125,000,000", "300,000,000,000", "-", "-"])
     return config.format_table(rows)
 
@@ -251,16 +257,12 @@ def main(cfg: Config) -> None:
         n_ready = runtime.all_reduce_sum(torch.tensor(float(questions is not None), device=rt.device), rt)
         questions = questions if n_ready == rt.world_size else None  # all ranks score it, or none
 
-    def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
-        with rt.autocast(), runtime.single_shape_attention():
-            return net(batch["x"], batch["y"], reduction="sum"), {}
-
     def read(step: int) -> training.Batch:
         windows = run.items(step, n, len(train))[rt.rank * per_rank : (rt.rank + 1) * per_rank]
         xy = runtime.to_device(torch.from_numpy(train.read(windows)), rt.device)  # (per_rank, T + 1)
         return make_batch(xy, run.B, n)
 
-    run.B = pick_B(cfg, per_rank, run, loss_fn)
+    run.B = pick_B(cfg, per_rank, run)
     run.warm_up(read(run.step), loss_fn)
     kernel = runtime.attention_kernel(raw.config, run.B, cfg.T, rt)
     runtime.print0(f"{cfg.model}: {raw.n_params():,} parameters, {len(train):,} training windows of {cfg.T} tokens")

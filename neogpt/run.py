@@ -122,7 +122,7 @@ class Run:
         if sync and self.model is self.raw:  # nothing to prepare
             return
         with nullcontext() if sync or self.rt.world_size == 1 else self.model.no_sync():
-            training.backward(self.model, batch.micro_batches[0], loss_fn, 1.0)
+            training.backward(self.model, batch.micro_batches[0], loss_fn, 1.0, self.rt)
         self.raw.zero_grad()
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from neogpt import data, runtime
 
 # loss_fn(model, micro_batch) -> (loss, metrics): the loss summed over the units of the micro-batch (target tokens or
-# pairs), and detached sums of other quantities to log, by name
+# pairs), and detached sums of other quantities to log, by name. It runs under autocast.
 LossFn = Callable[[nn.Module, dict[str, Any]], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -34,10 +34,13 @@ class StepResult(NamedTuple):
     metrics: dict[str, float]  # means over the units of the whole step
 
 
-def backward(net: nn.Module, batch: dict[str, Any], loss_fn: LossFn, scale: float | Tensor) -> tuple[Tensor, dict]:
+def backward(
+    net: nn.Module, batch: dict[str, Any], loss_fn: LossFn, scale: float | Tensor, rt: runtime.Runtime
+) -> tuple[Tensor, dict]:
     """Forward and backward pass of scale · loss; returns the detached loss sum and the metrics."""
     with runtime.strict_determinism():
-        loss, metrics = loss_fn(net, batch)
+        with rt.autocast():
+            loss, metrics = loss_fn(net, batch)
         (loss * scale).backward()
     return loss.detach(), metrics
 
@@ -67,7 +70,7 @@ def train_step(
         # gradients are reduced with the last micro-batch; DDP needs no_sync around the forward pass too
         accumulate = rt.world_size > 1 and i < len(micro_batches) - 1
         with net.no_sync() if accumulate else nullcontext():
-            loss, metrics = backward(net, batch, loss_fn, rt.world_size / n)  # DDP averages; we want the sum
+            loss, metrics = backward(net, batch, loss_fn, rt.world_size / n, rt)  # DDP averages; we want the sum
         sums = sums + torch.stack([loss, *metrics.values()])
     norm = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
     # one all-reduce, so that every rank has the same numbers and takes the same decision

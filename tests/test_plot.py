@@ -73,7 +73,7 @@ def test_restarted_run(tmp_path: Path) -> None:
     [
         ([GPT2], True, True),
         ([GPT2 | dict(hellaswag_data="mine.jsonl")], True, False),
-        ([dict(tokenizer="gpt2", hella_data="mine.jsonl")], True, False),  # an older log
+        ([GPT2 | dict(hellaswag_rows="100")], True, False),
         ([GPT2 | dict(checkpoint="out/x")], False, False),
         ([dict(tokenizer="bytes")], False, False),
     ],

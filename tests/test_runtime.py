@@ -99,7 +99,7 @@ def test_training_is_strict_about_determinism(enabled: bool) -> None:
 
     torch.use_deterministic_algorithms(enabled, warn_only=enabled)
     try:
-        training.backward(nn.Linear(2, 2), dict(x=torch.ones(1, 2)), loss_fn, 1.0)
+        training.backward(nn.Linear(2, 2), dict(x=torch.ones(1, 2)), loss_fn, 1.0, ALONE)
         assert state() == (enabled, enabled)
     finally:
         torch.use_deterministic_algorithms(False)

@@ -1,6 +1,6 @@
 """Measure speed: NeoGPT against plain PyTorch or tiktoken code, in alternating repeats.
 
-    python -m tools.bench train       # the training step against a plain PyTorch loop; --profile: with its kernels
+    python -m tools.bench train       # the training step against a plain PyTorch loop; --profile: also time each kernel
     python -m tools.bench choices     # the training step with one choice changed at a time
     python -m tools.bench roofline    # copies, matrix products, attention and gradients of a training step, each alone
     python -m tools.bench sample      # prefill, and decoding with and without a KV cache
@@ -55,11 +55,11 @@ class Config:
     uncached_stride: int = 64  # sample: without a cache, measure only every uncached_stride-th length
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
-    compile: bool | None = None  # None: train and choices on CUDA, as in training; sample both with and without
+    compile: bool | None = None  # None: as in train_gpt2.py; sample: both with and without
     profile: bool = False  # train: print the time of each kernel in one more repeat
     only: tuple[str, ...] = ()  # choices: only these, besides the default
     workers: int | None = None  # tokenize: processes; None: one per core
-    rows: int = 40  # hellaswag: rows per repeat, from all over the file
+    rows: int = 40  # hellaswag: rows per repeat, evenly spaced in the file
     out_dir: str = "out/bench"  # folder of <bench>.json
 
 
@@ -127,7 +127,9 @@ def bench_roofline(cfg: Config, name: str, B: int) -> list[dict]:
     random = functools.partial(torch.randn, device=rt.device, dtype=torch.bfloat16)
 
     def measure(part: str, amount: float, unit: str, function: Callable, *args: object) -> None:
-        timer = Timer("function(*args)", globals=dict(function=function, args=args))
+        timer = Timer(
+            "function(*args)", globals=dict(function=function, args=args), num_threads=torch.get_num_threads()
+        )
         ms = 1e3 * timer.blocked_autorange(min_run_time=0.1).median
         rows.append(dict(name=part, ms=ms, rate=1e3 * amount / ms, unit=unit))
         print(f"{part:40} {ms:9.4f} ms {1e3 * amount / ms:9.1f} {unit}", flush=True)
@@ -232,7 +234,7 @@ def bench_tokenize(cfg: Config) -> list[dict]:
     paths = sorted(glob.glob(cfg.data))
     if not paths:
         raise ValueError(f"--data={cfg.data}: no such files; give a pattern of parquet files")
-    texts = [text for path in paths for text in pyarrow.parquet.read_table(path)["text"].to_pylist()]
+    texts = [text for path in paths for text in pyarrow.parquet.read_table(path)["text"].to_pylist() if text]
     chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
     n_tokens = count_tokens(texts)
 
@@ -265,6 +267,7 @@ def main(cfg: Config) -> None:
     config.require("[1, inf)", T=cfg.T, B=min(cfg.B), steps=cfg.steps, rows=cfg.rows, workers=cfg.workers)
     config.require("[1, inf)", prompt_tokens=cfg.prompt_tokens, uncached_stride=cfg.uncached_stride)
     config.require("[2, inf)", repeats=cfg.repeats)
+    config.require("[17, inf)", new_tokens=cfg.new_tokens)  # the first tokens are not timed
     config.require(f"[{cfg.T}, inf)", total_batch_size=cfg.total_batch_size)
     files.make_folder(cfg.out_dir)
     write = functools.partial(timing.write_json, Path(cfg.out_dir) / f"{cfg.bench}.json", config=asdict(cfg))

@@ -4,7 +4,7 @@
     python -m tools.compare --checkpoints out/gpt2 out/ndgpt2-96m --methods wanda
 
 Columns: nonzero parameters, training FLOPs per token without products with zeros, tokens/s of a forward and backward
-pass of the dense model (its kernels would also multiply zeros), validation loss, HellaSwag acc.
+pass of the dense model (dense kernels multiply zeros too), validation loss, HellaSwag acc.
 """
 
 import copy
@@ -23,7 +23,7 @@ from neogpt import checkpoint, config, files, model, runtime
 @dataclass(frozen=True)
 class Config(prune.EvalConfig):
     checkpoints: tuple[str, ...] = ("out/gpt2", "out/ndgpt2-96m")  # each as --checkpoint of prune.py
-    methods: tuple[Literal["wanda", "magnitude"], ...] = ("wanda", "magnitude")  # of pruning
+    methods: tuple[Literal["wanda", "magnitude"], ...] = ("wanda", "magnitude")  # pruning methods
     sparsities: tuple[float | str, ...] = (0.3, 0.5, 0.7, "2:4")  # ratios, or patterns N:M
     out_dir: str = "out/compare"  # folder for compare.md and compare.json
     repeats: int = 7  # timed passes per model; the median counts
@@ -56,8 +56,8 @@ def format_markdown(rows: list[dict[str, Any]]) -> str:
 
 def main(cfg: Config) -> None:
     """Evaluate every model, dense and pruned, and write the table."""
-    config.require("[1, inf)", n_sequences=cfg.n_sequences, B=cfg.B, repeats=cfg.repeats)
-    config.require("[0, inf)", seed=cfg.seed, hellaswag_rows=cfg.hellaswag_rows)
+    config.require("[1, inf)", repeats=cfg.repeats)
+    prune.check(cfg)
     rt = runtime.setup(cfg.device, cfg.precision)
     models = [checkpoint.load_model(source) for source in cfg.checkpoints]
     variants = {"-": prune.Config(method="magnitude", ratio=0.0)}  # dense

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
 # Tests and measurements of NeoGPT on one GPU. Every part takes less than nine minutes and prints its rows as they come.
-#     bash tools/gpu.sh PART …       # tests roofline train choices resume muon sample compiled hellaswag
-#     DEVICE=cpu bash tools/gpu.sh train    # a rehearsal with the demo's model
+#     bash tools/gpu.sh PART …       # tests roofline train choices resume muon sample hellaswag
+#     DEVICE=cpu bash tools/gpu.sh train    # a dry run with the demo's model
 # Tables and JSON files go to $OUT (default: out/bench-gpu). A part that fails does not stop the others.
 # Prepare: DATA, shards of at least 10M tokens with GPT-2's vocabulary (default: edu_fineweb10B), for example
 #     python fineweb.py --data='books-*.parquet' --shard_size=1000000 --out_dir=.cache/books
 # Carry to a machine without network: these shards, HELLASWAG (its validation rows as a .jsonl file), TIKTOKEN_CACHE_DIR,
-# and the packages that are missing there (tyro, docstring_parser and typeguard, on PYTHONPATH). `python` must be Python.
+# and the packages that are missing there (tyro, docstring_parser and typeguard, on PYTHONPATH). `python` must be Python 3.11 or newer.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 trap 'exit 130' INT
 export PYTHONUNBUFFERED=1
 device=${DEVICE:-cuda} data=${DATA:-edu_fineweb10B} hellaswag=${HELLASWAG:-} out=${OUT:-out/bench-gpu}
-tokenizer=gpt2 name=gpt2 T=1024 batch=524288 B="32 64" steps=40 kill=25 muon_steps=100 rows=10042 streams="1 8 64"
-if [ "$device" = cpu ]; then  # the same commands, on a model that a CPU trains in seconds
-  tokenizer=bytes name=demo T=256 batch=2048 B=4 steps=8 kill=5 muon_steps=4 rows=20 streams=2
+tokenizer=gpt2 name=gpt2 T=1024 batch=524288 B="32 64" steps=40 kill=25 save=10 muon_steps=100 rows=10042 streams="1 8 64"
+if [ "$device" = cpu ]; then  # a dry run of the same commands, with a small model
+  tokenizer=bytes name=demo T=256 batch=2048 B=4 steps=8 kill=5 save=2 muon_steps=4 rows=20 streams=2
   data=${DATA:-input.txt} hellaswag=${HELLASWAG:-demo/hellaswag.jsonl}
 fi
 run="--device=$device --data=$data --tokenizer=$tokenizer --model=$name --T=$T --total_batch_size=$batch"
@@ -31,25 +31,26 @@ choices() {
 }
 resume() {  # a run that is killed and resumed, with another compile cache, against a whole run
   rm -rf "$out/whole" "$out/killed"
-  options="$run --max_steps=$steps --eval_every=20 --hellaswag_every=0 --save_every=10"
+  options="$run --max_steps=$steps --eval_every=20 --hellaswag_every=0 --save_every=$save"
   python train_gpt2.py $options --out_dir="$out/whole" || return 1
   python train_gpt2.py $options --out_dir="$out/killed" & pid=$!
   until grep -qs "^$kill train" "$out/killed/log.txt"; do sleep 0.1; kill -0 $pid || return 1; done
   kill -9 $pid; wait $pid
   TORCHINDUCTOR_CACHE_DIR=$(mktemp -d) python train_gpt2.py $options --out_dir="$out/killed" || return 1
   PYTHONPATH="tests:.:${PYTHONPATH:-}" python -c "import harness, pathlib, sys
-harness.assert_same_run(*map(pathlib.Path, sys.argv[1:])); print('resumed: the same log and weights, bit for bit')" \
+harness.assert_same_run(*map(pathlib.Path, sys.argv[1:]))
+assert 'continuing' in harness.notes(pathlib.Path(sys.argv[1])); print('resumed: the same log and weights, bit for bit')" \
     "$out/killed" "$out/whole"
 }
 muon() {
+  rm -rf "$out/muon"
   python train_gpt2.py $run --optimizer=muon --max_lr=2e-3 --max_steps=$muon_steps --eval_every=50 \
     --hellaswag_every=$muon_steps --hellaswag_rows=$rows --save_every=1000 --out_dir="$out/muon"
 }
-sample() { python -m tools.bench sample $bench --B $streams --uncached_stride=64 --repeats=3 --compile=False; }
-compiled() { python -m tools.bench sample $bench --B $streams --uncached_stride=64 --repeats=3 --compile; }
+sample() { python -m tools.bench sample $bench --B $streams --repeats=3; }
 hellaswag() { python -m tools.bench hellaswag $bench --data=$hellaswag --rows=$((rows / 10)) --repeats=3; }
 
-[ $# -gt 0 ] || set -- tests roofline train choices resume muon sample compiled hellaswag
+[ $# -gt 0 ] || set -- tests roofline train choices resume muon sample hellaswag
 mkdir -p "$out"
 [ "$device" = cpu ] || nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv || exit 1
 failed=()

@@ -4,7 +4,7 @@
     python -m tools.plot demo                # out/demo
     python -m tools.plot --runs out/adamw out/muon --x=tokens
 
-Published values are shown if all runs are pretraining runs with the GPT-2 tokenizer, and on HellaSwag's own questions.
+Published values are shown if all runs pretrain with the GPT-2 tokenizer; HellaSwag's only on all of its own questions.
 """
 
 import re
@@ -17,8 +17,8 @@ import numpy as np
 
 from neogpt import config, files
 
-# Validation loss on the first shard of FineWeb-Edu; HellaSwag "per token" in completion style (GPT-3: its appendix H).
-REFERENCES = {"val": {"GPT-2 124M": 3.2924}, "hella": {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}}
+# Validation loss on the first shard; HellaSwag "per token" in completion style (GPT-3: its appendix H).
+REFERENCES = {"val": {"GPT-2 124M on FineWeb-Edu": 3.2924}, "hella": {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}}
 STYLE = {"font.size": 12, "axes.grid": True, "grid.alpha": 0.25, "legend.frameon": False}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "lines.linewidth": 2, "lines.markersize": 4}
 
@@ -48,15 +48,17 @@ def read_log(path: str | Path) -> Run:
         raise FileNotFoundError(f"no log in {path}: give the out_dir of a run or its log.txt")
     points: dict[str, dict[int, float]] = {}
     constants, last_step = {}, -1
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        if re.match("# (code|torch|data|checkpoint)=", line):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[
+        :-1
+    ]:  # without a last line that was cut off
+        if re.match("# (code|data|checkpoint)=", line):
             constants |= dict(re.findall(r"(\w+)='?([^\s']*)", line))
         elif match := re.fullmatch(r"(\d+) (\w+) (\S+)", line):
             step, name = int(match[1]), match[2]
             if name == "train" and step <= last_step:  # the run restarted from this step: drop later points
                 points = {n: {s: v for s, v in p.items() if s <= step} for n, p in points.items()}
             last_step = step if name == "train" else last_step
-            with suppress(ValueError):  # a number that was cut off when the run was killed
+            with suppress(ValueError):  # a line that was cut off before a restart
                 points.setdefault(name, {})[step] = float(match[3])
     if not points:
         raise ValueError(f"{path} has no lines of the form `step name value`: it is not the log of a run")
@@ -87,7 +89,7 @@ def draw(runs: list[Run], folder: str | Path, x: str = "steps") -> list[Path]:
 
     runs = [transform(run, x) for run in runs]
     like_gpt2 = all(c.get("tokenizer") == "gpt2" and "checkpoint" not in c for _, _, c in runs)
-    other_questions = any(c.get("hellaswag_data", c.get("hella_data")) for _, _, c in runs)
+    other_questions = any(c.get("hellaswag_data") or c.get("hellaswag_rows", "None") != "None" for _, _, c in runs)
     loss = "loss" if any("beta" in c for _, _, c in runs) else "loss (nats per token)"  # of DPO: per pair
     paths = []
     for name, title, ylabel in (("val", "Loss", loss), ("hella", "HellaSwag", "accuracy (acc_norm)")):

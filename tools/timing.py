@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import train_gpt2
 from neogpt import config, data, files, model, optim, run, runtime, training
@@ -37,7 +37,7 @@ def quiet() -> Iterator[None]:
 
 
 def run_alternating(variants: dict[str, Callable[[], Any]], repeats: int, unit: str) -> list[dict]:
-    """Time every variant `repeats` times, in forward and backward order by turns; print and return rates per second.
+    """Time every variant `repeats` times, in alternating order; print and return rates per second.
 
     The first repeat warms up and is not counted. A variant returns its number of units, or (that number, clock() after
     its setup). A failing variant (out of memory) is skipped, unless it is the first, the baseline, or the only other.
@@ -78,7 +78,7 @@ def write_json(path: Path, **results: Any) -> None:
     versions = {d.name: d.version for d in metadata.distributions() if d.name in packages}
     versions |= dict(python=platform.python_version(), code=run.code_revision())
     files.write_json(path, dict(command=" ".join(sys.argv), hardware=hardware, versions=versions) | results)
-    print(f"written: {path}")
+    print(f"wrote {path}")
 
 
 def build_model(cfg: Any, name: str, **changes: Any) -> tuple:
@@ -103,7 +103,7 @@ KERNELS = {
 
 
 class Trainer:
-    """A plain training loop and NeoGPT's, for the same model: two models at other addresses can differ by 5 %."""
+    """A plain training loop and NeoGPT's on one shared model: the speed of two copies can differ by 5 %."""
 
     def __init__(self, cfg: Any, name: str, B: int, deterministic: bool = True, **changes: Any) -> None:
         """cfg, name, changes: as in `build_model`. B: sequences per forward pass. deterministic: of CUDA kernels."""
@@ -123,18 +123,13 @@ class Trainer:
         xy = torch.from_numpy(self.train.read(self.run.items(step, self.n, len(self.train))))
         return train_gpt2.make_batch(runtime.to_device(xy, self.rt.device), self.B, self.n)
 
-    def loss_fn(self, net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
-        """The loss of train_gpt2.py."""
-        with self.rt.autocast(), runtime.single_shape_attention():
-            return net(batch["x"], batch["y"], reduction="sum"), {}
-
     def plain(self) -> int:
         """Forward, backward, clipping and optimizer on one batch that stays on the device; returns the tokens."""
         runtime.set_determinism(self.deterministic)
         batch = self.read(0)
         for _ in range(self.cfg.steps):
             for micro_batch in batch.micro_batches:
-                training.backward(self.run.model, micro_batch, self.loss_fn, 1 / batch.n_tokens)
+                training.backward(self.run.model, micro_batch, train_gpt2.loss_fn, 1 / batch.n_tokens, self.rt)
             nn.utils.clip_grad_norm_(self.run.raw.parameters(), 1.0)
             for optimizer in self.run.optimizers:
                 for group in optimizer.param_groups:
@@ -152,7 +147,7 @@ class Trainer:
             for _ in self.run.steps(stop):
                 if self.run.last:
                     break
-                self.run.update(next(batches), self.loss_fn, lr=1e-4)
+                self.run.update(next(batches), train_gpt2.loss_fn, lr=1e-4)
             self.run.read_results(0)
         return self.cfg.steps * self.n * self.cfg.T
 

@@ -5,7 +5,7 @@ one. `{he}`, `{his}`, `{him}`, `{He}` and `{His}` are the pronouns of `{c}`, and
 `{home}` is the home of `{c}`, and `{o.home}` that of `{o}`, likewise for the other attributes. `{item}` and `{item2}`
 are small objects, `{spot}` and `{spot2}` are places for them. `[x|y]` is a random choice.
 
-A value of an attribute appears only where it states a fact, so every mention is true. The values of an attribute start
+Outside of yes-or-no questions, every mention of an attribute's value is true. The values of an attribute start
 with different letters, and so do all names: a model that reads bytes can distinguish them by the first byte.
 """
 
