@@ -6,8 +6,8 @@
     python dpo.py --data=pairs.jsonl --loss=ipo --lora_rank=16 --max_lr=2e-5
     python sample.py --checkpoint=out/dpo --chat         # talk to the result
 
-Rows have prompt, response_a, response_b and preferred ("A" or "B"), or prompt, chosen and rejected. The policy starts
-as the reference model, whose log-probabilities are computed once and cached in out_dir: one model is in memory.
+Rows have prompt, response_a, response_b and preferred ("A" or "B"), or prompt, chosen and rejected, or conversations.
+The policy starts as the reference model, whose log-probabilities are computed once and cached in out_dir.
 
 Logged at every step and for held-out pairs: rewards/chosen, rewards/rejected (beta times the log-ratio of policy to
 reference), rewards/margins, rewards/accuracies, logps/chosen, logps/rejected. The probability of chosen answers often
@@ -15,7 +15,6 @@ falls too: watch logps/chosen; rpo_alpha counteracts it. tok/s counts the tokens
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -79,39 +78,54 @@ def longest(pair: Pair) -> int:
     return max(len(pair.chosen.ids), len(pair.rejected.ids))
 
 
-def read_pairs(source: str, rt: runtime.Runtime) -> list[tuple[str, str, str]]:
-    """The (prompt, chosen, rejected) texts of a file or a dataset. Unusable pairs are dropped and counted."""
-    rows = chat.load_rows(source, rt)
+def parse_pair(fields: dict[str, Any]) -> tuple[chat.Row, str]:
+    """The row of the chosen response, and the rejected response. Raises ValueError if the pair is unusable."""
+    chosen, rejected = (fields.get(key) for key in ("chosen", "rejected"))
+    if "preferred" in fields:
+        if fields["preferred"] not in ("A", "B"):
+            raise ValueError("a preference other than A or B")
+        chosen, rejected = fields["response_a"], fields["response_b"]
+        if fields["preferred"] == "B":
+            chosen, rejected = rejected, chosen
+    if isinstance(chosen, list) or "prompt" not in fields:  # conversations, which perhaps begin with the response
+        prompt = fields.get("prompt")
+        before = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
+        turns = [before + x if isinstance(x, list) and len(x) == 1 else x for x in (chosen, rejected)]
+        row, other = map(chat.parse_turns, turns)
+        if row._replace(response="") != other._replace(response=""):
+            raise ValueError("two prompts")
+        rejected = other.response
+    else:
+        row, rejected = chat.parse_row(fields | dict(response=chosen)), chat.to_text(rejected)
+    if not row.response.strip() or not rejected.strip():
+        raise ValueError("a blank response")
+    if row.response == rejected:
+        raise ValueError("equal responses")
+    return row, rejected
+
+
+def read_pairs(source: str, rt: runtime.Runtime) -> list[tuple[chat.Row, str]]:
+    """The pairs of a file or a dataset. Unusable pairs are dropped and counted."""
     kinds = [("prompt", "response_a", "response_b", "preferred"), ("prompt", "chosen", "rejected")]
-    pairs, dropped = [], Counter()
-    for texts in chat.read_texts(rows, kinds, source):
-        prompt, a, b, preferred = [*texts, "A"][:4]  # rows without `preferred`: a is the chosen response
-        if not a.strip() or not b.strip():
-            dropped["a blank response"] += 1
-        elif a == b:
-            dropped["equal responses"] += 1
-        elif preferred not in ("A", "B"):
-            dropped["a preference other than A or B"] += 1
-        else:
-            chosen, rejected = (a, b) if preferred == "A" else (b, a)
-            pairs.append((prompt.strip(), chosen, rejected))
-    if dropped:
-        reasons = ", ".join(f"{n:,} with {reason}" for reason, n in dropped.items())
-        runtime.print0(f"{source}: {dropped.total():,} of {len(rows):,} pairs dropped: {reasons}")
-    if len({prompt for prompt, _, _ in pairs}) < 2:
+    pairs = chat.parse_rows(source, rt, [*kinds, ("chosen", "rejected")], parse_pair)
+    if len({row._replace(response="") for row, _ in pairs}) < 2:
         raise ValueError(f"{source} has {len(pairs)} usable pairs: at least two different prompts are needed")
+    if all(text.startswith(row.instruction) for row, rejected in pairs for text in (row.response, rejected)):
+        runtime.print0(f"{source}: all responses repeat the prompt: it is removed from them")
+        cut = [[text[len(row.instruction) :].lstrip() for text in (row.response, rejected)] for row, rejected in pairs]
+        pairs = [(row._replace(response=chosen), other) for (row, _), (chosen, other) in zip(pairs, cut)]
     return pairs
 
 
-def tokenize_pairs(pairs: list[tuple[str, str, str]], T: int, tokenizer: tiktoken.Encoding, source: str) -> list[Pair]:
+def tokenize_pairs(pairs: list[tuple[chat.Row, str]], T: int, tokenizer: tiktoken.Encoding, source: str) -> list[Pair]:
     """Pairs of texts -> examples of at most T input tokens. Truncated and dropped pairs are counted and reported."""
     out = []
-    for prompt, *responses in pairs:
-        ids = chat.encode_prompt(prompt, "", T, tokenizer)
-        chosen, rejected = (chat.make_example(ids, text, T, tokenizer) for text in responses)
+    for row, rejected in pairs:
+        ids = chat.encode_prompt(row, T, tokenizer)
+        pair = Pair(*(chat.make_example(ids, text, T, tokenizer) for text in (row.response, rejected)))
         # a pair whose responses are equal after truncation has no gradient
-        if chosen and rejected and not np.array_equal(chosen.ids, rejected.ids):
-            out.append(Pair(chosen, rejected))
+        if all(pair[:2]) and not np.array_equal(pair.chosen.ids, pair.rejected.ids):
+            out.append(pair)
     if len(out) < len(pairs):
         runtime.print0(f"{source}: {len(pairs) - len(out):,} pairs dropped: the responses do not fit into T={T}")
     if n_truncated := sum(any(e.ids[-1] != tokenizer.eot_token for e in pair[:2]) for pair in out):
@@ -251,11 +265,11 @@ def main(cfg: Config) -> None:
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     run, tokenizer, T = finetune.open_run(cfg, "dpo", ("sft",), rt, compile=False)
     texts = read_pairs(cfg.data, rt)
-    splits = chat.split_rows(texts, [prompt for prompt, _, _ in texts], cfg.val_frac, cfg.seed)
+    splits = chat.split_rows(texts, [row._replace(response="") for row, _ in texts], cfg.val_frac, cfg.seed)
     train, val = (tokenize_pairs(split, T, tokenizer, cfg.data) for split in splits)
     pairs = add_reference(run, train + val)
     train, val = pairs[: len(train)], pairs[len(train) :]
-    held_out = [chat.Row(prompt, "", chosen) for prompt, chosen, _ in splits[1][: cfg.n_eval_prompts]]
+    held_out = [row for row, _ in splits[1][: cfg.n_eval_prompts]]
     questions = chat.read_rows(cfg.eval_questions, rt) if cfg.eval_questions else []
     n = cfg.pairs_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(train) / n))

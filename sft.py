@@ -6,9 +6,9 @@
     python sft.py --data=rows.jsonl --lora_rank=16 --max_lr=5e-4
     python sample.py --checkpoint=out/sft --chat         # talk to the result
 
-Rows have the fields of databricks-dolly-15k (instruction, context, response), or prompt and response. The loss is on
-the response and the end-of-text after it. For a row that is too long the context is truncated first, then the response;
-rows without a response are dropped and counted. The same command continues an interrupted run.
+Rows have a prompt, perhaps a context, and a response (names: ALIASES in neogpt/chat.py), or are conversations. The loss
+is on the last response and the end-of-text after it. In rows that are too long, the oldest turns are left out, then the
+context is truncated, then the response. Unusable rows are dropped and counted.
 """
 
 import math
@@ -26,7 +26,7 @@ from neogpt.run import Run
 @dataclass(frozen=True)
 class Config(finetune.FinetuneConfig):
     checkpoint: str = "out/gpt2"  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
-    data: str = "databricks/databricks-dolly-15k"  # dataset on the hub, or a .json, .jsonl or .parquet file
+    data: str = "databricks/databricks-dolly-15k"  # rows: a file, folder or pattern, or a dataset on the hub
     out_dir: str = "out/sft"  # log.txt, checkpoints, best.pt (lowest held-out loss) and, with LoRA, adapter/ for PEFT
     val_data: str = ""  # held-out rows, as in data; "": the fraction val_frac of data
     packing: bool = False  # several rows per sequence, without attention between them: less padding
@@ -61,7 +61,7 @@ def make_examples(rows: Sequence[chat.Row], T: int, tokenizer: tiktoken.Encoding
     for row in rows:
         # the context makes room for the whole response; its end-of-text is only predicted and takes no input
         budget = max(1, T - len(tokenizer.encode_ordinary(row.response)))
-        prompt = chat.encode_prompt(row.instruction, row.context, budget, tokenizer)
+        prompt = chat.encode_prompt(row, budget, tokenizer)
         if example := chat.make_example(prompt, row.response, T, tokenizer):
             examples.append(example)
     if len(examples) < len(rows):
@@ -111,7 +111,7 @@ def main(cfg: Config) -> None:
     if cfg.val_data:
         val_rows = chat.read_rows(cfg.val_data, rt)
     else:
-        prompts = [chat.prompt_text(row.instruction, row.context) for row in rows]
+        prompts = [row._replace(response="") for row in rows]
         rows, val_rows = chat.split_rows(rows, prompts, cfg.val_frac, cfg.seed)
     examples = make_examples(rows, T, tokenizer, cfg.data)
     val_examples = make_examples(val_rows, T, tokenizer, cfg.val_data or "the held-out part")

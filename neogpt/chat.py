@@ -1,7 +1,9 @@
 """Rows of prompts and responses for sft.py and dpo.py: files, prompt template, masks, and packing."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,29 +14,46 @@ from torch import Tensor, nn
 
 from neogpt import data, files, runtime
 
+SUFFIXES = (".json", ".jsonl", ".parquet")
+
+# names of the fields of a row in common datasets; the first that occurs in the rows is used
+ALIASES = {
+    "turns": ("messages", "conversations"),
+    "prompt": ("instruction", "prompt"),
+    "context": ("context", "input"),
+    "response": ("response", "output", "completion"),
+} | {name: (name,) for name in ("chosen", "rejected", "response_a", "response_b", "preferred")}
+ROLES = dict(user="user", human="user", system="system", assistant="assistant", gpt="assistant")
+
+
+class Row(NamedTuple):
+    """An instruction, its context ("" for none), the response, and the earlier turns of the conversation."""
+
+    instruction: str
+    context: str
+    response: str
+    history: tuple[tuple[str, str], ...] = ()  # prompt and response of each earlier turn
+
 
 def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[dict[str, Any]]:
-    """The rows of a .json (a list), .jsonl or .parquet file, or of a dataset on the Hugging Face hub. Raises ValueError
-    for a file and OSError for a dataset that cannot be read, on all ranks.
+    """The rows of json (a list), jsonl or parquet, perhaps .gz or .zst: a file, a folder or a pattern; or of a dataset
+    on the Hugging Face hub: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT. Raises ValueError for files and OSError for a
+    dataset that cannot be read, on all ranks.
     """
-    path = Path(source)
-    is_local = path.exists() or path.suffix in (".json", ".jsonl", ".parquet")
+    paths, others = files.find_files(source, SUFFIXES, split)
+    is_local = paths or files.has_suffix(source, SUFFIXES) or Path(source).exists()
     if rt.rank > 0:
         runtime.barrier(rt)  # read what rank 0 has downloaded
     try:
         if not is_local:
             from datasets import load_dataset
 
-            rows = load_dataset(source, split=split).to_list()
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            rows = pyarrow.parquet.read_table(path).to_pylist()
+            name, *rest = source.split(":")
+            rows = load_dataset(name, *rest[:1], split=rest[1] if len(rest) > 1 else split).to_list()
+        elif not paths:
+            raise ValueError(f"no {', '.join(SUFFIXES)} file")
         else:
-            text = path.read_text(encoding="utf-8")
-            # not splitlines, which also splits at U+2028 and other characters that JSON strings may contain
-            lines = [line for line in text.split("\n") if line.strip()]
-            rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
+            rows = [row for path in paths for row in read_file(path)]
     except Exception as error:  # json, pyarrow, the file system and the hub raise many kinds
         reason = files.one_line(error)
         if is_local:
@@ -43,51 +62,119 @@ def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[di
     finally:
         if rt.rank == 0:
             runtime.barrier(rt)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"cannot read the rows of {source}: they must be objects with named fields")
+    if others:
+        runtime.print0(f"{source}: files of other splits are not read: {', '.join(path.name for path in others)}")
     return rows
 
 
-def read_texts(rows: list[dict[str, Any]], kinds: Sequence[tuple[str, ...]], source: str) -> list[list[str]]:
-    """The text fields of each row; null becomes "". kinds: alternative lists of fields; the first whose names all occur
-    in the rows is used. Raises ValueError if there is none, or for a field that is missing in a row or is not text.
+def read_file(path: Path) -> list[dict[str, Any]]:
+    """The rows of one file. Raises ValueError if they are not objects with named fields."""
+    if ".parquet" in path.suffixes:
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_table(path).to_pylist()
+    text = files.read_bytes(path).decode()
+    # not splitlines, which also splits at U+2028 and other characters that JSON strings may contain
+    lines = [line for line in text.split("\n") if line.strip()]
+    rows = json.loads(text) if ".json" in path.suffixes else [json.loads(line) for line in lines]
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError("the rows must be objects with named fields")
+    return rows
+
+
+def parse_rows(
+    source: str, rt: runtime.Runtime, kinds: Sequence[tuple[str, ...]], parse: Callable[[dict[str, Any]], Any]
+) -> list[Any]:
+    """`parse` of each row, whose fields have the names of ALIASES. Rows for which it raises ValueError are dropped and
+    counted. kinds: alternative sets of fields; the first that occurs in the rows is used. A prompt may have a context.
+    Raises ValueError if no set occurs.
     """
-    known = sorted({name for row in rows for name in row})
-    names = next((names for names in kinds if set(names) <= set(known)), None)
-    if not names:
-        expected = " or ".join(map(", ".join, kinds))
-        raise ValueError(f"{source} has the fields {', '.join(known) or '(none)'}: expected {expected}")
-    for number, row in enumerate(rows, 1):
-        for name in names:
-            if not isinstance(row.get(name, 0), str | None):  # 0: missing
-                raise ValueError(f"{source}, row {number}: {name}={row.get(name)!r:.60} is not text")
-    return [[row[name] or "" for name in names] for row in rows]
+    rows, parsed, dropped = load_rows(source, rt), [], Counter()
+    known = {name for row in rows for name, value in row.items() if value is not None}
+    names = {key: next((name for name in options if name in known), "") for key, options in ALIASES.items()}
+    kind = next((kind for kind in kinds if all(names[key] for key in kind)), None)
+    if not kind:
+        expected = " or ".join(", ".join("/".join(ALIASES[key]) for key in kind) for kind in kinds)
+        raise ValueError(f"{source} has the fields {', '.join(sorted(known)) or '(none)'}: expected {expected}")
+    keys = [*kind, "context"] if "prompt" in kind and names["context"] else kind
+    for row in rows:
+        try:
+            parsed.append(parse({key: row.get(names[key]) for key in keys}))
+        except ValueError as error:
+            dropped[str(error)] += 1
+    reasons = ", ".join(f"{n:,} with {reason}" for reason, n in dropped.items())
+    if not parsed:
+        raise ValueError(f"{source} has no usable row: {reasons}")
+    if dropped:
+        runtime.print0(f"{source}: {dropped.total():,} of {len(rows):,} rows dropped: {reasons}")
+    used = {names[key] for key in keys}
+    if unused := Counter(name for row in rows for name, value in row.items() if name not in used and value):
+        runtime.print0(f"{source}: unused fields: {', '.join(f'{name} ({n:,} rows)' for name, n in unused.items())}")
+    return parsed
 
 
-class Row(NamedTuple):
-    """An instruction, its context ("" for none), and the response."""
+def to_text(value: object) -> str:
+    """Text; a number as text; "" for null and NaN. Raises ValueError for other values."""
+    if value is None or value != value:
+        return ""
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"a {type(value).__name__} instead of text")
+    return str(value)
 
-    instruction: str
-    context: str
-    response: str
+
+def parse_turns(turns: object) -> Row:
+    """The last response of a conversation, with the turns before it. turns: a list of objects with role and content, or
+    with from and value; or a transcript in which a blank line and "Human:" or "Assistant:" begin a turn. The texts
+    before a response are joined. Raises ValueError.
+    """
+    if isinstance(turns, str):
+        _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + turns.strip())
+        turns = [dict(role=role, content=text.strip()) for role, text in zip(parts[::2], parts[1::2])]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("a conversation that is no list of turns")
+    done, waiting = [], []  # turns with a response; texts that wait for one
+    for turn in turns:
+        role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
+        text = to_text(turn.get("content", turn.get("value")))
+        if not role:
+            raise ValueError("a turn of an unknown role")
+        if role != "assistant":
+            waiting.append(text.strip())
+        elif not waiting:
+            raise ValueError("a response without a prompt")
+        else:
+            done.append(("\n\n".join(waiting), text))
+            waiting = []
+    if not done:
+        raise ValueError("a conversation without a response")
+    (prompt, response), history = done[-1], done[:-1]
+    return Row(prompt, "", response, tuple(history))
+
+
+def parse_row(fields: dict[str, Any]) -> Row:
+    """A row with a prompt, perhaps a context, and a response; or with turns. Raises ValueError."""
+    if "turns" in fields:
+        row = parse_turns(fields["turns"])
+    else:
+        prompt, context = (to_text(fields.get(key)).strip() for key in ("prompt", "context"))
+        row = Row(prompt, context, to_text(fields["response"]))
+    if not row.response.strip():
+        raise ValueError("a blank response")
+    return row
 
 
 def read_rows(source: str, rt: runtime.Runtime) -> list[Row]:
-    """The rows of a file or a dataset. Rows with a blank response are dropped and counted."""
-    rows = load_rows(source, rt)
-    if any("response" in row for row in rows):
-        rows = [dict(context="") | row for row in rows]  # the context is optional
-    kinds = [("instruction", "context", "response"), ("prompt", "context", "response")]
-    texts = read_texts(rows, kinds, source)
-    out = [Row(prompt.strip(), context.strip(), response) for prompt, context, response in texts if response.strip()]
-    if len(out) < len(texts):
-        runtime.print0(f"{source}: {len(texts) - len(out):,} of {len(texts):,} rows dropped: blank responses")
-    return out
+    """The rows of a file or a dataset: see `load_rows` and `parse_rows`."""
+    return parse_rows(source, rt, [("turns",), ("prompt", "response")], parse_row)
 
 
-def split_rows(rows: Sequence, prompts: Sequence[str], fraction: float, seed: int) -> tuple[list, list]:
-    """The training rows and the held-out rows, which are all rows of `fraction` of the distinct prompts."""
+def split_rows(rows: Sequence, prompts: Sequence, fraction: float, seed: int) -> tuple[list, list]:
+    """The training rows and the held-out rows, which are all rows of `fraction` of the distinct prompts. Raises
+    ValueError if there is only one.
+    """
     distinct = list(dict.fromkeys(prompts))
+    if len(distinct) < 2:
+        raise ValueError(f"all {len(rows)} rows have the same prompt, so none can be held out: give --val_data")
     order = data.permute(np.arange(len(distinct)), len(distinct), seed, 0)
     n_held_out = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
     held_out = {distinct[i] for i in order[:n_held_out]}
@@ -112,15 +199,23 @@ class Example(NamedTuple):
         return len(self.ids) - 1
 
 
-def encode_prompt(instruction: str, context: str, budget: int, tokenizer: tiktoken.Encoding) -> list[int]:
-    """The ids of the prompt, with the end of its context truncated to reach `budget` tokens, if that is possible."""
-    ids = tokenizer.encode_ordinary(prompt_text(instruction, context))
+def encode_prompt(row: Row, budget: int, tokenizer: tiktoken.Encoding) -> list[int]:
+    """The ids of the earlier turns and the prompt. To reach `budget` tokens, if that is possible, the oldest turns are
+    left out, and then the end of the context.
+    """
+    turns = [
+        [*tokenizer.encode_ordinary(prompt_text(prompt)), *tokenizer.encode_ordinary(response), tokenizer.eot_token]
+        for prompt, response in row.history
+    ]
+    context, ids = row.context, tokenizer.encode_ordinary(prompt_text(row.instruction, row.context))
+    while turns and sum(map(len, turns)) + len(ids) > budget:
+        del turns[0]
     context_ids = tokenizer.encode_ordinary(context)
     while len(ids) > budget and context_ids:
         context_ids = context_ids[: max(0, len(context_ids) - (len(ids) - budget))]
         context = tokenizer.decode(context_ids).rstrip("\ufffd")  # of an incomplete character
-        ids = tokenizer.encode_ordinary(prompt_text(instruction, context))
-    return ids
+        ids = tokenizer.encode_ordinary(prompt_text(row.instruction, context))
+    return [*sum(turns, []), *ids]
 
 
 def make_example(prompt: list[int], response: str, T: int, tokenizer: tiktoken.Encoding) -> Example | None:

@@ -1,13 +1,17 @@
 """Atomic file writes and free-space checks."""
 
+import glob
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+SPLITS = dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "validation") | {"test": "test"}
 
 
 @contextmanager
@@ -36,6 +40,31 @@ def write_json(path: str | Path, value: object) -> None:
     """Write a value as indented JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def has_suffix(path: str | Path, suffixes: tuple[str, ...]) -> bool:
+    """Whether a path ends with one of the suffixes, or with one of them and .gz or .zst."""
+    return str(path).endswith(tuple(suffix + packed for suffix in suffixes for packed in ("", ".gz", ".zst")))
+
+
+def find_files(source: str, suffixes: tuple[str, ...], split: str = "train") -> tuple[list[Path], list[Path]]:
+    """The files of a path, a folder with its subfolders, or a pattern, sorted; and those that belong to other splits
+    according to their names, if there are files of this split.
+    """
+    pattern = glob.escape(source) if os.path.exists(source) else source
+    names = glob.glob(os.path.join(pattern, "**") if os.path.isdir(source) else pattern, recursive=True)
+    paths = sorted(Path(name) for name in names if has_suffix(name, suffixes) and os.path.isfile(name))
+    words = {path: re.split("[-_.]", path.name) for path in paths}
+    others = [path for path in paths if next((SPLITS[w] for w in words[path] if w in SPLITS), "train") != split]
+    return (paths, []) if len(others) == len(paths) else ([path for path in paths if path not in others], others)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file; .gz and .zst are decompressed."""
+    import pyarrow
+
+    with pyarrow.input_stream(str(path), compression="detect") as file:
+        return file.read()
 
 
 def lock(file: IO) -> None:

@@ -16,7 +16,7 @@ class FinetuneConfig:
     """The constants that both scripts have."""
 
     checkpoint: str  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
-    data: str  # dataset on the hub, or a .json, .jsonl or .parquet file
+    data: str  # rows: a file, folder or pattern, or a dataset on the hub
     out_dir: str  # where log.txt and checkpoints go
     val_frac: float = 0.03  # fraction of the data held out, selected by the seed; no prompt is in both parts
     T: int | None = None  # longest sequence, tokens; None: the model's block_size
@@ -100,7 +100,7 @@ def score_answers(run: Run, rows: list[chat.Row], tokenizer: tiktoken.Encoding) 
     rt, T = run.rt, run.cfg.T or run.raw.config.block_size
     budget = T - min(run.cfg.answer_tokens, T // 2)  # for the prompt, so that an answer fits into T tokens
     mine = rows[rt.rank :: rt.world_size]
-    prompts = [chat.encode_prompt(row.instruction, row.context, budget, tokenizer) for row in mine]
+    prompts = [chat.encode_prompt(row, budget, tokenizer) for row in mine]
     counts = torch.zeros(3)
     for (text, ended), row in zip(greedy_answers(run, prompts, tokenizer), mine):
         begins = text == row.response or text.startswith(row.response + " ")

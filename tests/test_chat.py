@@ -1,5 +1,6 @@
 """Rows, masks, truncation, packing, split across ranks, and greedy answers: the data of sft.py and dpo.py."""
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -62,7 +63,8 @@ def test_rows_of_every_format(tmp_path: Path, suffix: str, capsys: pytest.Captur
     # prompts are stripped, responses stay as they are
     expected = [Row("Who?", "Rosa.", "\nRosa "), Row("Why?", "", "So\u2028that\x85is it — 日本語")]
     assert chat.read_rows(write(tmp_path / f"a.{suffix}", rows), rt) == expected
-    assert "2 of 4 rows dropped: blank responses" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 of 4 rows dropped: 2 with a blank response" in printed and "unused fields: category (1 rows)" in printed
 
     for name in ("prompt", "instruction"):  # the context is optional, also in a single row
         path = write(tmp_path / f"{name}.{suffix}", [{name: "Who?", "response": "Rosa"}])
@@ -85,10 +87,6 @@ UNUSABLE = [
     ("unknown.jsonl", [dict(question="a", answer="b")], ["answer, question", "instruction", "prompt"]),
     ("empty.jsonl", [], ["(none)", "instruction"]),
     ("empty.json", [{}], ["(none)", "instruction"]),
-    ("missing.jsonl", [GOOD, GOOD, dict(instruction="a")], ["row 3", "response"]),
-    ("number.jsonl", [GOOD, GOOD | dict(response=5)], ["row 2", "response=5"]),
-    ("list.json", [GOOD | dict(context=["a"])], ["row 1", "context=['a']"]),
-    ("numbers.parquet", [GOOD | dict(instruction=1.5)], ["row 1", "instruction=1.5"]),
     ("text.json", ["a", "b"], ["objects"]),
 ]
 UNREADABLE = {
@@ -108,14 +106,76 @@ def test_unusable_rows_and_unreadable_files_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
     for name in [*UNREADABLE, "missing.json", "missing.parquet", "no/folder.jsonl"]:
         refused(tmp_path / name, name)
-    refused(tmp_path, str(tmp_path))  # a folder
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "empty", ".jsonl")
+
+
+TURNS = [("system", "Be short."), ("user", "Hi "), ("assistant", " Ho"), ("user", "And?"), ("assistant", "No.")]
+CONVERSATION = Row("And?", "", "No.", (("Be short.\n\nHi", " Ho"),))
+COMMON = [  # rows of common datasets
+    (dict(instruction="Add.", input="1 2", output=3), Row("Add.", "1 2", "3")),
+    (dict(prompt=" Add ", completion="3"), Row("Add", "", "3")),
+    (dict(instruction="Say", context=float("nan"), response=1.5), Row("Say", "", "1.5")),
+    (dict(messages=[dict(role=role, content=text) for role, text in TURNS]), CONVERSATION),
+    (dict(conversations=[{"from": dict(user="human").get(r, r), "value": text} for r, text in TURNS]), CONVERSATION),
+]
+UNUSABLE_TURNS = [
+    ([], "without a response"),
+    ([dict(role="assistant", content="a")], "without a prompt"),
+    ([dict(role="user", content="a"), *[dict(role="assistant", content="b")] * 2], "without a prompt"),
+    ([dict(role="robot", content="a")], "unknown role"),
+    ([dict(role="user", content=["a"])], "list instead of text"),
+    ("Say it", "without a response"),
+    (5, "no list"),
+]
+
+
+def test_rows_of_common_datasets(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rt = runtime.setup("cpu", "fp32")
+    for i, (fields, expected) in enumerate(COMMON):
+        assert chat.read_rows(write(tmp_path / f"{i}.jsonl", [fields]), rt) == [expected]
+    rows = [GOOD, GOOD | dict(context=["a"]), dict(instruction="a"), GOOD | dict(extra="x"), GOOD | dict(extra="")]
+    assert len(chat.read_rows(write(tmp_path / "odd.json", rows), rt)) == 3
+    printed = capsys.readouterr().out
+    assert "2 of 5 rows dropped: 1 with a list instead of text, 1 with a blank response" in printed
+    assert "unused fields: extra (1 rows)" in printed
+    for turns, reason in UNUSABLE_TURNS:
+        with pytest.raises(ValueError, match=reason):
+            chat.parse_turns(turns)
+
+
+def test_folders_patterns_and_compressed_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    rt = runtime.setup("cpu", "fp32")
+    rows = [GOOD | dict(response=str(i)) for i in range(4)]
+    (tmp_path / "a[1]" / "data").mkdir(parents=True)
+    folder = tmp_path / "a[1]"
+    write(folder / "data" / "train-0.parquet", rows[:1])
+    write(folder / "test-0.jsonl", rows[:1])
+    plain = write_rows(tmp_path / "plain.jsonl", rows[1:2])
+    (folder / "train-1.jsonl.gz").write_bytes(gzip.compress(Path(plain).read_bytes()))
+    with pyarrow.output_stream(folder / "train-2.jsonl.zst", compression="zstd") as file:
+        file.write(Path(plain).read_bytes())
+    assert [row.response for row in chat.read_rows(str(folder), rt)] == ["0", "1", "1"]
+    assert "not read: test-0.jsonl" in capsys.readouterr().out
+    assert [row.response for row in chat.read_rows(f"{tmp_path}/a?1]/train*gz", rt)] == ["1"]
+    assert len(chat.read_rows(str(folder / "test-0.jsonl"), rt)) == 1
+
+
+def test_earlier_turns_are_the_context_of_the_response(tokenizer: tiktoken.Encoding) -> None:
+    turn = [*tokenizer.encode_ordinary("Hi\nResponse:\nHo"), tokenizer.eot_token]
+    last = tokenizer.encode_ordinary("And?\nResponse:\n")
+    row = Row("And?", "", "No.", (("Hi", "Ho"),) * 2)
+    for budget, n_turns in ((99, 2), (2 * len(turn) + len(last), 2), (2 * len(turn) + len(last) - 1, 1), (1, 0)):
+        assert chat.encode_prompt(row, budget, tokenizer) == turn * n_turns + last
 
 
 def test_rows_of_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list([GOOD]))
-    assert chat.read_rows("some/rows", ALONE) == [Row("a", "", "b")]
+    load = Mock(return_value=datasets.Dataset.from_list([GOOD]))
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert chat.read_rows("some/rows:part:test", ALONE) == [Row("a", "", "b")]
+    load.assert_called_once_with("some/rows", "part", split="test")
     monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=ConnectionError("no\nroute")))
     refused("some/rows", "some/rows", "no route")
     datasets.load_dataset.assert_called_once_with("some/rows", split="train")
@@ -133,8 +193,8 @@ def test_no_prompt_is_on_both_sides_of_the_split(fraction: float) -> None:
         assert len(other) == min(n - 1, max(1, round(fraction * n)))
         assert (train, held_out) == chat.split_rows(range(300), prompts, fraction, seed)
     assert len({tuple(held_out) for _, held_out in splits}) > 10
-    assert chat.split_rows([0, 1], ["a", "a"], fraction, 0) == ([0, 1], [])
-    assert chat.split_rows([], [], fraction, 0) == ([], [])
+    with pytest.raises(ValueError, match="2 rows .*--val_data"):
+        chat.split_rows([0, 1], ["a", "a"], fraction, 0)
 
 
 # -----------------------------------------------------------------------------
@@ -142,9 +202,9 @@ def test_no_prompt_is_on_both_sides_of_the_split(fraction: float) -> None:
 
 
 def test_mask_of_a_short_example() -> None:
-    prompt = chat.encode_prompt("Q", "", 100, BYTES)
+    prompt = chat.encode_prompt(Row("Q", "", ""), 100, BYTES)
     assert bytes(prompt) == b"Q\nResponse:\n"
-    assert bytes(chat.encode_prompt("Q", "C", 100, BYTES)) == b"Q\nContext:\nC\nResponse:\n"
+    assert bytes(chat.encode_prompt(Row("Q", "C", ""), 100, BYTES)) == b"Q\nContext:\nC\nResponse:\n"
     example = chat.make_example(prompt, "ab", 100, BYTES)
     assert example.ids.tolist() == [*b"Q\nResponse:\n", *b"ab", 256] and example.n_inputs == 14
     batch = chat.collate([[example]], CPU)
@@ -161,8 +221,8 @@ RESPONSES = ["yes", "\nyes", "\n\n\nyes\n", " yes", "\t\n ja — 日本語 🦊"
 def test_targets_are_the_response_and_end_of_text(tokenizer: tiktoken.Encoding, context: str, response: str) -> None:
     before = tokenizer.encode(chat.prompt_text("Who has the hat?", context), disallowed_special=())
     after = tokenizer.encode(response, disallowed_special=())  # "<|endoftext|>" in a response is ordinary text
-    prompt = chat.encode_prompt("Who has the hat?", context, 1000, tokenizer)
-    longer = chat.make_example(chat.encode_prompt("a", "", 1000, tokenizer), "b" * 200, 1000, tokenizer)
+    prompt = chat.encode_prompt(Row("Who has the hat?", context, ""), 1000, tokenizer)
+    longer = chat.make_example(chat.encode_prompt(Row("a", "", ""), 1000, tokenizer), "b" * 200, 1000, tokenizer)
     batch = chat.collate([[chat.make_example(prompt, response, 1000, tokenizer)], [longer]], CPU)
     x, y = batch["x"][0].tolist(), batch["y"][0].tolist()
     n = len(before) + len(after)
@@ -174,17 +234,19 @@ def test_targets_are_the_response_and_end_of_text(tokenizer: tiktoken.Encoding, 
 def test_truncation_leaves_no_incomplete_character(tokenizer: tiktoken.Encoding) -> None:
     context = "日本語🦊é" * 20
     for budget in range(22, 60):
-        prompt = chat.encode_prompt("Q", context, budget, tokenizer)
+        prompt = chat.encode_prompt(Row("Q", context, ""), budget, tokenizer)
         text = tokenizer.decode(prompt, errors="strict")
         assert len(prompt) <= budget and "\ufffd" not in text
         kept = text.removeprefix("Q\n").removesuffix("Response:\n").removeprefix("Context:\n").removesuffix("\n")
         assert context.startswith(kept) and prompt == tokenizer.encode(chat.prompt_text("Q", kept))
-    assert tokenizer.decode(chat.encode_prompt("Q", context, 2, tokenizer)) == "Q\nResponse:\n"  # only the context
+    assert (
+        tokenizer.decode(chat.encode_prompt(Row("Q", context, ""), 2, tokenizer)) == "Q\nResponse:\n"
+    )  # only the context
 
 
 def test_truncated_response_has_no_end_of_text(tokenizer: tiktoken.Encoding) -> None:
     response = " ".join(f"word{i}" for i in range(20))
-    prompt, ids = chat.encode_prompt("Tell me.", "", T, tokenizer), tokenizer.encode(response)
+    prompt, ids = chat.encode_prompt(Row("Tell me.", "", ""), T, tokenizer), tokenizer.encode(response)
     n_prompt, n = len(prompt), len(ids)
     assert chat.make_example(prompt, response, n_prompt - 1, tokenizer) is None  # no target
     for room in range(n + 2):
@@ -207,7 +269,7 @@ ROWS = [
     ("Why?", "Because it was cold, and nobody had a coat to wear that night."),
     ("A longer question, so that the lengths of these rows differ a lot?", "no"),
 ]
-EXAMPLES = [chat.make_example(chat.encode_prompt(q, "", T, BYTES), a, T, BYTES) for q, a in ROWS]
+EXAMPLES = [chat.make_example(chat.encode_prompt(Row(q, "", ""), T, BYTES), a, T, BYTES) for q, a in ROWS]
 
 
 def test_packing_places_every_example_once_without_overflow() -> None:

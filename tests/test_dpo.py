@@ -20,7 +20,7 @@ from torch import Tensor
 import dpo
 from dpo import Pair
 from neogpt import checkpoint, data, model
-from neogpt.chat import Example
+from neogpt.chat import Example, Row
 
 BYTES = data.get_tokenizer("bytes")
 EOT = 256
@@ -63,8 +63,9 @@ def test_preferred_selects_chosen_and_unusable_pairs_are_counted(tmp_path: Path,
         row("eight", "yes", "no", None),
     ]
     pairs = dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE)
-    assert pairs == [("one", "yes", "no"), ("two", "no", "yes")]
-    (message,) = log.messages
+    assert pairs == [(Row("one", "", "yes"), "no"), (Row("two", "", "no"), "yes")]
+    message, unused = log.messages
+    assert "explanation (8 rows)" in unused
     for text in ("6 of 8", "3 with a blank response", "1 with equal responses", "2 with a preference"):
         assert text in message
 
@@ -72,7 +73,9 @@ def test_preferred_selects_chosen_and_unusable_pairs_are_counted(tmp_path: Path,
 def test_rows_with_chosen_and_rejected(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     texts = [("one", "yes", "no"), ("two", " x", "y "), ("three", "x", "x")]
     rows = [dict(zip(("prompt", "chosen", "rejected"), text)) for text in texts]
-    assert dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE) == texts[:2]
+    assert dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE) == [
+        (Row(p, "", chosen), rejected) for p, chosen, rejected in texts[:2]
+    ]
     assert "1 of 3" in log.messages[0]
 
 
@@ -81,12 +84,10 @@ def test_rows_with_chosen_and_rejected(tmp_path: Path, log: pytest.LogCaptureFix
     [
         ([dict(question="q", answer="a")], ["answer, question", "response_a", "chosen"]),
         ([], ["(none)", "prompt"]),
-        ([row("a", "yes", "no"), dict(prompt="b")], ["row 2", "response_a"]),
-        ([row("a", "yes", "no"), row("b", "no", "yes") | dict(response_b=3)], ["row 2", "response_b", "3"]),
-        ([row("a", "yes", "yes"), row("b", "", "no"), row("c", "yes", "no", "?")], ["0 usable pairs"]),
+        ([row("a", "yes", "yes"), row("b", "", "no"), row("c", "yes", "no", "?")], ["no usable row", "1 with equal"]),
         ([row("a", "yes", "no"), row(" a", "yes", "never")], ["2 usable pairs", "two different prompts"]),
     ],
-    ids=["unknown fields", "no rows", "missing field", "not text", "all dropped", "one prompt"],
+    ids=["unknown fields", "no rows", "all dropped", "one prompt"],
 )
 def test_unusable_rows_are_refused(tmp_path: Path, rows: list[dict], words: list[str]) -> None:
     source = write_rows(tmp_path / "bad.jsonl", rows)
@@ -95,12 +96,50 @@ def test_unusable_rows_are_refused(tmp_path: Path, rows: list[dict], words: list
     assert [word for word in [source, *words] if word not in str(error.value)] == []
 
 
-def test_kind_of_rows_is_decided_by_all_rows(tmp_path: Path) -> None:
+def test_kind_of_rows_is_decided_by_all_rows(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     """A first row without a field is an incomplete row, wherever the row stands in the file."""
-    incomplete = dict(prompt="b", response_a="yes", response_b="no", chosen="yes")
-    for number, rows in ((1, [incomplete, row("a", "yes", "no")]), (2, [row("a", "yes", "no"), incomplete])):
-        with pytest.raises(ValueError, match=f"row {number}: preferred=None"):
-            dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE)
+    incomplete, good = dict(prompt="b", response_a="yes", response_b="no", chosen="yes"), [row("a", "yes", "no")]
+    for rows in ([incomplete, *good, row("c", "x", "y")], [*good, incomplete, row("c", "x", "y")]):
+        assert len(dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE)) == 2
+        assert "1 of 3 rows dropped: 1 with a preference other than A or B" in log.text
+
+
+def turns(*texts: str) -> list[dict[str, str]]:
+    return [dict(role=role, content=text) for role, text in zip(("user", "assistant") * 2, texts)]
+
+
+ANSWERS = dict(chosen=turns("Hi", "Ho", "And?", "Yes."), rejected=turns("Hi", "Ho", "And?", "No."))
+TRANSCRIPT = "\n\nHuman: Hi\n\nAssistant: Ho\n\nHuman: And?\n\nAssistant:"
+CONVERSATIONS = [
+    ANSWERS,  # message lists, as in TRL
+    ANSWERS | dict(prompt="Hi"),  # as in ultrafeedback_binarized
+    dict(prompt=turns("Hi", "Ho", "And?"), chosen=turns("", "Yes.")[1:], rejected=turns("", "No.")[1:]),
+    dict(chosen=f"{TRANSCRIPT} Yes.", rejected=f"{TRANSCRIPT} No."),  # as in hh-rlhf
+]
+
+
+@pytest.mark.parametrize(
+    "fields", CONVERSATIONS, ids=["lists", "lists and prompt", "list of the prompt", "transcripts"]
+)
+def test_conversations(fields: dict, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+    different = dict(chosen=turns("Hi", "a"), rejected=turns("Ho", "b"), prompt=[])
+    other = dict(chosen=turns("Q", "a"), rejected=turns("Q", "b"), prompt=[])
+    if isinstance(fields["chosen"], str):
+        different = dict(chosen="Human: Hi\n\nAssistant: a", rejected="Human: Ho\n\nAssistant: b")
+        other = dict(chosen="Human: Q\n\nAssistant: a", rejected="Human: Q\n\nAssistant: b")
+    source = write_rows(tmp_path / "rows.jsonl", [fields, different, other])
+    expected = [(Row("And?", "", "Yes.", (("Hi", "Ho"),)), "No."), (Row("Q", "", "a"), "b")]
+    assert dpo.read_pairs(source, ALONE) == expected
+    assert "1 of 3 rows dropped: 1 with two prompts" in log.text
+
+
+def test_responses_that_repeat_the_prompt(tmp_path: Path) -> None:
+    rows = [dict(prompt=f"Say {i}", chosen=f"Say {i}\nIt is {i}.", rejected=f"Say {i} No.") for i in range(3)]
+    expected = [(Row(f"Say {i}", "", f"It is {i}."), "No.") for i in range(3)]
+    assert dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE) == expected
+    rows[0]["rejected"] = "No."
+    found = dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE)
+    assert found[1] == (Row("Say 1", "", "Say 1\nIt is 1."), "Say 1 No.")
 
 
 # -----------------------------------------------------------------------------
@@ -117,6 +156,7 @@ def test_pairs_are_truncated_to_the_sequence_length(log: pytest.LogCaptureFixtur
         ("abc", "x234567", "12345678"),  # both truncated, and still different
         ("a" * 9, "1", "2"),  # the prompt has 20 ids: dropped
     ]
+    pairs = [(Row(prompt, "", chosen), rejected) for prompt, chosen, rejected in pairs]
     tokenized = dpo.tokenize_pairs(pairs, 19, BYTES, "pairs.jsonl")
     chosen = ["".join(map(chr, pair.chosen.ids[pair.chosen.n_prompt :])) for pair in tokenized]
     assert chosen == ["12345\u0100", "123456", "12\u0100", "x23456"]
@@ -197,14 +237,14 @@ def test_losses_equal_numpy_in_float64(loss: Any) -> None:
 # Log-probabilities and sums
 
 
-def random_texts(n: int) -> list[tuple[str, str, str]]:
+def random_texts(n: int) -> list[tuple[Row, str]]:
     """Prompts, chosen and rejected responses of random letters, of very different lengths."""
     rng = random.Random(0)
 
     def letters(longest: int) -> str:
         return "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(1, longest)))
 
-    return [(letters(8), letters(20), letters(20) + "!") for _ in range(n)]
+    return [(Row(letters(8), "", letters(20)), letters(20) + "!") for _ in range(n)]
 
 
 def random_pairs(n: int) -> list[Pair]:
@@ -230,8 +270,9 @@ def logp_one_by_one(raw: model.GPT, prompt: str, response: str) -> tuple[float, 
 def test_loss_with_rpo_term_and_metrics_worked_one_by_one(loss: Any) -> None:
     raw, pairs = tiny().double(), random_pairs(5)
     total, sums, logps = 0.0, np.zeros(7), []
-    for (prompt, *responses), pair in zip(random_texts(5), pairs):
-        (chosen, n_chosen), (rejected, n_rejected) = (logp_one_by_one(raw, prompt, text) for text in responses)
+    for (row, other), pair in zip(random_texts(5), pairs):
+        chosen, n_chosen = logp_one_by_one(raw, row.instruction, row.response)
+        rejected, n_rejected = logp_one_by_one(raw, row.instruction, other)
         c, r = chosen - pair.reference[0], rejected - pair.reference[1]
         ipo = (c / n_chosen - r / n_rejected - 1 / 0.6) ** 2
         value = ipo if loss == "ipo" else math.log1p(math.exp(-0.3 * (c - r)))

@@ -261,15 +261,16 @@ def test_truncated_and_dropped_rows_are_counted(cfg: Config, tmp_path: Path) -> 
     rows = [("x" * 200, "the prompt is too long"), ("a", ""), ("b", "the response is too long " * 9), ("c", "fine")]
     path = write_rows(tmp_path / "odd.jsonl", [dict(prompt=prompt, response=text) for prompt, text in rows])
     noted = notes(tune(cfg, data=path, val_data=cfg.data, T=90, max_steps=1))
-    assert f"{path}: 1 of 4 rows dropped: blank" in noted and f"{path}: 1 rows dropped" in noted
+    assert f"{path}: 1 of 4 rows dropped: 1 with a blank" in noted and f"{path}: 1 rows dropped" in noted
     assert f"{path}: 1 responses truncated to T=90" in noted and "2 rows to train on, 40 held out" in noted
 
 
 def test_unusable_data_is_refused(cfg: Config, tmp_path: Path) -> None:
     blank, good = dict(prompt="a", response=" \n"), dict(prompt="b", response="c")
-    for rows in ([blank] * 3, [dict(prompt="x" * 100, response="c")] * 3):
-        refused(cfg, "bad.jsonl", "T=96", data=write_rows(tmp_path / "bad.jsonl", rows))
-    refused(cfg, "held-out", data=write_rows(tmp_path / "bad.jsonl", [good]))
+    refused(cfg, "bad.jsonl", "3 with a blank", data=write_rows(tmp_path / "bad.jsonl", [blank] * 3))
+    long = [dict(prompt=letter * 100, response="c") for letter in "xyz"]
+    refused(cfg, "bad.jsonl", "T=96", data=write_rows(tmp_path / "bad.jsonl", long))
+    refused(cfg, "the same prompt", "--val_data", data=write_rows(tmp_path / "bad.jsonl", [good] * 3))
     for name in ("data", "val_data"):
         refused(cfg, "none.jsonl", **{name: str(tmp_path / "none.jsonl")})
     assert not checkpoint.list_checkpoints(cfg.out_dir)
