@@ -27,7 +27,7 @@ class Config:
     data: str = "edu_fineweb10B"  # folder of token shards (python fineweb.py), or one .txt file
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # of the shards, or for the .txt file
     out_dir: str = "out/gpt2"  # where log.txt and checkpoints go
-    init_from: str = ""  # start from the weights of this checkpoint, of the same shape; "": random weights
+    init_from: str = ""  # start from the weights of this checkpoint; "": random weights
     model: str = "gpt2"  # a name in SIZES of neogpt/model.py
     attention: Literal["flash", "manual"] = "flash"  # flash: fused kernels; manual: written out, slower
     residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream in bf16 runs
@@ -157,6 +157,9 @@ def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.C
     elif cfg.init_from:
         raw = checkpoint.load_model(cfg.init_from).raw
         start, weights = raw.config, raw.state_dict()
+        if cfg.T < start.block_size:  # the first positions serve shorter sequences
+            start = replace(start, block_size=cfg.T)
+            weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: cfg.T].clone()
     else:
         torch.manual_seed(cfg.seed)
         return model.GPT(model.GPTConfig(**shape, **kernels, vocab_size=model.pad_vocab(tokenizer.n_vocab)))

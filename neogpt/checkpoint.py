@@ -206,7 +206,7 @@ def load_model(source: str, stages: tuple[str, ...] = ()) -> Loaded:
             return Loaded(lora.apply_adapter(loaded.raw, path), loaded.tokenizer, "sft", 0)
         if is_hf:
             raw = hf.load(source)
-            name = {50257: "gpt2", 257: "bytes"}.get(raw.config.n_tokens, "unknown")
+            name = {50257: "gpt2", 257: "bytes"}.get(raw.config.n_tokens, f"of {raw.config.n_tokens} ids")
             return Loaded(raw, data.get_tokenizer(name), "pretraining", 0)
         raw = model.GPT.from_weights(model.GPTConfig(**ckpt.model_config), ckpt.model)
         tokenizer = data.get_tokenizer(ckpt.tokenizer)

@@ -7,7 +7,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +22,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")  # same folder: a rename across file systems is not atomic
     try:
+        if path.exists() and not path.is_file():  # renaming would replace a device
+            raise OSError("it is not a regular file")
+        temporary.unlink(missing_ok=True)  # it can be a symbolic link, which writing would follow
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -29,7 +32,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"cannot write {path} (any old file is unchanged): {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # not instead of the error above
+            temporary.unlink(missing_ok=True)
     if os.name == "posix":  # make the rename itself durable; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)

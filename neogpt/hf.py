@@ -1,9 +1,11 @@
 """GPT-2 in Hugging Face's format, as transformers reads and writes it: `save(load("gpt2"), "my-gpt2")`."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
+import torch
 
 from neogpt import files, model
 
@@ -41,26 +43,39 @@ def read_config(name: str) -> model.GPTConfig:
         if hf.get(key, values[0]) not in values:
             raise ValueError(f"{name} has {key}={hf[key]!r} in config.json: supported are {values}")
     shape = dict(n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"], block_size=hf["n_positions"])
-    return model.GPTConfig(**shape, n_tokens=hf["vocab_size"], vocab_size=hf["vocab_size"], gelu=gelu)
+    rows = hf["vocab_size"]  # people add rows to GPT-2's 50,257: they are kept, and never sampled
+    n_tokens = next((n for n in (50257, 257) if n <= rows <= 1.01 * n), rows)
+    return model.GPTConfig(**shape, n_tokens=n_tokens, vocab_size=rows, gelu=gelu)
 
 
 def load(name: str) -> model.GPT:
     """GPT-2 from the hub ("gpt2", "user/model") or a folder, in fp32 on the CPU. Raises ValueError or OSError."""
     config = read_config(name)
-    try:
-        paths = [find_file(name, "model.safetensors")]
-    except FileNotFoundError:  # a large model is stored in parts
-        index = json.loads(find_file(name, "model.safetensors.index.json").read_text())
-        paths = [find_file(name, part) for part in sorted(set(index["weight_map"].values()))]
     weights = {}
-    for key, tensor in (item for path in paths for item in safetensors.torch.load_file(path).items()):
-        if key == "lm_head.weight" or key.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # the tied head again, and the causal mask
-        tensor = tensor.t().contiguous() if key.endswith(CONV1D) else tensor
-        weights["transformer." + key.removeprefix("transformer.")] = tensor.float()
-    if "transformer.wte.weight" in weights:
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    for key, tensor in read_weights(name).items():
+        if not key.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
+            tensor = tensor.t().contiguous() if key.endswith(CONV1D) else tensor
+            prefix = "" if key.startswith(("transformer.", "lm_head.")) else "transformer."
+            weights[prefix + key] = tensor.float()
+    for ours, other in (("lm_head.weight", "transformer.wte.weight"), ("transformer.wte.weight", "lm_head.weight")):
+        if other in weights:  # tied: some files hold only one of them
+            weights.setdefault(ours, weights[other])
+    if "lm_head.weight" in weights and not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
+        raise ValueError(f"{name} has a head (lm_head) that differs from its embedding (wte): they must be tied")
     return model.GPT.from_weights(config, weights)
+
+
+def read_weights(name: str) -> dict[str, torch.Tensor]:
+    """The tensors of model.safetensors, of its parts, or of pytorch_model.bin."""
+    with suppress(FileNotFoundError):
+        return safetensors.torch.load_file(find_file(name, "model.safetensors"))
+    with suppress(FileNotFoundError):
+        return torch.load(find_file(name, "pytorch_model.bin"), "cpu", weights_only=True)
+    index = json.loads(find_file(name, "model.safetensors.index.json").read_text())  # of a large model
+    weights = {}
+    for part in sorted(set(index["weight_map"].values())):
+        weights |= safetensors.torch.load_file(find_file(name, part))
+    return weights
 
 
 def save(raw: model.GPT, folder: str | Path) -> None:

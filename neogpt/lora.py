@@ -92,6 +92,8 @@ def read_adapter_config(folder: Path) -> tuple[str, int, float]:
     for key, value in required.items():
         if config.get(key, value) != value:
             raise ValueError(f"adapter_config.json has {key}={config[key]!r}: only {value!r} is supported")
+    if (init := config.get("init_lora_weights", True)) not in (True, False, "gaussian", "eva", "orthogonal"):
+        raise ValueError(f"adapter_config.json has init_lora_weights={init!r}, which has changed the base model")
     r, alpha, base = (config.get(key) for key in ("r", "lora_alpha", "base_model_name_or_path"))
     if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not isinstance(base, str):
         raise ValueError(f"adapter_config.json has r={r!r}, lora_alpha={alpha!r}, base_model_name_or_path={base!r}")
@@ -101,13 +103,20 @@ def read_adapter_config(folder: Path) -> tuple[str, int, float]:
 def apply_adapter(raw: model.GPT, folder: Path) -> model.GPT:
     """The model with an adapter in PEFT's format merged into its weights. Raises ValueError if it does not fit them."""
     base, r, alpha = read_adapter_config(folder)
-    with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        trained_on = (file.metadata() or {}).get("base")  # unknown for an adapter of PEFT
+    trained_on = None  # unknown for an adapter of PEFT
+    if (folder / "adapter_model.bin").is_file():
+        weights = torch.load(folder / "adapter_model.bin", "cpu", weights_only=True)
+    else:
+        with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+            trained_on = (file.metadata() or {}).get("base")
     if trained_on and trained_on != fingerprint(raw.state_dict()):
         raise ValueError(f"{base} has changed since training: correct base_model_name_or_path in adapter_config.json")
     if {len(w) for name, w in weights.items() if "lora_A" in name} != {r}:  # before anything of size r is allocated
         raise ValueError(f"adapter_config.json has r={r}, which is not the rank of the matrices")
     add_lora(raw, r, alpha)
-    load_lora(raw, {name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): w for name, w in weights.items()})
+    weights = {name.removeprefix(PEFT_PREFIX).removesuffix(".weight"): w for name, w in weights.items()}
+    adapted = {name.rpartition(".")[0] for name in weights}  # PEFT's default for GPT-2 is c_attn alone
+    others = {name: w for name, w in lora_weights(raw).items() if name.rpartition(".")[0] not in adapted}  # B is 0
+    load_lora(raw, weights | others)
     return model.GPT.from_weights(raw.config, merged_weights(raw))

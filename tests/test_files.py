@@ -41,6 +41,24 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, failure: BaseException
             temporary.write_text("new")
 
 
+def test_only_regular_files_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        before = os.lstat(tmp_path / name)
+        with pytest.raises(OSError, match=f"{name}.*regular file"), files.atomic_write(tmp_path / name) as temporary:
+            temporary.write_text("new")
+        assert os.lstat(tmp_path / name).st_ino == before.st_ino
+    (tmp_path / "other").write_text("other")
+    (tmp_path / "a.txt.tmp").symlink_to(tmp_path / "other")
+    with files.atomic_write(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "a.txt").read_text() == "new" and (tmp_path / "other").read_text() == "other"
+    with pytest.raises(OSError, match="No space left"), files.atomic_write(tmp_path / "a.txt"):
+        monkeypatch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only")))
+        raise OSError(28, "No space left")
+
+
 def test_make_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         assert files.make_folder(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"

@@ -99,6 +99,27 @@ def test_editions(edition: str, folder: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(raw(idx), theirs(idx).logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("rows, n_tokens", [(257, 257), (259, 257), (300, 300), (50257, 50257), (50304, 50257)])
+def test_added_rows_of_the_vocabulary_are_kept(rows: int, n_tokens: int, tmp_path: Path) -> None:
+    raw = harness.tiny_model(n_layer=1, n_tokens=rows, vocab_size=rows)
+    hf.save(raw, tmp_path)
+    again = hf.load(str(tmp_path))
+    assert (again.config.n_tokens, again.config.vocab_size) == (n_tokens, rows)
+    assert torch.equal(again.lm_head.weight, raw.lm_head.weight)
+
+
+def test_one_file_of_the_tied_matrices_and_pickled_weights(folder: Path) -> None:
+    weights, idx = load_file(folder / "model.safetensors"), torch.randint(61, (2, 9))
+    expected = hf.load(str(folder))(idx)
+    weights["lm_head.weight"] = weights.pop("transformer.wte.weight")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert torch.equal(hf.load(str(folder))(idx), expected)
+    torch.save(weights | {"transformer.wte.weight": weights["lm_head.weight"] + 1}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="lm_head.*wte"):
+        hf.load(str(folder))
+
+
 @pytest.mark.parametrize("gelu", ["tanh", "erf"])
 def test_transformers_reads_saved_models(gelu: str, tmp_path: Path) -> None:
     from transformers import GPT2LMHeadModel

@@ -187,7 +187,7 @@ def test_adapter_folder_is_a_model(folder: Path, idx: Tensor) -> None:
 
 BAD = [dict(peft_type="IA3"), dict(r=0), dict(r="four"), dict(r=None), dict(lora_alpha="x"), dict(r=2), dict(r=10**13)]
 BAD += [dict(use_dora=True), dict(use_rslora=True), dict(rank_pattern={"c_fc": 2}), dict(bias="all")]
-BAD += [dict(base_model_name_or_path=None)]
+BAD += [dict(base_model_name_or_path=None), dict(init_lora_weights="pissa_niter_16")]
 
 
 @pytest.mark.parametrize("changes", BAD, ids=str)
@@ -202,8 +202,8 @@ def test_damaged_adapters_are_refused(folder: Path) -> None:
     good, name = load_file(weights), "base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"
     save_file(good | {name: torch.zeros(48, 5)}, weights)
     refused(folder, r"c_attn.lora_B.*\(48, 5\).*\(48, 4\)")
-    save_file({k: w for k, w in good.items() if "c_attn" in k}, weights)  # PEFT's default for GPT-2
-    refused(folder, r"attn.c_proj.lora_A.*None.*\(4, 16\)")
+    save_file({k: w for k, w in good.items() if k != name}, weights)
+    refused(folder, r"c_attn.lora_B.*None.*\(48, 4\)")
     save_file({k: w for k, w in good.items() if "lora_A" not in k}, weights)
     refused(folder, "r=4")
     weights.write_bytes(weights.read_bytes()[:100])
@@ -213,6 +213,21 @@ def test_damaged_adapters_are_refused(folder: Path) -> None:
     for text in ("[]", "{", '"LORA"'):
         config.write_text(text)
         refused(folder, "adapter")
+
+
+@pytest.mark.parametrize("matrices", ["c_attn", "mlp"])
+def test_adapters_of_some_matrices(matrices: str, folder: Path, idx: Tensor) -> None:
+    path = folder / "adapter_model.safetensors"
+    weights = {name: w for name, w in load_file(path).items() if matrices in name}
+    path.unlink()
+    torch.save(weights, folder / "adapter_model.bin")
+    reference = adapted_model()
+    with torch.no_grad():
+        for name, p in lora.lora_weights(reference).items():
+            p.mul_(matrices in name)
+    found = logits_of(checkpoint.load_model(str(folder)).raw, idx)
+    torch.testing.assert_close(found, logits_of(reference, idx), rtol=0, atol=1e-5)
+    assert (found - logits_of(make_model(), idx)).abs().max() > 1e-3
 
 
 def test_other_base_models_are_refused(folder: Path) -> None:

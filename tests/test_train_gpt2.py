@@ -334,6 +334,15 @@ def test_init_from_a_pruned_model_keeps_its_zeros(cfg: Config, tmp_path: Path, o
     assert losses(folder, "val")[0] == pytest.approx(expected, abs=1e-6)
 
 
+def test_init_from_a_model_with_longer_sequences(cfg: Config, tmp_path: Path) -> None:
+    base = harness.tiny_model(n_layer=1, block_size=64, scale=0.1)
+    folder = train(cfg, init_from=str(harness.write_model(tmp_path / "base", base)), max_lr=0.0, max_steps=1)
+    val = data.Windows(data.open_data(cfg.data, data.get_tokenizer("bytes"))[1], cfg.T)
+    expected = training.validate(base, val, cfg.val_tokens, 4, harness.ALONE)
+    assert losses(folder, "val")[0] == pytest.approx(expected, abs=1e-6)
+    assert newest(folder).model["transformer.wpe.weight"].shape == (16, 16)
+
+
 def test_weights_of_another_shape_are_refused(cfg: Config, tmp_path: Path) -> None:
     folder = train(cfg)
     log, bits = harness.read_log(folder), harness.final_bits(folder)
