@@ -1,4 +1,4 @@
-"""Tokenize FineWeb-Edu, or other parquet or jsonl files, into shards of token ids for train_gpt2.py.
+"""Tokenize FineWeb-Edu, or other parquet, json or text files, into shards of token ids for train_gpt2.py.
 
     python fineweb.py                                           # FineWeb-Edu sample-10BT -> edu_fineweb10B
     python fineweb.py sample-100BT --out_dir=/big/disk/edu100B  # another configuration, another folder
@@ -7,8 +7,9 @@
     python fineweb.py --data=hf://datasets/OWNER/NAME/FOLDER --out_dir=NAME  # another dataset of the hub
     pip install gigatoken                                       # optional: two to five times as fast, same shards
 
-Reads the column or field `text`; documents without text are skipped. Every document begins with end-of-text. Writes
-val_000000.npy (validation), train_000001.npy, … (training), uint16, and manifest.json, which lists them, into out_dir.
+Reads parquet, jsonl, json (a list) and txt (documents separated by <|endoftext|>), also .gz and .zst. Documents without
+text are skipped. Every document begins with end-of-text. Writes val_000000.npy (validation), train_000001.npy, …
+(training), uint16, and manifest.json, which lists them, into out_dir.
 
 After an interruption the same command continues after the last finished shard. The shards do not depend on the number
 of workers. Needs 2 bytes of disk per token and space for two files of the hub, which are deleted after they are read
@@ -16,7 +17,6 @@ of workers. Needs 2 bytes of disk per token and space for two files of the hub, 
 """
 
 import functools
-import glob
 import json
 import multiprocessing
 import os
@@ -49,6 +49,7 @@ HUB = "hf://datasets/"
 class Config:
     data: str = HUB + "HuggingFaceFW/fineweb-edu/sample/10BT"  # hub folder; or local file, folder or pattern
     out_dir: str = "edu_fineweb10B"  # folder for the shards
+    field: str = "text"  # column of parquet or field of json
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: 50257 ids; bytes: 257 ids, needs no download
     shard_size: int = 10**8  # tokens per shard; the first shard is validation
     max_tokens: int | None = None  # stop after this many tokens; None: everything
@@ -59,7 +60,8 @@ class Config:
 CONFIGS = {
     f"sample-{n}BT": Config(f"{HUB}HuggingFaceFW/fineweb-edu/sample/{n}BT", f"edu_fineweb{n}B") for n in (10, 100, 350)
 }
-SUFFIXES = (".parquet", ".jsonl")
+SUFFIXES = (".parquet", ".jsonl", ".json", ".txt")
+MAX_WITHOUT_TEXT = 1000  # so many first documents without text are an error
 CHUNK_BYTES = 2**20  # text per task of a worker
 TOKENS_PER_BYTE = {"gpt2": 0.36, "bytes": 1.6}  # of FineWeb-Edu's parquet files; for the estimate
 
@@ -72,7 +74,7 @@ def ask_hub(call: Callable[..., Any], *args: str, **options: object) -> Any:
         raise OSError(f"cannot get {'/'.join(args)} from the hub: {files.one_line(error)}; try again") from error
 
 
-def find_source(url: str, manifest: dict | None) -> tuple[dict, list[Path]]:
+def find_source(url: str, out_dir: Path, manifest: dict | None) -> tuple[dict, list[Path]]:
     """(manifest entry `source`, paths) of the files of --data; the paths are [] if the files are on the hub."""
     paths, revision = [], None
     if url.startswith(HUB):
@@ -85,14 +87,15 @@ def find_source(url: str, manifest: dict | None) -> tuple[dict, list[Path]]:
         revision = ask_hub(HfApi().dataset_info, repo).sha
         list_tree = functools.partial(HfApi().list_repo_tree, recursive=True, revision=revision, repo_type="dataset")
         tree = ask_hub(lambda *args: list(list_tree(*args)), repo, folder)
-        found = sorted((entry.path, entry.size) for entry in tree if entry.path.endswith(SUFFIXES))
+        found = sorted((entry.path, entry.size) for entry in tree if files.has_suffix(entry.path, SUFFIXES[:2]))
     else:
-        pattern = glob.escape(url) if os.path.exists(url) else url
-        names = glob.glob(os.path.join(pattern, "*") if os.path.isdir(url) else pattern, recursive=True)
-        paths = sorted(Path(name) for name in names if name.endswith(SUFFIXES))
+        paths, others = files.find_files(url, SUFFIXES)
+        paths = [path for path in paths if out_dir.resolve() not in path.resolve().parents]
         found = [(path.name, path.stat().st_size) for path in paths]
+        if others:
+            print(f"files of other splits are not read: {', '.join(path.name for path in others)}")
     if not found:
-        raise ValueError(f"no .parquet or .jsonl file in --data={url}: give a path or {HUB}OWNER/NAME/FOLDER")
+        raise ValueError(f"no {', '.join(SUFFIXES)} file in --data={url}: give a path or {HUB}OWNER/NAME/FOLDER")
     entries = [{"name": name, "size": size} for name, size in found]
     return {"data": url if url.startswith(HUB) else Path(url).name, "revision": revision, "files": entries}, paths
 
@@ -120,46 +123,53 @@ class Chunk(NamedTuple):
 
     file: int  # number of the file in the source
     start: int  # number of the first document in the file
-    documents: list[bytes | None]  # lines of jsonl, or rows of parquet in UTF-8
-    is_json: bool
+    documents: list[bytes | None]  # json objects, or text in UTF-8
+    field: str  # of the objects; "" for text
 
 
-def read_file(path: Path) -> Iterator[list[bytes | None]]:
-    """Yield the documents of a file in lists of about CHUNK_BYTES."""
-    if path.suffix == ".jsonl":
-        with open(path, "rb") as file:
-            while lines := file.readlines(CHUNK_BYTES):
-                yield lines
-        return
+def read_file(path: Path, field: str) -> Iterator[list[bytes | None]]:
+    """Yield the documents of a file in lists, of about CHUNK_BYTES for parquet and jsonl."""
     try:
+        if ".parquet" not in path.suffixes:
+            with files.open_binary(path) as file:
+                if ".jsonl" in path.suffixes:
+                    while lines := file.readlines(CHUNK_BYTES):
+                        yield lines
+                    return
+                is_json, content = ".json" in path.suffixes, file.read()
+            rows = json.loads(content) if is_json else []
+            documents = [json.dumps(row).encode() for row in rows] if is_json else data.split_documents(content)
+            yield from (documents[i : i + 256] for i in range(0, len(documents), 256))
+            return
         # a buffer makes pyarrow read a row group in pieces instead of at once
         with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
-            if "text" not in (names := file.schema_arrow.names):
-                raise ValueError(f"{path} has no column `text`, only {', '.join(names)}: rename one of them")
+            if field not in (names := file.schema_arrow.names):
+                raise ValueError(f"{path} has no column {field!r}, only {', '.join(names)}: use --field")
             n_bytes = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
             n_rows = max(1, file.metadata.num_rows * CHUNK_BYTES // max(1, n_bytes))
-            for batch in file.iter_batches(n_rows, columns=["text"]):
+            for batch in file.iter_batches(n_rows, columns=[field]):
                 yield batch.column(0).cast(pa.large_binary()).to_pylist()  # bytes: it need not be valid UTF-8
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, EOFError, json.JSONDecodeError, UnicodeDecodeError, pa.ArrowException) as error:
         raise OSError(f"cannot read {path} ({files.one_line(error)}): replace it and run again") from error
 
 
-def read_chunks(paths: Iterable[Path], file: int, start: int) -> Iterator[Chunk]:
+def read_chunks(paths: Iterable[Path], file: int, start: int, field: str) -> Iterator[Chunk]:
     """Yield the chunks of the files. The first file has the number `file` and is read from document `start` on."""
     for number, path in enumerate(paths, file):
         n_read = 0  # documents of this file
-        for documents in read_file(path):
+        is_json = ".jsonl" in path.suffixes or ".json" in path.suffixes
+        for documents in read_file(path, field):
             if rest := documents[max(0, start - n_read) :]:
-                yield Chunk(number, max(start, n_read), rest, path.suffix == ".jsonl")
+                yield Chunk(number, max(start, n_read), rest, field if is_json else "")
             n_read += len(documents)
         start = 0
 
 
-def parse_document(document: bytes | None, is_json: bool) -> str:
-    """The text of a line of jsonl or a row of parquet; "" if it has no text or only white space."""
+def parse_document(document: bytes | None, field: str) -> str:
+    """The text of a document: a field of a json object, or all of it; "" if it has no text or only white space."""
     try:
-        if is_json:  # JSON can contain lone surrogates: replace them as tiktoken does
-            text = json.loads(document)["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if field:  # JSON can contain lone surrogates: replace them as tiktoken does
+            text = json.loads(document)[field].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         else:
             text = (document or b"").decode()
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # bad UTF-8 or JSON, no text
@@ -192,7 +202,7 @@ def get_encoder(tokenizer: str, encoder: str) -> Callable[[str], np.ndarray]:
 def tokenize(chunk: Chunk, tokenizer: str, encoder: str) -> list[np.ndarray]:
     """The ids of each document, (n,) uint16; n is 0 for a document without text."""
     encode = get_encoder(tokenizer, encoder)
-    texts = [parse_document(document, chunk.is_json) for document in chunk.documents]
+    texts = [parse_document(document, chunk.field) for document in chunk.documents]
     return [encode(text) if text else np.empty(0, np.uint16) for text in texts]
 
 
@@ -256,6 +266,11 @@ def write_shards(documents: Iterable[tuple[int, int, np.ndarray]], folder: Path,
             bar.update(n)
         token = 0
         manifest["n_documents" if len(ids) else "n_skipped"] += 1
+        if not manifest["n_documents"] and manifest["n_skipped"] == MAX_WITHOUT_TEXT:
+            field = manifest.get("field", "text")
+            raise ValueError(
+                f"the first {MAX_WITHOUT_TEXT:,} documents have no text in the field {field!r}: use --field"
+            )
         if not n_left:
             break
     if not filled:
@@ -281,7 +296,7 @@ def write_missing(cfg: Config, folder: Path, manifest: dict, paths: list[Path]) 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cfg = replace(cfg, workers=cfg.workers or min(cores, 60))  # Windows allows 61
     inputs = paths[file:] or iter_downloads(manifest["source"], file, folder / "download")
-    chunks = read_chunks(inputs, file, document)
+    chunks = read_chunks(inputs, file, document, cfg.field)
     pool = ProcessPoolExecutor(cfg.workers, initializer=start_worker)
     pool.submit(int).result()  # forks the workers before there are threads, which a fork does not copy
     try:
@@ -301,13 +316,14 @@ def main(cfg: Config) -> None:
     data.get_tokenizer(cfg.tokenizer)  # raises if it cannot be downloaded
     folder = Path(cfg.out_dir)
     manifest = data.read_manifest(folder)
-    source, paths = find_source(cfg.data, manifest)
-    settings = dict(tokenizer=cfg.tokenizer, shard_size=cfg.shard_size, max_tokens=cfg.max_tokens or 0, source=source)
+    source, paths = find_source(cfg.data, folder, manifest)
+    settings = dict(tokenizer=cfg.tokenizer, shard_size=cfg.shard_size, max_tokens=cfg.max_tokens or 0)
+    settings |= dict(source=source, field=cfg.field)
     empty = dict(n_tokens=0, n_documents=0, n_skipped=0, shards=[], next=dict(file=0, document=0, token=0))
     manifest = manifest or dict(complete=False) | settings | empty
     for name, value in settings.items():
-        if manifest[name] != value:
-            raise ValueError(f"{folder} was begun with {name}={manifest[name]}, not {value}: change --out_dir")
+        if (old := manifest.get(name, "text")) != value:  # text: the field before there was a choice
+            raise ValueError(f"{folder} was begun with {name}={old}, not {value}: change --out_dir")
     for entry in manifest["shards"]:
         data.open_shard(folder / entry["file"])  # raises if it is missing or truncated
     if not manifest["complete"]:

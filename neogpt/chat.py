@@ -73,7 +73,8 @@ def read_file(path: Path) -> list[dict[str, Any]]:
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(path).to_pylist()
-    text = files.read_bytes(path).decode()
+    with files.open_binary(path) as file:
+        text = file.read().decode()
     # not splitlines, which also splits at U+2028 and other characters that JSON strings may contain
     lines = [line for line in text.split("\n") if line.strip()]
     rows = json.loads(text) if ".json" in path.suffixes else [json.loads(line) for line in lines]

@@ -21,7 +21,7 @@ import tiktoken
 
 from neogpt import config, files
 
-EOT = "<|endoftext|>"  # the first token of every document; alone on a line, it separates the documents of a text file
+EOT = "<|endoftext|>"  # the first token of every document; in a text file it separates documents
 MANIFEST = "manifest.json"
 Item = TypeVar("Item")
 
@@ -68,7 +68,9 @@ def open_shard(path: Path) -> Shard:
         if path.suffix == ".bin":
             offset = 1024  # llm.c: 256 int32 (magic, version 1, number of tokens, …), then the tokens
             magic, version, n_tokens = np.fromfile(path, dtype="<i4", count=3).tolist()
-            if (magic, version) != (20240520, 1):
+            if path.name in ("train.bin", "val.bin"):  # nanoGPT: only the tokens
+                offset, n_tokens = 0, path.stat().st_size // 2
+            elif (magic, version) != (20240520, 1):
                 raise ValueError("no llm.c header with uint16 tokens")
         else:
             array = np.load(path, mmap_mode="r")  # reads the header only
@@ -140,15 +142,20 @@ def check_shards(folder: str | Path, n_tokens: int) -> None:
         files.write_json(cache, state)
 
 
+def split_documents(text: bytes) -> list[bytes]:
+    """The documents of a text, which `<|endoftext|>` separates, alone on a line or not."""
+    return [part for part in re.split(rb"\n?" + re.escape(EOT.encode()) + rb"\n?", text) if part]
+
+
 def read_text(path: Path, tokenizer: tiktoken.Encoding) -> tuple[list[Shard], list[Shard]]:
-    """Tokenize a text file into a training and a validation shard in memory. Lines `<|endoftext|>` separate documents,
-    of which the last 10 % are for validation. A single document is split by characters.
+    """Tokenize a text file into a training and a validation shard in memory: the last 10 % of the documents are for
+    validation. A single document is split by characters.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
-    documents = [part for part in re.split(rf"\n?^{re.escape(EOT)}$\n?", text, flags=re.M) if part]
+    documents = [document.decode() for document in split_documents(text.encode())]
     if len(documents) < 2:
         text = "".join(documents)
         documents = [text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]]

@@ -1,6 +1,7 @@
 """Atomic file writes and free-space checks."""
 
 import glob
+import io
 import json
 import os
 import re
@@ -53,22 +54,24 @@ def has_suffix(path: str | Path, suffixes: tuple[str, ...]) -> bool:
 
 def find_files(source: str, suffixes: tuple[str, ...], split: str = "train") -> tuple[list[Path], list[Path]]:
     """The files of a path, a folder with its subfolders, or a pattern, sorted; and those that belong to other splits
-    according to their names, if there are files of this split.
+    according to their names, if there are files of this split. If a folder has .parquet or .jsonl, only these count,
+    because others can be descriptions.
     """
     pattern = glob.escape(source) if os.path.exists(source) else source
     names = glob.glob(os.path.join(pattern, "**") if os.path.isdir(source) else pattern, recursive=True)
     paths = sorted(Path(name) for name in names if has_suffix(name, suffixes) and os.path.isfile(name))
+    if os.path.isdir(source):
+        paths = [path for path in paths if has_suffix(path, (".parquet", ".jsonl"))] or paths
     words = {path: re.split("[-_.]", path.name) for path in paths}
     others = [path for path in paths if next((SPLITS[w] for w in words[path] if w in SPLITS), "train") != split]
     return (paths, []) if len(others) == len(paths) else ([path for path in paths if path not in others], others)
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a file; .gz and .zst are decompressed."""
+def open_binary(path: Path) -> IO[bytes]:
+    """Open a file for reading; .gz and .zst are decompressed."""
     import pyarrow
 
-    with pyarrow.input_stream(str(path), compression="detect") as file:
-        return file.read()
+    return io.BufferedReader(pyarrow.input_stream(str(path), compression="detect"), 2**20)
 
 
 def lock(file: IO) -> None:

@@ -153,6 +153,7 @@ DAMAGED = {  # contents and a part of the message
     "too long.bin": (llmc(TOKENS) + b"\0\0", "1,226 bytes"),
     "weights of GPT-2.bin": (llmc(TOKENS, magic=20240801), "not a token shard"),
     "uint32.bin": (llmc(TOKENS, version=2), "not a token shard"),
+    "train.bin.bin": (TOKENS.tobytes(), "no llm.c header"),
     "cut header.bin": (llmc(TOKENS)[:500], "500 bytes"),
 }
 
@@ -253,8 +254,16 @@ TEXTS = [  # the content of a file, its training and its validation documents
     (f"a\n{EOT}\n{EOT}\nb\n{EOT}\n", ["a"], ["b"]),
     (f"a\n{EOT}\nb\n{EOT}", ["a"], ["b"]),
     (f"a\r\n{EOT}\r\nb", ["a"], ["b"]),  # as Windows ends lines
-    (f"a {EOT} b\n{EOT}\nc{EOT}\n", [f"a {EOT} b"], [f"c{EOT}\n"]),  # only a line of its own separates documents
+    (f"a {EOT} b\n{EOT}\nc{EOT}\n", ["a ", " b"], ["c"]),  # also inside a line
 ]
+
+
+def test_shards_of_nanogpt(tmp_path: Path) -> None:
+    for name, tokens in (("train.bin", TOKENS), ("val.bin", TOKENS[:50])):
+        tokens.tofile(tmp_path / name)
+    (train,), (val,) = open_data(tmp_path, get_tokenizer("bytes"))
+    assert (train.n_tokens, val.n_tokens) == (len(TOKENS), 50)
+    assert Windows([train], 9).read(np.array([3]))[0].tolist() == TOKENS[27:37].tolist()
 
 
 @pytest.mark.parametrize("text, train, val", TEXTS, ids=repr)

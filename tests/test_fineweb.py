@@ -113,6 +113,32 @@ def test_shards_equal_the_reference(source, tmp_path: Path, pattern: str, n: int
     assert str(source.folder.parent) not in json.dumps(manifest)  # the folder can be moved
 
 
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "json", "txt", "txt.gz"])
+def test_formats_and_fields(kind: str, tmp_path: Path) -> None:
+    documents = [text for text in make_documents(600, seed=2) if text and text.strip() and "<|" not in text]
+    content = "\n".join(json.dumps({"body": text}) for text in documents)
+    if kind == "json":
+        content = json.dumps([{"body": text} for text in documents])
+    elif "txt" in kind:
+        documents = [text.strip("\n") for text in documents]
+        content = "\n<|endoftext|>\n".join(documents)
+    with pa.output_stream(tmp_path / f"a.{kind}", compression="detect") as file:
+        file.write(content.encode())
+    run_and_check(config(tmp_path, tmp_path / "out", field="body"), documents)
+    refused(config(tmp_path, tmp_path / "out"), "field=body", "text")
+
+
+def test_files_of_other_splits_and_a_field_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation", "test"):
+        write_parquet(tmp_path / "data" / f"{split}-0.parquet", [f"of {split} {i}" for i in range(100)])
+    (tmp_path / "infos.json").write_text("{}")
+    run_and_check(config(tmp_path, tmp_path / "out"), [f"of train {i}" for i in range(100)])
+    assert "test-0.parquet, validation-0.parquet" in capsys.readouterr().out
+    write_jsonl(tmp_path / "a.jsonl", ["x"] * 1500)
+    refused(config(tmp_path / "a.jsonl", tmp_path / "b", field="body"), "first 1,000", "'body'", "--field")
+
+
 def test_documents_that_are_not_text_are_skipped(tmp_path: Path) -> None:
     lines = ["", "not json", '{"content": "x"}', "[1]", "7", '{"text": 3}', '{"text": ["a"]}', '{"text": "a', "\\"]
     documents = make_documents(400, seed=1)
@@ -203,7 +229,7 @@ def test_invalid_and_other_settings_are_refused(source: SimpleNamespace, tmp_pat
 
 def test_unreadable_sources(source: SimpleNamespace, tmp_path: Path) -> None:
     out, path = tmp_path / "out", tmp_path / "a.parquet"
-    for pattern in (tmp_path / "nothing", tmp_path / "*.parquet", source.folder / "notes.txt"):
+    for pattern in (tmp_path / "nothing", tmp_path / "*.parquet"):
         refused(config(pattern, out), pattern, ".parquet")
     write_parquet(path, ["hello"])
     for content in (path.read_bytes()[:-5], b""):
