@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -275,14 +276,13 @@ def main(cfg: Config) -> None:
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(train) / n))
     runtime.print0(f"{len(train):,} pairs to train on, {len(val):,} held out; {max_steps:,} steps of {n}")
 
-    def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
-        return dpo_loss(net, batch, cfg)
-
     def read(step: int) -> training.Batch:
         batch = [train[i] for i in run.items(step, n, len(train))]
         n_tokens = sum(example.n_inputs for pair in batch for example in pair[:2])
         return training.Batch(collate_pairs(batch, cfg.B, rt), n, n_tokens)
 
+    loss_fn = partial(dpo_loss, cfg=cfg)
+    finetune.identify(run, *([e for pair in part for e in pair[:2]] for part in (train, val)))
     run.warm_up(read(run.step), loss_fn)
     lr_at = optim.schedule("cosine", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr)
     batches = data.prefetch(read, run.step, max_steps)

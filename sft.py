@@ -127,6 +127,7 @@ def main(cfg: Config) -> None:
         n_tokens = sum(example.n_inputs for example in chosen)
         return training.Batch([chat.collate(bins, rt.device, width) for bins in parts], n, n_tokens)
 
+    finetune.identify(run, examples, val_examples)
     run.warm_up(read(run.step), loss_fn)
     runtime.print0(f"{len(examples):,} rows to train on, {len(val_examples):,} held out; {max_steps:,} steps of {n}")
     ids, n_prompt = examples[0]

@@ -266,8 +266,11 @@ def main(cfg: Config) -> None:
         return make_batch(xy, run.B, n)
 
     run.B = pick_B(cfg, per_rank, run)
-    run.warm_up(read(run.step), loss_fn)
     kernel = runtime.attention_kernel(raw.config, run.B, cfg.T, rt)
+    contents = dict(training_data=data.fingerprint(train.shards), validation_data=data.fingerprint(val.shards))
+    contents |= dict(hellaswag_rows_read=data.checksum(p.inputs for p in questions.packed)) if questions else {}
+    run.identify(**contents, kernel=kernel, compiled=compiled)
+    run.warm_up(read(run.step), loss_fn)
     runtime.print0(f"{cfg.model}: {raw.n_params():,} parameters, {len(train):,} training windows of {cfg.T} tokens")
     runtime.print0(f"{cfg.total_batch_size:,} tokens per step, {per_rank // run.B} x B={run.B} sequences per device")
     runtime.print0(f"{rt.world_size} x {rt.device.type}, {rt.precision}, compile={compiled}, {kernel}")

@@ -27,6 +27,7 @@ class Checkpoint:
     model_config: dict[str, Any]  # of GPTConfig
     tokenizer: str  # "gpt2" or "bytes"
     config: dict[str, Any] = field(default_factory=dict)  # constants of the script
+    facts: dict[str, str] = field(default_factory=dict)  # see Run.identify
     optimizers: list[dict] | None = None  # moments of each optimizer; None: the run cannot continue from here
     adapters: dict[str, Tensor] = field(default_factory=dict)  # LoRA matrices that are being trained
     base: str = ""  # fine-tuning: fingerprint of the weights that it started from

@@ -11,7 +11,7 @@ import os
 import re
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -108,9 +108,31 @@ def list_shards(folder: Path) -> tuple[list[Shard], list[Shard]]:
     return train, val
 
 
+def read_tokens(shard: Shard) -> np.ndarray:
+    """The tokens of a shard, (n,) uint16, memory-mapped if they are in a file."""
+    if shard.tokens is not None:
+        return shard.tokens
+    return np.memmap(shard.path, dtype="<u2", mode="r", offset=shard.offset)
+
+
+def checksum(arrays: Iterable[np.ndarray]) -> str:
+    """The CRC-32 of the contents of all arrays."""
+    crc = 0
+    for array in arrays:
+        crc = zlib.crc32(np.ascontiguousarray(array), crc)
+    return f"{crc:08x}"
+
+
+def fingerprint(shards: list[Shard]) -> str:
+    """The number of tokens, and a checksum of the sizes and both ends of all shards."""
+    ends = [part for shard in shards for part in np.split(read_tokens(shard), [2**15, -(2**15)])[::2]]
+    sizes = np.array([shard.n_tokens for shard in shards])
+    return f"{sizes.sum():,} tokens, {checksum([sizes, *ends])}"
+
+
 def scan_shard(shard: Shard) -> tuple[int, int]:
     """Read a whole shard; return the CRC-32 of its tokens and its largest id."""
-    tokens = np.memmap(shard.path, dtype="<u2", mode="r", offset=shard.offset)
+    tokens = read_tokens(shard)
     return zlib.crc32(tokens), int(tokens.max(initial=0))
 
 

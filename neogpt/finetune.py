@@ -7,7 +7,7 @@ from typing import Any, Literal
 import tiktoken
 import torch
 
-from neogpt import chat, checkpoint, config, generate, lora, model, optim, runtime
+from neogpt import chat, checkpoint, config, data, generate, lora, model, optim, runtime
 from neogpt.run import Run
 
 
@@ -81,6 +81,12 @@ def open_run(
     raw.to(rt.device)
     run.attach(raw, optim.make_optimizers(raw, weight_decay=cfg.weight_decay), compile, dynamic)
     return run, tokenizer, cfg.T or raw.config.block_size
+
+
+def identify(run: Run, examples: list[chat.Example], val_examples: list[chat.Example]) -> None:
+    """`run.identify` with checksums of the tokens of all examples."""
+    checksums = [data.checksum(example.ids for example in part) for part in (examples, val_examples)]
+    run.identify(training_data=checksums[0], validation_data=checksums[1])
 
 
 def greedy_answers(run: Run, prompts: list[list[int]], tokenizer: tiktoken.Encoding) -> list[tuple[str, bool]]:

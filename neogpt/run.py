@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
 from torch.optim import Optimizer
 
 from neogpt import checkpoint, data, files, lora, model, optim, runtime, training
@@ -90,13 +91,29 @@ class Run:
         self.started = time.perf_counter() - start.seconds
         self.saved_step = start.step  # of the newest checkpoint
         self.B, self.base, self.flops_per_token = 0, "", 0  # set by the scripts: see Checkpoint; FLOPs for the MFU
-        self.stopped, self.n_nonfinite = False, 0
+        self.stopped, self.n_nonfinite, self.facts = False, 0, {}
         self.stop_requested = lambda: False  # until the first step a signal ends the program at once
         self.pending = deque()  # steps whose losses are not read: (step, lr, n_tokens, function that reads them, end)
         self.writer, self.writing = ThreadPoolExecutor(1), None  # writing: the Future of the last checkpoint
         if self.resumed:
             changed = checkpoint.differences(start.config, asdict(cfg)) or "nothing"
             runtime.print0(f"continuing {self.out_dir} from step {self.step}; changed: {changed}")
+
+    def identify(self, **facts: object) -> None:
+        """Record what determines the curve besides the configuration. Prints what differs from the resumed run. Raises
+        ValueError if ranks differ.
+        """
+        facts |= dict(code=code_revision(), torch=torch.__version__, device=self.rt.device.type)
+        self.facts = {name: str(value) for name, value in facts.items()} | dict(precision=self.rt.precision)
+        self.log.header(**self.facts)
+        if self.rt.world_size > 1:
+            found = [{}] * self.rt.world_size
+            torch.distributed.all_gather_object(found, asdict(self.cfg) | self.facts)
+            for rank, other in enumerate(found):
+                if changed := checkpoint.differences(found[0], other):
+                    raise ValueError(f"rank {rank} differs from rank 0: {changed}")
+        if self.resumed and (changed := checkpoint.differences(self.resumed.facts, self.facts)):
+            runtime.print0(f"not as before step {self.step}: {changed}; the curve can change")
 
     def attach(self, raw: model.GPT, optimizers: list[Optimizer], compile: bool, dynamic: bool = False) -> None:
         """Compile and wrap the model, and load the moments of a resumed run. compile, dynamic: as in runtime.wrap."""
@@ -175,9 +192,17 @@ class Run:
             if self.rt.rank == 0:
                 self.print_step(step, lr, n_tokens, dt, result)
             if self.n_nonfinite == MAX_NONFINITE:
+                self.set_aside(step + 1 - MAX_NONFINITE)
                 problem = f"loss or gradient not finite in {MAX_NONFINITE} steps in a row (loss {result.loss})"
                 remedy = "lower --max_lr, lengthen the warmup, or use --precision=fp32; then start again"
                 raise ValueError(f"{problem}: {remedy} from the last checkpoint")
+
+    def set_aside(self, step: int) -> None:
+        """Rename the checkpoint of a step from which the loss is not finite, if there is an older one."""
+        self.wait_for_writer()
+        found = checkpoint.list_checkpoints(self.out_dir)
+        if self.rt.rank == 0 and len(found) > 1 and found[0].stem == f"ckpt_{step:06d}":
+            found[0].rename(found[0].with_suffix(".nonfinite"))
 
     def print_step(self, step: int, lr: float, n_tokens: int, dt: float, result: training.StepResult) -> None:
         """Print one line for a step that took dt seconds. n_tokens: without padding."""
@@ -205,11 +230,13 @@ class Run:
                 lora.save_adapter(self.out_dir / "adapter", self.raw, self.cfg.checkpoint, self.base)
             weights = lora.merged_weights(self.raw) if adapters else self.raw.state_dict()
             moments = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
-            settings = dict(config=asdict(self.cfg), base=self.base, B=self.B, world_size=self.rt.world_size)
+            settings = dict(config=asdict(self.cfg), facts=self.facts, base=self.base, B=self.B)
             progress = dict(n_sequences=self.n_sequences, n_tokens=self.n_tokens, seconds=self.seconds)
             contents = dict(optimizers=moments, adapters=adapters, scores=self.scores) | settings | progress
-            model_config = asdict(self.raw.config)
-            ckpt = checkpoint.Checkpoint(self.stage, self.step, weights, model_config, self.tokenizer, **contents)
+            shape, world_size = asdict(self.raw.config), self.rt.world_size
+            ckpt = checkpoint.Checkpoint(
+                self.stage, self.step, weights, shape, self.tokenizer, world_size=world_size, **contents
+            )
             self.writing = checkpoint.save_in_background(self.writer, self.out_dir, ckpt, self.cfg.keep_last, best)
         self.saved_step, self.clock = self.step, runtime.now(self.rt.device)
 

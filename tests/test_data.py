@@ -258,6 +258,20 @@ TEXTS = [  # the content of a file, its training and its validation documents
 ]
 
 
+def test_fingerprint_depends_on_sizes_and_ends() -> None:
+    tokens = tokens_of(10**5, 1)
+
+    def fingerprint(*parts: np.ndarray) -> str:
+        return data.fingerprint([Shard(Path("x"), len(part), 0, part) for part in parts])
+
+    first, last = tokens.copy(), tokens.copy()
+    first[5] ^= 1
+    last[-5] ^= 1
+    variants = [(tokens,), (first,), (last,), (tokens[:-1],), (tokens[:10], tokens[10:]), (tokens[:20], tokens[20:])]
+    assert len({fingerprint(*parts) for parts in variants}) == len(variants)
+    assert fingerprint(tokens) == fingerprint(tokens.copy()) and "100,000 tokens" in fingerprint(tokens)
+
+
 def test_shards_of_nanogpt(tmp_path: Path) -> None:
     for name, tokens in (("train.bin", TOKENS), ("val.bin", TOKENS[:50])):
         tokens.tofile(tmp_path / name)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -154,6 +155,42 @@ def test_nonfinite_steps_end_a_run_if_too_many(tmp_path: Path, monkeypatch: pyte
     assert all(p.isfinite().all() for p in opened.raw.parameters())
     opened.wait_for_writer()  # not saved after a step that was skipped
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["ckpt_000004.pt"]
+
+
+def test_checkpoint_that_gives_no_finite_loss_is_set_aside(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="in a row"):
+        train(open_run(tmp_path), 99, 1, tuple(range(5, 99)))
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["ckpt_000004.pt", "ckpt_000005.nonfinite", "log.txt"]  # the loss of step 5 was not finite
+    assert math.isfinite(harness.losses(train(open_run(tmp_path), 7))[6])  # it continues from step 4
+    alone = tmp_path / "alone"
+    with pytest.raises(ValueError, match="in a row"):
+        train(open_run(alone, keep_last=1), 99, 1, tuple(range(5, 99)))
+    assert [path.name for path in checkpoint.list_checkpoints(alone)] == ["ckpt_000005.pt"]  # better than nothing
+
+
+def identify_on_rank(rt: runtime.Runtime, folder: Path) -> str:
+    opened = run.Run(Config(str(folder)), "pretraining", "bytes", rt)
+    opened.identify(kernel="fast")
+    try:
+        opened.identify(kernel="fast", data=rt.rank // 2)
+        return ""
+    except ValueError as error:
+        return str(error)
+
+
+def test_circumstances_are_compared_on_resume_and_between_ranks(tmp_path: Path) -> None:
+    for data_read, expected in (("1a2b", ""), ("1a2b", ""), ("3c4d", "data 1a2b -> 3c4d"), ("3c4d", "")):
+        opened = open_run(tmp_path / "run")
+        opened.identify(data=data_read)
+        lines = [line for line in harness.notes(tmp_path / "run").split("\n") if "not as before" in line]
+        assert len(lines) == (data_read == "3c4d") and all(expected in line for line in lines)
+        assert f"data={data_read}" in harness.notes(tmp_path / "run") and "precision=fp32" in harness.notes(
+            tmp_path / "run"
+        )
+        train(opened, opened.step + 1)
+    messages = harness.on_ranks(tmp_path, partial(identify_on_rank, folder=tmp_path / "ranks"), n_ranks=3)
+    assert messages == ["rank 2 differs from rank 0: data 0 -> 1"] * 3
 
 
 def test_stop_saves_all_steps_that_were_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
