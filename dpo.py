@@ -266,7 +266,7 @@ def main(cfg: Config) -> None:
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     run, tokenizer, T = finetune.open_run(cfg, "dpo", ("sft",), rt, compile=False)
     texts = read_pairs(cfg.data, rt)
-    splits = chat.split_rows(texts, [row._replace(response="") for row, _ in texts], cfg.val_frac, cfg.seed)
+    splits = chat.split_rows(texts, [chat.whole_prompt(row) for row, _ in texts], cfg.val_frac, cfg.seed)
     train, val = (tokenize_pairs(split, T, tokenizer, cfg.data) for split in splits)
     pairs = add_reference(run, train + val)
     train, val = pairs[: len(train)], pairs[len(train) :]

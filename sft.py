@@ -111,8 +111,7 @@ def main(cfg: Config) -> None:
     if cfg.val_data:
         val_rows = chat.read_rows(cfg.val_data, rt)
     else:
-        prompts = [row._replace(response="") for row in rows]
-        rows, val_rows = chat.split_rows(rows, prompts, cfg.val_frac, cfg.seed)
+        rows, val_rows = chat.split_rows(rows, [*map(chat.whole_prompt, rows)], cfg.val_frac, cfg.seed)
     examples = make_examples(rows, T, tokenizer, cfg.data)
     val_examples = make_examples(val_rows, T, tokenizer, cfg.val_data or "the held-out part")
     n = cfg.rows_per_step

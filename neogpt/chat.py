@@ -1,5 +1,6 @@
 """Rows of prompts and responses for sft.py and dpo.py: files, prompt template, masks, and packing."""
 
+import hashlib
 import json
 import re
 from collections import Counter
@@ -12,7 +13,7 @@ import tiktoken
 import torch
 from torch import Tensor, nn
 
-from neogpt import data, files, runtime
+from neogpt import files, runtime
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 
@@ -169,16 +170,16 @@ def read_rows(source: str, rt: runtime.Runtime) -> list[Row]:
     return parse_rows(source, rt, [("turns",), ("prompt", "response")], parse_row)
 
 
-def split_rows(rows: Sequence, prompts: Sequence, fraction: float, seed: int) -> tuple[list, list]:
-    """The training rows and the held-out rows, which are all rows of `fraction` of the distinct prompts. Raises
-    ValueError if there is only one.
+def split_rows(rows: Sequence, prompts: Sequence[str], fraction: float, seed: int) -> tuple[list, list]:
+    """The training rows and the held-out rows, which are all rows of about `fraction` of the distinct prompts. The text
+    and the seed decide whether a prompt is held out, so it stays so when rows are added. Raises ValueError if there is
+    only one.
     """
-    distinct = list(dict.fromkeys(prompts))
-    if len(distinct) < 2:
+    hashes = {p: hashlib.sha256(f"{seed} {p}".encode("utf-8", "surrogatepass")).digest() for p in prompts}
+    if len(hashes) < 2:
         raise ValueError(f"all {len(rows)} rows have the same prompt, so none can be held out: give --val_data")
-    order = data.permute(np.arange(len(distinct)), len(distinct), seed, 0)
-    n_held_out = min(len(distinct) - 1, max(1, round(fraction * len(distinct))))
-    held_out = {distinct[i] for i in order[:n_held_out]}
+    lowest, highest = min(hashes.values()), max(hashes.values())  # at least one prompt for each side
+    held_out = {p for p, h in hashes.items() if h == lowest or h < highest and int.from_bytes(h) < fraction * 2**256}
     train = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
     return train, [row for row, prompt in zip(rows, prompts) if prompt in held_out]
 
@@ -186,6 +187,12 @@ def split_rows(rows: Sequence, prompts: Sequence, fraction: float, seed: int) ->
 def prompt_text(instruction: str, context: str = "") -> str:
     """The prompt template: the text before the response."""
     return f"{instruction}\nContext:\n{context}\nResponse:\n" if context else f"{instruction}\nResponse:\n"
+
+
+def whole_prompt(row: Row) -> str:
+    """The text of the earlier turns and the prompt."""
+    turns = [prompt_text(prompt) + response for prompt, response in row.history]
+    return "\n".join([*turns, prompt_text(row.instruction, row.context)])
 
 
 class Example(NamedTuple):

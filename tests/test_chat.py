@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -190,8 +191,12 @@ def test_no_prompt_is_on_both_sides_of_the_split(fraction: float) -> None:
         assert sorted(train + held_out) == list(range(300))
         side, other = {prompts[i] for i in train}, {prompts[i] for i in held_out}
         assert side and other and not side & other
-        assert len(other) == min(n - 1, max(1, round(fraction * n)))
+        n_held_out, deviation = fraction * n, math.sqrt(n * max(0, fraction * (1 - fraction)))
+        assert abs(len(other) - min(n - 1, max(1, n_held_out))) <= 4 * deviation  # binomial
         assert (train, held_out) == chat.split_rows(range(300), prompts, fraction, seed)
+        more = [*prompts, *(f"question {i}" for i in range(60, 90))]
+        added = {more[i] for i in chat.split_rows(range(len(more)), more, fraction, seed)[0]}
+        assert fraction in (0, 1, 2) or len(added & other) <= (len(other) == 1)  # what is held out stays held out
     assert len({tuple(held_out) for _, held_out in splits}) > 10
     with pytest.raises(ValueError, match="2 rows .*--val_data"):
         chat.split_rows([0, 1], ["a", "a"], fraction, 0)
