@@ -52,7 +52,7 @@ def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[di
             name, *rest = source.split(":")
             rows = load_dataset(name, *rest[:1], split=rest[1] if len(rest) > 1 else split).to_list()
         elif not paths:
-            raise ValueError(f"no {', '.join(SUFFIXES)} file")
+            raise ValueError(f"expected {', '.join(SUFFIXES)} files" if Path(source).exists() else "it does not exist")
         else:
             rows = [row for path in paths for row in read_file(path)]
     except Exception as error:  # json, pyarrow, the file system and the hub raise many kinds

@@ -97,7 +97,7 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top
     below = logits - logits.amax(dim=-1, keepdim=True)  # at most 0, so no temperature overflows
     probs = F.softmax(below / max(temperature, 1e-30), dim=-1)
     if top_p < 1:  # keep an id if the more likely ids together have less than top_p
-        probs = probs * (probs.cumsum(dim=-1) - probs < top_p)
+        probs = probs * (probs.cumsum(dim=-1) - probs < max(top_p, 1e-30))
     cdf = probs.cumsum(dim=-1)
     # the first id whose cdf exceeds uniform · total; its probability is above 0, because uniform < 1
     choice = (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(dim=-1, keepdim=True)

@@ -108,7 +108,8 @@ def test_unusable_rows_and_unreadable_files_are_named(tmp_path: Path) -> None:
     for name in [*UNREADABLE, "missing.json", "missing.parquet", "no/folder.jsonl"]:
         refused(tmp_path / name, name)
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "empty", ".jsonl")
+    refused(tmp_path / "empty", "empty", "expected", ".jsonl")
+    refused(tmp_path / "missing.json", "missing.json", "does not exist")
 
 
 TURNS = [("system", "Be short."), ("user", "Hi "), ("assistant", " Ho"), ("user", "And?"), ("assistant", "No.")]

@@ -322,7 +322,7 @@ def test_sample_with_extreme_uniforms_and_temperatures() -> None:
     logits = 3 * torch.randn(300, 100, generator=torch.Generator().manual_seed(0))
     logits[:, ::3] = float("-inf")
     for draw in (0.0, most):
-        for options in (dict(), dict(top_k=90), dict(top_p=0.99), dict(top_k=70, top_p=0.3)):
+        for options in (dict(), dict(top_k=90), dict(top_p=0.99), dict(top_k=70, top_p=0.3), dict(top_p=1e-320)):
             settings = dict(temperature=1.0, top_k=0, top_p=1.0) | options
             ids = sample(logits, torch.full((300,), draw), **settings)
             assert torch.isfinite(logits.gather(1, ids[:, None])).all()
