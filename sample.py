@@ -12,10 +12,12 @@ on the number of samples through rounding.
 """
 
 import codecs
+import importlib
 import re
 import sys
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal
@@ -68,13 +70,18 @@ def stream(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding, prompt: Id
             if step[0] not in (None, eot):  # the decoder holds back an incomplete UTF-8 character
                 show(decoder.decode(tokenizer.decode_single_token_bytes(step[0])))
         show(decoder.decode(b"", final=True))
-    finally:  # also after Ctrl-C
+    except KeyboardInterrupt:  # in a chat it ends the answer only
+        if not cfg.chat:
+            raise
+    finally:
         print(flush=True)
     return [[step[i] for step in steps if step[i] not in (None, eot)] for i in range(len(seeds))]
 
 
 def chat_loop(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding) -> None:
     """Answer the lines of standard input until /quit or the end of the input."""
+    with suppress(ImportError):  # Windows has no readline
+        importlib.import_module("readline")  # input() then has line editing and a history
     # tokens of history and prompt: max_new_tokens stay free for the answer, but at most half of the context
     budget = raw.config.block_size - min(cfg.max_new_tokens, raw.config.block_size // 2)
     history: deque[Ids] = deque(maxlen=cfg.history_turns)  # one item per turn: prompt, answer, end-of-text

@@ -215,11 +215,12 @@ def print_samples(raw: model.GPT, cfg: Config, tokenizer: tiktoken.Encoding, ste
 
 
 def warn_if_slow(cfg: Config, raw: model.GPT, rt: runtime.Runtime) -> None:
-    """Warn if a step would take a CPU of 0.1 TFLOP/s more than two minutes."""
-    seconds = raw.flops_per_token(cfg.T) * cfg.total_batch_size / 1e11
-    if rt.device.type == "cpu" and seconds >= 120:
-        remedy = "lower --total_batch_size, use a smaller --model, or start with `python train_gpt2.py demo`"
-        runtime.print0(f"a step can take a CPU {seconds / 60:,.0f} minutes: {remedy}")
+    """Warn if a step would take a CPU of 0.1 TFLOP/s more than two minutes, or the run more than a day."""
+    minutes = raw.flops_per_token(cfg.T) * cfg.total_batch_size / 1e11 / 60
+    if rt.device.type == "cpu" and (minutes >= 2 or minutes * cfg.max_steps >= 24 * 60):
+        remedy = "lower --total_batch_size or --max_steps, or use `python train_gpt2.py demo` with your --data"
+        hours = minutes * cfg.max_steps / 60
+        runtime.print0(f"a step can take a CPU {minutes:,.1f} minutes, the run {hours:,.0f} hours: {remedy}")
 
 
 def results_table(cfg: Config, run: Run) -> str:

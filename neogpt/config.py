@@ -3,6 +3,7 @@ instances of the script's Config dataclass. The first one is the default.
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,11 +19,11 @@ Config = TypeVar("Config")
 
 def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = None) -> Config:
     """Read the command line `script.py [NAME] [--constant=value …]`; NAME selects one of `configs`. The comments of the
-    dataclass become the help text. `--chat` means `--chat=True`. args: default sys.argv[1:].
+    dataclass become the help text. `--chat` means `--chat=True`, and ~ is the home folder. args: default sys.argv[1:].
     """
     import tyro
 
-    args = list(sys.argv[1:] if args is None else args)
+    args = [re.sub("^(--[a-z_-]+=)~/", rf"\1{Path.home()}/", arg) for arg in (sys.argv[1:] if args is None else args)]
     if not args or args[0].startswith("-"):
         args.insert(0, next(iter(configs)))
     flags = {f"__{field.name}" for field in fields(next(iter(configs.values()))) if "bool" in str(field.type)}

@@ -48,6 +48,8 @@ OPTIONS = {
     ("--compile=None", "--B=None"): dict(B=None),
     ("--mode=never", "--prompt="): dict(mode="never", prompt=""),
     ("--prompt=--x = 'é'\n",): dict(prompt="--x = 'é'\n"),
+    ("--prompt=~/a~/b",): dict(prompt=f"{Path.home()}/a~/b"),
+    ("--prompt=x=~/a",): dict(prompt="x=~/a"),
 }
 
 

@@ -304,6 +304,22 @@ def test_chat_commands(tmp_path: Path, capsys: Capture, calls: list) -> None:
     assert out.replace("> ", "") == "A\nB\nC\n" and "/rest" in err
 
 
+def test_interrupted_answer_stays_in_the_history(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    save(tmp_path, tiny_model(block_size=128))
+    contexts = []
+
+    def fake(raw: Any, prompts: list, *args: Any, **options: Any) -> Iterator[list[int]]:
+        contexts.append(prompts[0])
+        yield [ord("A")]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "generate", fake)
+    out, _ = run_main(capsys, configure(tmp_path, chat=True), stdin="one\ntwo\n")
+    assert contexts == [prompt("one"), turn("one", "A") + prompt("two")] and out == "> A\n" * 2 + "> \n"
+    with pytest.raises(KeyboardInterrupt):
+        run_main(capsys, configure(tmp_path, prompt="x"))
+
+
 @pytest.mark.parametrize("history_turns", [0, 1, 2])
 def test_arguments_of_generate(history_turns: int, tmp_path: Path, capsys: Capture, calls: list) -> None:
     save(tmp_path, tiny_model(block_size=256))

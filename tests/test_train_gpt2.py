@@ -409,10 +409,12 @@ def test_warning_if_a_step_is_too_slow_for_a_cpu(caplog: pytest.LogCaptureFixtur
     caplog.set_level(logging.INFO, "neogpt")
     with torch.device("meta"):
         raw = model.GPT(model.GPTConfig())
-    train_gpt2.warn_if_slow(Config(total_batch_size=2**13), raw, harness.ALONE)
+    train_gpt2.warn_if_slow(Config(total_batch_size=2**13, max_steps=100), raw, harness.ALONE)
     assert not caplog.text
-    train_gpt2.warn_if_slow(Config(), raw, harness.ALONE)
-    assert "75 minutes" in caplog.text  # 854.7 MFLOP per token (PaLM's formula) · 2^19 tokens / 1e11 FLOP/s
+    train_gpt2.warn_if_slow(Config(total_batch_size=2**13), raw, harness.ALONE)
+    assert "1.2 minutes, the run 371 hours" in caplog.text
+    train_gpt2.warn_if_slow(Config(max_steps=1), raw, harness.ALONE)
+    assert "74.7 minutes" in caplog.text  # 854.7 MFLOP per token (PaLM's formula) · 2^19 tokens / 1e11 FLOP/s
 
 
 # -----------------------------------------------------------------------------
