@@ -89,11 +89,12 @@ def save_in_background(pool: Executor, folder: Path, ckpt: Checkpoint, keep_last
     return pool.submit(write_when_copied)
 
 
-def require_space(folder: Path, n_params: int, keep_last: int) -> None:
-    """Raise OSError unless the disk has room for `keep_last` checkpoints (fp32: weights, two moments) and one more."""
+def require_space(folder: Path, n_bytes: int, keep_last: int) -> None:
+    """Raise OSError unless the disk has room for `keep_last` checkpoints of n_bytes and one more."""
     existing = sum(path.stat().st_size for path in list_checkpoints(folder)[:keep_last])
-    n_bytes = (keep_last + 1) * 12 * n_params - existing
-    files.require_space(folder, n_bytes, f"--keep_last={keep_last} checkpoints, plus one being written,")
+    files.require_space(
+        folder, (keep_last + 1) * n_bytes - existing, f"--keep_last={keep_last} checkpoints, plus one being written,"
+    )
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:

@@ -149,6 +149,13 @@ def make_optimizers(
     return [adamw, Muon([dict(params=muon, weight_decay=weight_decay)], momentum)] if muon else [adamw]
 
 
+def n_moments(optimizers: list[torch.optim.Optimizer]) -> int:
+    """The number of values that the optimizers store: two per parameter, and one of Muon's."""
+    per_parameter = [1 if isinstance(optimizer, Muon) else 2 for optimizer in optimizers]
+    groups = [(n, group) for n, optimizer in zip(per_parameter, optimizers) for group in optimizer.param_groups]
+    return sum(n * p.numel() for n, group in groups for p in group["params"])
+
+
 def load_moments(optimizers: list[torch.optim.Optimizer], moments: list[dict]) -> None:
     """Load the moments of a checkpoint; learning rates and other settings stay as configured."""
     for optimizer, state in zip(optimizers, moments, strict=True):

@@ -125,7 +125,8 @@ class Run:
             optim.load_moments(optimizers, self.resumed.optimizers)
             self.resumed = replace(self.resumed, model={}, optimizers=[], adapters={})  # free the host memory
         if self.rt.rank == 0:
-            checkpoint.require_space(self.out_dir, raw.n_params(), self.cfg.keep_last)
+            n_bytes = 4 * (raw.n_params() + optim.n_moments(optimizers))
+            checkpoint.require_space(self.out_dir, n_bytes, self.cfg.keep_last)
 
     def items(self, step: int, n: int, n_items: int) -> np.ndarray:
         """The indices of the n items of a step, (n,) int64 in [0, n_items)."""

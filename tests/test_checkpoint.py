@@ -105,10 +105,10 @@ def test_required_space_counts_existing_checkpoints(tmp_path: Path, monkeypatch:
         (tmp_path / f"ckpt_{step:06d}.pt").write_bytes(bytes(n_bytes))
     free = [3 * 12 * 10 - 50 - 40]  # two are kept, and one is being written
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(*free))
-    checkpoint.require_space(tmp_path, 10, keep_last=2)
+    checkpoint.require_space(tmp_path, 120, keep_last=2)
     free[0] -= 1
     with pytest.raises(OSError, match="--keep_last=2"):
-        checkpoint.require_space(tmp_path, 10, keep_last=2)
+        checkpoint.require_space(tmp_path, 120, keep_last=2)
 
 
 def flip(content: bytes, place: int) -> bytes:

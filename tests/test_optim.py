@@ -103,6 +103,19 @@ def test_muon_equals_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (ours - theirs).norm() < 1e-9 * theirs.norm()  # rounding, through five polynomials
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_number_of_moments(kind: str) -> None:
+    raw = tiny_model()
+    raw.transformer.wpe.weight.requires_grad_(False)
+    optimizers = optim.make_optimizers(raw, optimizer=kind, weight_decay=0.1)
+    raw(torch.arange(9)[None], torch.arange(9)[None]).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    stored = sum(x.numel() for state in states for x in state.values() if x.dim())  # step counts have no dimension
+    assert optim.n_moments(optimizers) == stored
+
+
 @torch.no_grad()
 def test_masks_of_pruned_matrices() -> None:
     raw = tiny_model()
