@@ -218,9 +218,8 @@ def warn_if_slow(cfg: Config, raw: model.GPT, rt: runtime.Runtime) -> None:
     """Warn if a step would take a CPU of 0.1 TFLOP/s more than two minutes, or the run more than a day."""
     minutes = raw.flops_per_token(cfg.T) * cfg.total_batch_size / 1e11 / 60
     if rt.device.type == "cpu" and (minutes >= 2 or minutes * cfg.max_steps >= 24 * 60):
-        remedy = "lower --total_batch_size or --max_steps, or use `python train_gpt2.py demo` with your --data"
-        hours = minutes * cfg.max_steps / 60
-        runtime.print0(f"a step can take a CPU {minutes:,.1f} minutes, the run {hours:,.0f} hours: {remedy}")
+        times = f"{minutes:,.1f} minutes, the run {minutes * cfg.max_steps / 60:,.0f} hours"
+        runtime.print0(f"on a CPU a step can take {times}: lower --total_batch_size or --max_steps, or use the demo")
 
 
 def results_table(cfg: Config, run: Run) -> str:
@@ -268,9 +267,9 @@ def main(cfg: Config) -> None:
 
     run.B = pick_B(cfg, per_rank, run)
     kernel = runtime.attention_kernel(raw.config, run.B, cfg.T, rt)
+    scored = data.checksum(p.inputs for p in questions.packed) if questions else "none"
     contents = dict(training_data=data.fingerprint(train.shards), validation_data=data.fingerprint(val.shards))
-    contents |= dict(hellaswag_rows_read=data.checksum(p.inputs for p in questions.packed)) if questions else {}
-    run.identify(**contents, kernel=kernel, compiled=compiled)
+    run.identify(**contents, hellaswag=scored, kernel=kernel, compiled=compiled)
     run.warm_up(read(run.step), loss_fn)
     runtime.print0(f"{cfg.model}: {raw.n_params():,} parameters, {len(train):,} training windows of {cfg.T} tokens")
     runtime.print0(f"{cfg.total_batch_size:,} tokens per step, {per_rank // run.B} x B={run.B} sequences per device")
