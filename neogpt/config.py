@@ -14,6 +14,7 @@ from typing import TypeVar
 from neogpt import files
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
+MAX_COUNT = 2**63 - 1  # larger integers overflow in PyTorch and NumPy
 Config = TypeVar("Config")
 
 
@@ -70,6 +71,8 @@ def require(interval: str, **values: float | None) -> None:
     for name, value in values.items():
         if not (value is None or low < value < high or value in included):  # also for NaN
             raise ValueError(f"--{name}={value} must be in {interval}")
+        if isinstance(value, int) and abs(value) > MAX_COUNT:
+            raise ValueError(f"--{name}={value} must be at most {MAX_COUNT:,}")
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:
