@@ -114,7 +114,7 @@ def read_pairs(source: str, rt: runtime.Runtime) -> list[tuple[chat.Row, str]]:
     if all(text.startswith(row.instruction) for row, rejected in pairs for text in (row.response, rejected)):
         runtime.print0(f"{source}: all responses repeat the prompt: it is removed from them")
         cut = [[text[len(row.instruction) :].lstrip() for text in (row.response, rejected)] for row, rejected in pairs]
-        pairs = [(row._replace(response=chosen), other) for (row, _), (chosen, other) in zip(pairs, cut)]
+        pairs = [(row._replace(response=a), b) for (row, _), (a, b) in zip(pairs, cut) if a and b and a != b]
     return pairs
 
 

@@ -130,14 +130,16 @@ class Chunk(NamedTuple):
 def read_file(path: Path, field: str) -> Iterator[list[bytes | None]]:
     """Yield the documents of a file in lists, of about CHUNK_BYTES for parquet and jsonl."""
     try:
-        if ".parquet" not in path.suffixes:
+        if not files.has_suffix(path, (".parquet",)):
             with files.open_binary(path) as file:
-                if ".jsonl" in path.suffixes:
+                if files.has_suffix(path, (".jsonl",)):
                     while lines := file.readlines(CHUNK_BYTES):
                         yield lines
                     return
-                is_json, content = ".json" in path.suffixes, file.read()
+                is_json, content = files.has_suffix(path, (".json",)), file.read()
             rows = json.loads(content) if is_json else []
+            if not isinstance(rows, list):
+                raise OSError("it is not a list")
             documents = [json.dumps(row).encode() for row in rows] if is_json else data.split_documents(content)
             yield from (documents[i : i + 256] for i in range(0, len(documents), 256))
             return
@@ -149,7 +151,7 @@ def read_file(path: Path, field: str) -> Iterator[list[bytes | None]]:
             n_rows = max(1, file.metadata.num_rows * CHUNK_BYTES // max(1, n_bytes))
             for batch in file.iter_batches(n_rows, columns=[field]):
                 yield batch.column(0).cast(pa.large_binary()).to_pylist()  # bytes: it need not be valid UTF-8
-    except (OSError, EOFError, json.JSONDecodeError, UnicodeDecodeError, pa.ArrowException) as error:
+    except (OSError, EOFError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, pa.ArrowException) as error:
         raise OSError(f"cannot read {path} ({files.one_line(error)}): replace it and run again") from error
 
 
@@ -157,7 +159,7 @@ def read_chunks(paths: Iterable[Path], file: int, start: int, field: str) -> Ite
     """Yield the chunks of the files. The first file has the number `file` and is read from document `start` on."""
     for number, path in enumerate(paths, file):
         n_read = 0  # documents of this file
-        is_json = ".jsonl" in path.suffixes or ".json" in path.suffixes
+        is_json = files.has_suffix(path, (".jsonl", ".json"))
         for documents in read_file(path, field):
             if rest := documents[max(0, start - n_read) :]:
                 yield Chunk(number, max(start, n_read), rest, field if is_json else "")
@@ -329,7 +331,9 @@ def main(cfg: Config) -> None:
     if not manifest["complete"]:
         write_missing(cfg, folder, manifest, paths)
     n_val, *n_train = [entry["n_tokens"] for entry in manifest["shards"]]
-    print(f"{folder}: {manifest['n_documents']:,} documents; {manifest['n_skipped']:,} without text were skipped")
+    print(
+        f"{folder}: {manifest['n_documents']:,} documents; {manifest['n_skipped']:,} without text in UTF-8 were skipped"
+    )
     print(f"tokens: {n_val:,} for validation, {sum(n_train):,} for training, {n_train[-1]:,} of them in the last shard")
     small = sum(n_train) < 2**19  # tokens per step of the default configuration of train_gpt2.py
     command = f"train_gpt2.py demo --out_dir=out/{folder.name}" if small else "train_gpt2.py"

@@ -70,7 +70,7 @@ def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[di
 
 def read_file(path: Path) -> list[dict[str, Any]]:
     """The rows of one file. Raises ValueError if they are not objects with named fields."""
-    if ".parquet" in path.suffixes:
+    if files.has_suffix(path, (".parquet",)):
         import pyarrow.parquet
 
         return pyarrow.parquet.read_table(path).to_pylist()
@@ -78,7 +78,7 @@ def read_file(path: Path) -> list[dict[str, Any]]:
         text = file.read().decode()
     # not splitlines, which also splits at U+2028 and other characters that JSON strings may contain
     lines = [line for line in text.split("\n") if line.strip()]
-    rows = json.loads(text) if ".json" in path.suffixes else [json.loads(line) for line in lines]
+    rows = json.loads(text) if files.has_suffix(path, (".json",)) else [json.loads(line) for line in lines]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError("the rows must be objects with named fields")
     return rows
@@ -87,9 +87,9 @@ def read_file(path: Path) -> list[dict[str, Any]]:
 def parse_rows(
     source: str, rt: runtime.Runtime, kinds: Sequence[tuple[str, ...]], parse: Callable[[dict[str, Any]], Any]
 ) -> list[Any]:
-    """`parse` of each row, whose fields have the names of ALIASES. Rows for which it raises ValueError are dropped and
-    counted. kinds: alternative sets of fields; the first that occurs in the rows is used. A prompt may have a context.
-    Raises ValueError if no set occurs.
+    """Call `parse` on each row, with its fields renamed to the keys of ALIASES. Rows for which it raises ValueError are
+    dropped and counted. kinds: alternative sets of fields; the first that occurs in the rows is used. A prompt may have
+    a context. Raises ValueError if no set occurs.
     """
     rows, parsed, dropped = load_rows(source, rt), [], Counter()
     known = {name for row in rows for name, value in row.items() if value is not None}
@@ -145,7 +145,7 @@ def parse_turns(turns: object) -> Row:
         elif not waiting:
             raise ValueError("a response without a prompt")
         else:
-            done.append(("\n\n".join(waiting), text))
+            done.append(("\n\n".join(filter(None, waiting)), text))
             waiting = []
     if not done:
         raise ValueError("a conversation without a response")

@@ -24,7 +24,8 @@ def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = Non
     """
     import tyro
 
-    args = [re.sub("^(--[a-z_-]+=)~/", rf"\1{Path.home()}/", arg) for arg in (sys.argv[1:] if args is None else args)]
+    args = sys.argv[1:] if args is None else args
+    args = [re.sub("^--[a-z_-]+=~(?=/)", lambda m: m[0][:-1] + str(Path.home()), arg) for arg in args]
     if not args or args[0].startswith("-"):
         args.insert(0, next(iter(configs)))
     flags = {f"__{field.name}" for field in fields(next(iter(configs.values()))) if "bool" in str(field.type)}

@@ -68,10 +68,10 @@ def open_shard(path: Path) -> Shard:
         if path.suffix == ".bin":
             offset = 1024  # llm.c: 256 int32 (magic, version 1, number of tokens, …), then the tokens
             magic, version, n_tokens = np.fromfile(path, dtype="<i4", count=3).tolist()
-            if path.name in ("train.bin", "val.bin"):  # nanoGPT: only the tokens
-                offset, n_tokens = 0, path.stat().st_size // 2
-            elif (magic, version) != (20240520, 1):
-                raise ValueError("no llm.c header with uint16 tokens")
+            if (magic, version) != (20240520, 1):
+                if path.name not in ("train.bin", "val.bin"):
+                    raise ValueError("no llm.c header with uint16 tokens")
+                offset, n_tokens = 0, path.stat().st_size // 2  # nanoGPT: only the tokens
         else:
             array = np.load(path, mmap_mode="r")  # reads the header only
             if array.dtype != np.dtype("<u2") or array.ndim != 1:

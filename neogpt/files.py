@@ -1,5 +1,6 @@
-"""Atomic file writes and free-space checks."""
+"""Atomic writes, finding and opening files, locks and free-space checks."""
 
+import errno
 import glob
 import io
 import json
@@ -54,15 +55,16 @@ def has_suffix(path: str | Path, suffixes: tuple[str, ...]) -> bool:
 
 def find_files(source: str, suffixes: tuple[str, ...], split: str = "train") -> tuple[list[Path], list[Path]]:
     """The files of a path, a folder with its subfolders, or a pattern, sorted; and those that belong to other splits
-    according to their names, if there are files of this split. If a folder has .parquet or .jsonl, only these count,
-    because others can be descriptions.
+    according to the names of files and subfolders. If no file belongs to this split, all are returned. If a folder has
+    .parquet or .jsonl, only these count, because others can be descriptions.
     """
     pattern = glob.escape(source) if os.path.exists(source) else source
     names = glob.glob(os.path.join(pattern, "**") if os.path.isdir(source) else pattern, recursive=True)
     paths = sorted(Path(name) for name in names if has_suffix(name, suffixes) and os.path.isfile(name))
     if os.path.isdir(source):
         paths = [path for path in paths if has_suffix(path, (".parquet", ".jsonl"))] or paths
-    words = {path: re.split("[-_.]", path.name) for path in paths}
+    top = source if os.path.isdir(source) else "."  # folders above do not count
+    words = {path: re.split(r"[-_./\\]", os.path.relpath(path, top) if top == source else path.name) for path in paths}
     others = [path for path in paths if next((SPLITS[w] for w in words[path] if w in SPLITS), "train") != split]
     return (paths, []) if len(others) == len(paths) else ([path for path in paths if path not in others], others)
 
@@ -81,8 +83,9 @@ def lock(file: IO) -> None:
 
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise OSError(f"another process writes {file.name}: stop it, or use another --out_dir") from error
+        except OSError as error:  # some file systems have no locks
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise OSError(f"another process writes {file.name}: stop it, or use another --out_dir") from error
 
 
 def make_folder(folder: str | Path) -> Path:

@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -113,7 +114,7 @@ class Run:
                 if changed := checkpoint.differences(found[0], other):
                     raise ValueError(f"rank {rank} differs from rank 0: {changed}")
         if self.resumed and (changed := checkpoint.differences(self.resumed.facts, self.facts)):
-            runtime.print0(f"not as before step {self.step}: {changed}; the curve can change")
+            runtime.print0(f"changed since step {self.step}: {changed}; the curve can change")
 
     def attach(self, raw: model.GPT, optimizers: list[Optimizer], compile: bool, dynamic: bool = False) -> None:
         """Compile and wrap the model, and load the moments of a resumed run. compile, dynamic: as in runtime.wrap."""
@@ -212,7 +213,12 @@ class Run:
         left = timedelta(seconds=round(dt * (self.max_steps - step)))
         line = f"step {step:6d}/{self.max_steps} | loss {result.loss:8.5f} | lr {lr:.2e} | norm {result.grad_norm:7.4f}"
         line += f" | {dt * 1e3:8.1f} ms | {n_tokens / dt:9,.0f} tok/s{mfu} | {left} left"
-        print(line + " | skipped: not finite" * result.skipped, flush=True)
+        try:
+            print(line + " | skipped: not finite" * result.skipped, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError:  # the terminal was closed: SIGHUP follows, and the run must save
+            sys.stdout = open(os.devnull, "w")
 
     def record(self, **values: float) -> None:
         """Log the results of an evaluation, with the tokens and seconds until now, and keep them in `scores`."""
@@ -247,7 +253,7 @@ class Run:
             self.writing.result()
 
     def finish(self) -> None:
-        """Save if a signal stopped the run, wait for the checkpoint, close the log and leave the process group."""
+        """Save if a signal stopped the run, wait for the checkpoint and leave the process group."""
         if self.stopped:
             self.save()
         self.wait_for_writer()

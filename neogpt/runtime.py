@@ -240,8 +240,11 @@ def now(device: torch.device) -> float | torch.cuda.Event:
 
 
 def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    """Seconds from one `now` to another, both of which have passed."""
-    return end - start if isinstance(end, float) else start.elapsed_time(end) / 1e3
+    """Seconds from one `now` to another. Waits for the second."""
+    if isinstance(end, float):
+        return end - start
+    end.synchronize()  # it is recorded just after the copy of the losses that was waited for
+    return start.elapsed_time(end) / 1e3
 
 
 def stop_on_signals() -> Callable[[], bool]:

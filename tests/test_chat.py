@@ -112,7 +112,14 @@ def test_unusable_rows_and_unreadable_files_are_named(tmp_path: Path) -> None:
     refused(tmp_path / "missing.json", "missing.json", "does not exist")
 
 
-TURNS = [("system", "Be short."), ("user", "Hi "), ("assistant", " Ho"), ("user", "And?"), ("assistant", "No.")]
+TURNS = [
+    ("system", "Be short."),
+    ("system", ""),
+    ("user", "Hi "),
+    ("assistant", " Ho"),
+    ("user", "And?"),
+    ("assistant", "No."),
+]
 CONVERSATION = Row("And?", "", "No.", (("Be short.\n\nHi", " Ho"),))
 COMMON = [  # rows of common datasets
     (dict(instruction="Add.", input="1 2", output=3), Row("Add.", "1 2", "3")),

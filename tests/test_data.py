@@ -278,6 +278,8 @@ def test_shards_of_nanogpt(tmp_path: Path) -> None:
     (train,), (val,) = open_data(tmp_path, get_tokenizer("bytes"))
     assert (train.n_tokens, val.n_tokens) == (len(TOKENS), 50)
     assert Windows([train], 9).read(np.array([3]))[0].tolist() == TOKENS[27:37].tolist()
+    (tmp_path / "train.bin").write_bytes(llmc(TOKENS))  # llm.c's format under this name
+    assert open_shard(tmp_path / "train.bin").offset == 1024
 
 
 @pytest.mark.parametrize("text, train, val", TEXTS, ids=repr)

@@ -132,9 +132,11 @@ def test_files_of_other_splits_and_a_field_that_is_missing(tmp_path: Path, capsy
     (tmp_path / "data").mkdir()
     for split in ("train", "validation", "test"):
         write_parquet(tmp_path / "data" / f"{split}-0.parquet", [f"of {split} {i}" for i in range(100)])
+    (tmp_path / "test").mkdir()
+    write_parquet(tmp_path / "test" / "0000.parquet", ["of a folder"])
     (tmp_path / "infos.json").write_text("{}")
     run_and_check(config(tmp_path, tmp_path / "out"), [f"of train {i}" for i in range(100)])
-    assert "test-0.parquet, validation-0.parquet" in capsys.readouterr().out
+    assert "test-0.parquet, validation-0.parquet, 0000.parquet" in capsys.readouterr().out
     write_jsonl(tmp_path / "a.jsonl", ["x"] * 1500)
     refused(config(tmp_path / "a.jsonl", tmp_path / "b", field="body"), "first 1,000", "'body'", "--field")
 

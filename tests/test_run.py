@@ -183,7 +183,7 @@ def test_circumstances_are_compared_on_resume_and_between_ranks(tmp_path: Path) 
     for data_read, expected in (("1a2b", ""), ("1a2b", ""), ("3c4d", "data 1a2b -> 3c4d"), ("3c4d", "")):
         opened = open_run(tmp_path / "run")
         opened.identify(data=data_read)
-        lines = [line for line in harness.notes(tmp_path / "run").split("\n") if "not as before" in line]
+        lines = [line for line in harness.notes(tmp_path / "run").split("\n") if "changed since" in line]
         assert len(lines) == (data_read == "3c4d") and all(expected in line for line in lines)
         assert f"data={data_read}" in harness.notes(tmp_path / "run") and "precision=fp32" in harness.notes(
             tmp_path / "run"
