@@ -331,9 +331,8 @@ def main(cfg: Config) -> None:
     if not manifest["complete"]:
         write_missing(cfg, folder, manifest, paths)
     n_val, *n_train = [entry["n_tokens"] for entry in manifest["shards"]]
-    print(
-        f"{folder}: {manifest['n_documents']:,} documents; {manifest['n_skipped']:,} without text in UTF-8 were skipped"
-    )
+    n_done, n_skipped = manifest["n_documents"], manifest["n_skipped"]
+    print(f"{folder}: {n_done:,} documents; {n_skipped:,} without text in UTF-8 were skipped")
     print(f"tokens: {n_val:,} for validation, {sum(n_train):,} for training, {n_train[-1]:,} of them in the last shard")
     small = sum(n_train) < 2**19  # tokens per step of the default configuration of train_gpt2.py
     command = f"train_gpt2.py demo --out_dir=out/{folder.name}" if small else "train_gpt2.py"

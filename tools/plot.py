@@ -48,9 +48,8 @@ def read_log(path: str | Path) -> Run:
         raise FileNotFoundError(f"no log in {path}: give the out_dir of a run or its log.txt")
     points: dict[str, dict[int, float]] = {}
     constants, last_step = {}, -1
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[
-        :-1
-    ]:  # without a last line that was cut off
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # _: "", or a line that was cut off
+    for line in lines:
         if re.match("# (code|data|checkpoint)=", line):
             constants |= dict(re.findall(r"(\w+)='?([^\s']*)", line))
         elif match := re.fullmatch(r"(\d+) (\w+) (\S+)", line):
