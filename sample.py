@@ -11,7 +11,6 @@ Prompts and samples go to standard output, messages to standard error. A sample 
 on the number of samples through rounding.
 """
 
-import codecs
 import importlib
 import re
 import sys
@@ -42,6 +41,8 @@ class Config:
     temperature: float = 0.8  # 0 is greedy; 1 samples from the model's probabilities
     top_k: int = 50  # sample from the k most likely tokens; 0 for all
     top_p: float = 1.0  # sample from the most likely tokens with this total probability; 1 for all
+    repetition_penalty: float = 1.0  # above 1: tokens that occurred before are less likely (arXiv:1909.05858)
+    stop: tuple[str, ...] = ()  # a sample ends before the first of these texts
     seed: int = 1337  # sample i uses seed + i
     device: str = "auto"  # auto selects CUDA, else MPS, else the CPU
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto selects bf16 where it is faster
@@ -60,22 +61,34 @@ def show(text: str) -> None:
     print(CONTROL.sub("\ufffd", text), end="", flush=True)
 
 
+def cut(text: str, stop: tuple[str, ...]) -> tuple[str, int]:
+    """The text before the first stop text, and how many of its characters cannot belong to a stop text."""
+    if found := [text.index(s) for s in stop if s in text]:
+        return text[: min(found)], min(found)
+    begun = [k for s in stop for k in range(1, len(s)) if text.endswith(s[:k])]
+    return text, len(text) - max(begun, default=0)
+
+
 def stream(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding, prompt: Ids, seeds: list[int]) -> list[Ids]:
     """Continue the prompt once per seed; return the new ids without end-of-text. The first row is printed meanwhile."""
-    eot, decoder, steps = tokenizer.eot_token, codecs.getincrementaldecoder("utf-8")(errors="replace"), []
+    eot, rows, n_shown = tokenizer.eot_token, [[] for _ in seeds], 0
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, compile=cfg.compile)
+    options |= dict(repetition_penalty=cfg.repetition_penalty, seeds=seeds, stop=eot)
     try:
-        for step in generate.generate(raw, [prompt] * len(seeds), cfg.max_new_tokens, seeds=seeds, stop=eot, **options):
-            steps.append(step)
-            if step[0] not in (None, eot):  # the decoder holds back an incomplete UTF-8 character
-                show(decoder.decode(tokenizer.decode_single_token_bytes(step[0])))
-        show(decoder.decode(b"", final=True))
+        for step in generate.generate(raw, [prompt] * len(seeds), cfg.max_new_tokens, **options):
+            for row, token in zip(rows, step):
+                row += [token] if token not in (None, eot) else []
+            text, n_safe = cut(tokenizer.decode(rows[0]).rstrip("\ufffd"), cfg.stop)  # of an incomplete character
+            show(text[n_shown:n_safe])
+            n_shown = max(n_shown, n_safe)
+            if cfg.stop and all(any(s in tokenizer.decode(row) for s in cfg.stop) for row in rows):
+                break
     except KeyboardInterrupt:  # in a chat it ends the answer only
         if not cfg.chat:
             raise
     finally:
-        print(flush=True)
-    return [[step[i] for step in steps if step[i] not in (None, eot)] for i in range(len(seeds))]
+        show(cut(tokenizer.decode(rows[0]), cfg.stop)[0][n_shown:] + "\n")
+    return rows
 
 
 def chat_loop(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding) -> None:
@@ -107,6 +120,8 @@ def chat_loop(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding) -> None
             while len(prompt) + sum(map(len, history)) > budget:
                 history.popleft()
             (answer,) = stream(cfg, raw, tokenizer, sum(history, []) + prompt, [seed])
+            if cfg.stop:
+                answer = tokenizer.encode_ordinary(cut(tokenizer.decode(answer), cfg.stop)[0])
             history.append([*prompt, *answer, tokenizer.eot_token])
 
 
@@ -117,7 +132,10 @@ def main(cfg: Config) -> None:
     config.require("[0, inf)", max_new_tokens=cfg.max_new_tokens, history_turns=cfg.history_turns)
     config.require("[0, inf)", temperature=cfg.temperature, top_k=cfg.top_k)
     config.require("(0, 1]", top_p=cfg.top_p)
+    config.require("(0, inf)", repetition_penalty=cfg.repetition_penalty)
     config.require("[0, 9e18]", seed=cfg.seed)
+    if "" in cfg.stop:
+        raise ValueError("--stop must not be empty")
     if cfg.compile:
         runtime.require_compiler(rt.device)
     try:
@@ -138,7 +156,7 @@ def main(cfg: Config) -> None:
         started = time.perf_counter()
         rows = stream(cfg, raw, tokenizer, prompt, [cfg.seed + i for i in range(cfg.n_samples)])
     for row in rows[1:]:
-        show(f"---\n{text}{tokenizer.decode(row)}\n")
+        show(f"---\n{text}{cut(tokenizer.decode(row), cfg.stop)[0]}\n")
     n_tokens, seconds = sum(map(len, rows)), time.perf_counter() - started
     runtime.print0(f"{n_tokens:,} tokens in {seconds:.1f} s: {n_tokens / seconds:,.0f} tokens/s")
 

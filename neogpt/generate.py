@@ -104,6 +104,11 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
 
 
+def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Logits (B, V) with less weight for the ids that a row has seen, (B, V) bool (arXiv:1909.05858, section 4.1)."""
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
 @torch.no_grad()
 def generate(
     raw: model.GPT,
@@ -113,6 +118,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
     seeds: Sequence[int] | None = None,
     stop: int | None = None,
     compile: bool = False,
@@ -120,10 +126,11 @@ def generate(
     """Continue every prompt; yield one list per step with each row's new token, None for rows that have ended.
 
     prompts: B lists of token ids, not empty; only the last block_size ids are used. temperature: 0 is greedy. top_k:
-    keep the k most likely ids, 0 for all. top_p: keep the most likely ids with this total probability. seeds: one per
-    row, default 0, 1, …; a row depends on its prompt and seed, and on other rows only through rounding. stop: a row
-    ends after this id. compile: compile the decode step, for up to a minute. Raises ValueError for values out of range.
-    A row that reaches block_size, where the learned positions end, continues from its last block_size / 2 tokens.
+    keep the k most likely ids, 0 for all. top_p: keep the most likely ids with this total probability.
+    repetition_penalty: see `penalize`; 1 for none. seeds: one per row, default 0, 1, …; a row depends on its prompt and
+    seed, and on other rows only through rounding. stop: a row ends after this id. compile: compile the decode step, for
+    up to a minute. Raises ValueError for values out of range. A row that reaches block_size, where the learned
+    positions end, continues from its last block_size / 2 tokens.
     """
     block_size, n_tokens = raw.config.block_size, raw.config.n_tokens
     seeds = range(len(prompts)) if seeds is None else seeds
@@ -133,12 +140,22 @@ def generate(
         raise ValueError(f"a prompt has a token id outside 0 … {n_tokens - 1}")
     config.require("[0, inf)", max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
     config.require("(0, 1]", top_p=top_p)
+    config.require("(0, inf)", repetition_penalty=repetition_penalty)
 
+    device = raw.lm_head.weight.device
     windows = [list(prompt[-block_size:]) for prompt in prompts]
     # all random numbers come from the CPU up front: equal on every device, and independent of the other rows
     uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    uniforms = torch.stack(uniforms, dim=1).to(raw.lm_head.weight.device)  # (max_new_tokens, B)
-    sampler = functools.partial(sample, temperature=temperature, top_k=top_k, top_p=top_p)
+    uniforms = torch.stack(uniforms, dim=1).to(device)  # (max_new_tokens, B)
+    seen = torch.zeros(len(prompts), n_tokens, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, prompts):
+        row[list(prompt)] = True
+
+    def sampler(logits: Tensor, u: Tensor, newest: Tensor) -> Tensor:
+        if repetition_penalty != 1:
+            logits = penalize(logits, seen.scatter_(1, newest[:, None], True), repetition_penalty)
+        return sample(logits, u, temperature, top_k, top_p)
+
     ended = [False] * len(prompts)
     with nullcontext() if compile else cpu.fast_cpu_linears(raw, len(prompts)):
         for ids in decode_loop(raw, windows, uniforms, sampler, compile):
@@ -152,13 +169,14 @@ def decode_loop(
     raw: model.GPT, windows: list[list[int]], uniforms: Tensor, sampler: Callable[..., Tensor], compile: bool
 ) -> Iterator[list[int]]:
     """Yield the next token of every row, max_new_tokens times: prefill, decode, and prefill again at block_size.
-    windows: B prompts; uniforms: (max_new_tokens, B); sampler: logits (B, n_tokens), uniforms (B,) -> tokens (B,).
+    windows: B prompts; uniforms: (max_new_tokens, B); sampler: logits (B, n_tokens), uniforms (B,) and the newest token
+    of each row (B,) -> the next tokens (B,).
     """
     block_size, n_tokens, max_new_tokens = raw.config.block_size, raw.config.n_tokens, len(uniforms)
     max_seq_len = min(block_size, max(map(len, windows)) + max_new_tokens)
 
     def step(tokens: Tensor, u: Tensor) -> Tensor:
-        return sampler(decode_one_token(raw, tokens, cache)[:, :n_tokens], u)
+        return sampler(decode_one_token(raw, tokens, cache)[:, :n_tokens], u, tokens)
 
     if compile and uniforms.is_cpu:
         max_seq_len = block_size + 1  # + 1: the compiler would specialize for a slot count that equals the size
@@ -173,7 +191,8 @@ def decode_loop(
         new = []  # tokens (B,) on the device, read together
         if n_done == 0 or cache.longest == block_size:
             windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
-            tokens = sampler(prefill(raw, windows, cache)[:, :n_tokens], uniforms[n_done])
+            newest = torch.tensor([window[-1] for window in windows], device=uniforms.device)
+            tokens = sampler(prefill(raw, windows, cache)[:, :n_tokens], uniforms[n_done], newest)
             new.append(tokens)
         n_chunk = min(CHUNK.get(uniforms.device.type, 1), len(new) + block_size - cache.longest)
         for u in uniforms[n_done + len(new) : n_done + n_chunk]:

@@ -24,6 +24,12 @@ def random_prompts(*lengths: int) -> list[list[int]]:
     return [random_ids(n, seed=n).tolist() for n in lengths]
 
 
+def penalize(logits: Tensor, ids: list[int], penalty: float) -> Tensor:
+    """Transformers' repetition penalty for one row."""
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    return processors.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits)
+
+
 @torch.no_grad()
 def uncached(raw: GPT, prompt: Sequence[int], n: int, seed: int = 0, **options: Any) -> list[int]:
     """The loop that `generate` must equal: one row, a full forward over the whole window at every step."""
@@ -35,6 +41,7 @@ def uncached(raw: GPT, prompt: Sequence[int], n: int, seed: int = 0, **options: 
             window = window[-max(1, T // 2) :]
         logits = raw(torch.tensor([window]))[:, -1, :n_tokens]
         settings = dict(temperature=1.0, top_k=0, top_p=1.0) | options
+        logits = penalize(logits, [*prompt, *out], settings.pop("repetition_penalty", 1.0))
         token = sample(logits, uniforms[step : step + 1], **settings).item()
         window.append(token)
         out.append(token)
@@ -42,6 +49,7 @@ def uncached(raw: GPT, prompt: Sequence[int], n: int, seed: int = 0, **options: 
 
 
 OPTIONS = [dict(temperature=0), dict(), dict(temperature=0.7, top_k=9), dict(temperature=1.3, top_p=0.8)]
+OPTIONS += [dict(temperature=0, repetition_penalty=1.3), dict(top_k=9, repetition_penalty=0.8)]
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
