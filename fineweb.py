@@ -287,6 +287,19 @@ def write_shards(documents: Iterable[tuple[int, int, np.ndarray]], folder: Path,
     files.write_json(folder / data.MANIFEST, manifest)
 
 
+def read_manifest(folder: Path) -> dict | None:
+    """The manifest of a folder, None without one. Raises ValueError unless a run can continue from it."""
+    counts = dict(n_tokens=0, n_documents=0, n_skipped=0)
+    keys = data.MANIFEST_KEYS | counts | dict(source=dict(data="", files=[dict(name="", size=0)]))
+    manifest = data.read_manifest(folder, keys)
+    if manifest:
+        n_files, following = len(manifest["source"]["files"]), manifest.get("next")
+        can_continue = files.matches(following, dict(file=0, document=0, token=0)) and following["file"] < n_files
+        if not (len(manifest["shards"]) > 1 if manifest["complete"] else can_continue):
+            raise ValueError(f"{folder / data.MANIFEST} is damaged: restore it, or use another --out_dir")
+    return manifest
+
+
 def write_missing(cfg: Config, folder: Path, manifest: dict, paths: list[Path]) -> None:
     """Write the shards that are missing. `paths`: the source files, [] if they are on the hub."""
     sizes = [entry["size"] for entry in manifest["source"]["files"]]
@@ -317,7 +330,7 @@ def main(cfg: Config) -> None:
     config.require("[1, inf)", workers=cfg.workers)
     data.get_tokenizer(cfg.tokenizer)  # raises if it cannot be downloaded
     folder = Path(cfg.out_dir)
-    manifest = data.read_manifest(folder)
+    manifest = read_manifest(folder)
     source, paths = find_source(cfg.data, folder, manifest)
     settings = dict(tokenizer=cfg.tokenizer, shard_size=cfg.shard_size, max_tokens=cfg.max_tokens or 0)
     settings |= dict(source=source, field=cfg.field)

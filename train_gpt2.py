@@ -10,6 +10,7 @@ losses, bit for bit; on another number of devices it sees the same batches.
 """
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -151,18 +152,18 @@ def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.C
     shape = model.SIZES[cfg.model] | dict(block_size=cfg.T, n_tokens=tokenizer.n_vocab)
     kernels = dict(attention=cfg.attention, residual=cfg.residual)  # can change when a run is resumed
     if resumed:
-        if resumed.config["optimizer"] != cfg.optimizer:
-            raise ValueError(f"the run in {cfg.out_dir} has --optimizer={resumed.config['optimizer']}")
-        start, weights = model.GPTConfig(**resumed.model_config), resumed.model
+        if changed := checkpoint.differences(resumed.config, dict(optimizer=cfg.optimizer)):
+            raise ValueError(f"the run in {cfg.out_dir} has another {changed}: use another --out_dir")
+        raw = checkpoint.to_model(resumed)
     elif cfg.init_from:
         raw = checkpoint.load_model(cfg.init_from).raw
-        start, weights = raw.config, raw.state_dict()
-        if cfg.T < start.block_size:  # the first positions serve shorter sequences
-            start = replace(start, block_size=cfg.T)
-            weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: cfg.T].clone()
     else:
         torch.manual_seed(cfg.seed)
         return model.GPT(model.GPTConfig(**shape, **kernels, vocab_size=model.pad_vocab(tokenizer.n_vocab)))
+    start, weights = raw.config, raw.state_dict()
+    if cfg.T < start.block_size and not resumed:  # the first positions serve shorter sequences
+        start = replace(start, block_size=cfg.T)
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: cfg.T].clone()
     # OpenAI's vocabulary is not padded, and a run that starts from its weights keeps that size
     expected = model.GPTConfig(**shape, **kernels, vocab_size=start.vocab_size)
     if changed := checkpoint.differences(asdict(start) | kernels, asdict(expected)):
@@ -188,7 +189,7 @@ def pick_B(cfg: Config, per_rank: int, run: Run) -> int:
     rt, resumed = run.rt, run.resumed
     if cfg.B:
         return cfg.B
-    if resumed and resumed.world_size == rt.world_size and per_rank % resumed.B == 0:
+    if resumed and resumed.world_size == rt.world_size and resumed.B and per_rank % resumed.B == 0:
         return resumed.B  # the same B gives the same bits
     limit = 2**16 if rt.device.type == "cuda" else 2**12  # tokens: larger is not faster on a GPU, and slower on a CPU
     sizes = [B for B in range(1, per_rank + 1) if per_rank % B == 0 and (B == 1 or B * cfg.T <= limit)]
@@ -241,10 +242,9 @@ def main(cfg: Config) -> None:
     n = cfg.total_batch_size // cfg.T  # sequences per step
     per_rank = n // rt.world_size
     tokenizer = data.get_tokenizer(cfg.tokenizer)
-    if rt.rank == 0 and Path(cfg.data).is_dir():
-        data.check_shards(cfg.data, tokenizer.n_vocab)
-    runtime.barrier(rt)
-    train, val = (data.Windows(shards, cfg.T) for shards in data.open_data(cfg.data, tokenizer))
+    if Path(cfg.data).is_dir():
+        data.check_shards(cfg.data, tokenizer.n_vocab, rt.rank, rt.world_size, partial(runtime.barrier, rt))
+    train, val = (data.Windows(part, cfg.T, tokenizer.n_vocab) for part in data.open_data(cfg.data, tokenizer))
     run = Run(cfg, "pretraining", cfg.tokenizer, rt)
     raw = build_model(cfg, tokenizer, run.resumed).to(rt.device)
     settings = dict(weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, momentum=cfg.momentum)

@@ -103,19 +103,39 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
     return sorted(paths, key=lambda path: int(path.stem[5:]), reverse=True)
 
 
+def check(ckpt: Checkpoint) -> None:
+    """Raise ValueError unless every value has its type; shapes are checked where the values are used."""
+
+    def is_map(value: Any, key: type, item: Any) -> bool:
+        return isinstance(value, dict) and all(type(k) is key and isinstance(v, item) for k, v in value.items())
+
+    is_valid = files.matches(vars(ckpt) | dict(optimizers=None), vars(Checkpoint("", 0, {}, {}, "")))
+    is_valid = is_valid and ckpt.stage in SCRIPT_OF_STAGE and is_map(ckpt.model_config, str, object)
+    is_valid = is_valid and is_map(ckpt.model, str, Tensor) and is_map(ckpt.adapters, str, Tensor)
+    is_valid = is_valid and is_map(ckpt.scores, str, (int, float)) and is_map(ckpt.facts, str, str)
+    states = [] if ckpt.optimizers is None else ckpt.optimizers
+    is_valid = is_valid and isinstance(states, list) and all(is_map(state, int, dict) for state in states)
+    if not (is_valid and all(is_map(moments, str, Tensor) for state in states for moments in state.values())):
+        raise ValueError("a value has the wrong type or range")
+
+
 def read(path: Path, verify: bool = True) -> Checkpoint:
     """Read a checkpoint onto the CPU without unpickling objects. Raises ValueError if it cannot be used. verify: check
     the CRC of every tensor, which torch.load does not do; otherwise tensors are memory-mapped.
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:  # torch does not compress
+                raise ValueError("its entries are compressed")
             if verify and archive.testzip():
                 raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=not verify)
         if state["format"] not in (1, FORMAT):
             raise ValueError(f"format {state['format']}, expected {FORMAT}")
         state = upgrade(state) if state["format"] == 1 else state
-        return Checkpoint(**{f.name: state[f.name] for f in fields(Checkpoint) if f.name in state})
+        ckpt = Checkpoint(**{f.name: state[f.name] for f in fields(Checkpoint) if f.name in state})
+        check(ckpt)
+        return ckpt
     except Exception as error:  # zipfile, pickle and torch raise many kinds
         reason = files.one_line(error)
         if "Weights only load failed" in reason:
@@ -173,7 +193,16 @@ def find_resume(folder: Path, rt: runtime.Runtime) -> Checkpoint | None:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The changed constants of a configuration: "max_lr 0.0006 -> 0.001, B None -> 8"; "" if there are none."""
-    return ", ".join(f"{key} {old[key]} -> {new[key]}" for key in new if key in old and old[key] != new[key])
+    changed = [key for key in new if key in old and repr(old[key]) != repr(new[key])]
+    return ", ".join(f"{key} {old[key]} -> {new[key]}" for key in changed)
+
+
+def to_model(ckpt: Checkpoint) -> model.GPT:
+    """The model of a checkpoint. Raises ValueError if its configuration or its weights cannot be used."""
+    try:
+        return model.GPT.from_weights(model.GPTConfig(**ckpt.model_config), ckpt.model)
+    except TypeError as error:  # a field that GPTConfig does not have
+        raise ValueError(f"its model configuration is of another version ({files.one_line(error)})") from error
 
 
 class Loaded(NamedTuple):
@@ -210,7 +239,7 @@ def load_model(source: str, stages: tuple[str, ...] = ()) -> Loaded:
             raw = hf.load(source)
             name = {50257: "gpt2", 257: "bytes"}.get(raw.config.n_tokens, f"of {raw.config.n_tokens} ids")
             return Loaded(raw, data.get_tokenizer(name), "pretraining", 0)
-        raw = model.GPT.from_weights(model.GPTConfig(**ckpt.model_config), ckpt.model)
+        raw = to_model(ckpt)
         tokenizer = data.get_tokenizer(ckpt.tokenizer)
         if tokenizer.n_vocab != raw.config.n_tokens:
             raise ValueError(f"it has {raw.config.n_tokens} token ids, but its tokenizer has {tokenizer.n_vocab}")

@@ -23,6 +23,7 @@ from neogpt import config, files
 
 EOT = "<|endoftext|>"  # the first token of every document; in a text file it separates documents
 MANIFEST = "manifest.json"
+MANIFEST_KEYS = dict(tokenizer="", complete=True, shards=[dict(file="", n_tokens=0, crc32=0)])
 Item = TypeVar("Item")
 
 
@@ -85,18 +86,19 @@ def open_shard(path: Path) -> Shard:
     return Shard(path, n_tokens, offset)
 
 
-def read_manifest(folder: str | Path) -> dict | None:
-    """The manifest.json that fineweb.py wrote into a folder; None without one, as with shards of other tools."""
+def read_manifest(folder: str | Path, keys: dict = MANIFEST_KEYS) -> dict | None:
+    """The manifest.json that fineweb.py wrote into a folder; None without one, as with shards of other tools. keys: an
+    example of what it must have. Raises ValueError.
+    """
     path = Path(folder) / MANIFEST
     if not path.exists():
         return None
-    try:
-        manifest = json.loads(path.read_text())
-        _ = manifest["tokenizer"], manifest["complete"]
-        _ = [(entry["file"], entry["n_tokens"], entry["crc32"]) for entry in manifest["shards"]]
-        return manifest
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"cannot read {path} ({error}): remove it to use the shards unchecked") from error
+    with contextlib.suppress(ValueError, RecursionError):  # not JSON
+        manifest = json.loads(path.read_bytes())
+        # a name is not a path: shards are read from this folder only
+        if files.matches(manifest, keys) and all(Path(e["file"]).name == e["file"] for e in manifest["shards"]):
+            return manifest
+    raise ValueError(f"cannot use {path}: it is damaged; restore it, or remove it to use the shards unchecked")
 
 
 def list_shards(folder: Path) -> tuple[list[Shard], list[Shard]]:
@@ -136,9 +138,12 @@ def scan_shard(shard: Shard) -> tuple[int, int]:
     return zlib.crc32(tokens), int(tokens.max(initial=0))
 
 
-def check_shards(folder: str | Path, n_tokens: int) -> None:
-    """Read every shard. Raises ValueError if a shard is missing, differs from the manifest, or has an id >= n_tokens.
-    `checked.json` stores the sizes and modification times of a successful check; until they change, nothing is read.
+def check_shards(
+    folder: str | Path, n_tokens: int, rank: int = 0, world_size: int = 1, barrier: Callable[[], None] = lambda: None
+) -> None:
+    """Check every shard; each rank reads its share. Raises ValueError or OSError if a shard is missing, differs from
+    the manifest, or has an id >= n_tokens. `checked.json` stores the sizes and modification times of a successful check
+    of all ranks; until they change, nothing is read. barrier: waits for the other ranks.
     """
     folder, cache = Path(folder), Path(folder) / "checked.json"
     shards = {shard.path.name: shard for split in list_shards(folder) for shard in split}
@@ -150,18 +155,21 @@ def check_shards(folder: str | Path, n_tokens: int) -> None:
         raise ValueError(f"{folder / min(missing)} is missing: restore it, or run fineweb.py into a new folder")
     stats = {name: shard.path.stat() for name, shard in shards.items()}
     state = [n_tokens, manifest, {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}]
+    unchecked = list(shards.values())[rank::world_size]
     with contextlib.suppress(OSError, ValueError):
-        if json.loads(cache.read_text()) == state:
-            return
+        unchecked = [] if json.loads(cache.read_text()) == state else unchecked
     with ThreadPoolExecutor(8) as pool:  # reading, crc32 and max release the GIL
-        results = [*pool.map(scan_shard, shards.values())]
-    for (name, shard), (crc, largest) in zip(shards.items(), results):
+        results = [*pool.map(scan_shard, unchecked)]
+    # OSError, because every rank reports it
+    for shard, (crc, largest) in zip(unchecked, results):
         if largest >= n_tokens:
-            raise ValueError(f"{shard.path} holds the id {largest}, but the tokenizer has {n_tokens} ids")
-        if listed and listed.get(name) != (shard.n_tokens, crc):
-            raise ValueError(f"{shard.path} differs from {MANIFEST}: restore it, or run fineweb.py into a new folder")
-    with contextlib.suppress(OSError):  # the folder can be read-only
-        files.write_json(cache, state)
+            raise OSError(f"{shard.path} holds the id {largest}, but the tokenizer has {n_tokens} ids")
+        if listed and listed.get(shard.path.name) != (shard.n_tokens, crc):
+            raise OSError(f"{shard.path} differs from {MANIFEST}: restore it, or run fineweb.py into a new folder")
+    barrier()
+    if rank == 0 and unchecked:
+        with contextlib.suppress(OSError):  # the folder can be read-only
+            files.write_json(cache, state)
 
 
 def split_documents(text: bytes) -> list[bytes]:
@@ -201,10 +209,12 @@ def open_data(path: str | Path, tokenizer: tiktoken.Encoding) -> tuple[list[Shar
 
 
 class Windows:
-    """Shards cut into windows of T + 1 tokens: window w of a shard holds its tokens wT … wT + T."""
+    """Shards cut into windows of T + 1 tokens: window w of a shard holds its tokens wT … wT + T, which are below
+    n_tokens.
+    """
 
-    def __init__(self, shards: list[Shard], T: int) -> None:
-        self.shards, self.T = shards, T
+    def __init__(self, shards: list[Shard], T: int, n_tokens: int = 2**16) -> None:
+        self.shards, self.T, self.n_tokens = shards, T, n_tokens
         self.starts = np.cumsum([0, *(max(0, shard.n_tokens - 1) // T for shard in shards)])  # first windows of shards
         if not len(self):
             longest = max(shards, key=lambda shard: shard.n_tokens)
@@ -223,8 +233,8 @@ class Windows:
                 continue
             with open(shard.path, "rb", buffering=0) as file:  # not mapped: mapped pages count as memory of the process
                 file.seek(shard.offset + 2 * start)
-                if file.readinto(row.data) != row.nbytes:
-                    raise OSError(f"{shard.path} was truncated while it was read")
+                if file.readinto(row.data) != row.nbytes or row.max() >= self.n_tokens:
+                    raise OSError(f"{shard.path} was truncated or damaged during the run: restore it and start again")
         return out.astype(np.int64)
 
 

@@ -48,6 +48,17 @@ def write_json(path: str | Path, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def matches(value: object, example: object) -> bool:
+    """Whether a value from a file is built like an example: the keys of its dictionaries, the type of every value, and
+    counts that are not negative. The example of a list is one item.
+    """
+    if isinstance(example, dict):
+        return isinstance(value, dict) and all(key in value and matches(value[key], example[key]) for key in example)
+    if isinstance(example, list):
+        return isinstance(value, list) and all(matches(item, example[0]) for item in value)
+    return type(value) is type(example) and (type(value) is not int or 0 <= value < 2**62)
+
+
 def has_suffix(path: str | Path, suffixes: tuple[str, ...]) -> bool:
     """Whether a path ends with one of the suffixes, or with one of them and .gz or .zst."""
     return str(path).endswith(tuple(suffix + packed for suffix in suffixes for packed in ("", ".gz", ".zst")))

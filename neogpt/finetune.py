@@ -68,9 +68,9 @@ def open_run(
         if run.resumed.base != run.base:
             remedy = "use another --out_dir, or give the checkpoint file it started from"
             raise ValueError(f"the run in {cfg.out_dir} did not start from the weights of {cfg.checkpoint}: {remedy}")
-        rank, alpha = run.resumed.config["lora_rank"], run.resumed.config["lora_alpha"]
-        if (rank, alpha) != (cfg.lora_rank, cfg.lora_alpha):
-            raise ValueError(f"the run in {cfg.out_dir} has --lora_rank={rank} --lora_alpha={alpha}")
+        adapters = dict(lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha)
+        if changed := checkpoint.differences(run.resumed.config, adapters):
+            raise ValueError(f"the run in {cfg.out_dir} has other adapters ({changed}): use another --out_dir")
         if not cfg.lora_rank:
             raw = model.GPT.from_weights(raw.config, run.resumed.model)
     if cfg.lora_rank:

@@ -267,8 +267,9 @@ class GPT(nn.Module):
         with torch.device("meta"):  # allocates nothing: the weights replace the parameters
             raw = cls(config)
         for name, p in weights.items():
-            if not (isinstance(p, Tensor) and p.is_floating_point() and p.layout == torch.strided):
-                raise ValueError(f"{name} is not a dense floating-point tensor")
+            dense = isinstance(p, Tensor) and p.is_floating_point() and p.layout == torch.strided and p.is_contiguous()
+            if not dense or p.dtype != next(iter(weights.values())).dtype:
+                raise ValueError(f"{name} is not a dense floating-point tensor of the same dtype as the others")
         try:
             raw.load_state_dict(weights, assign=True)
         except RuntimeError as error:  # the second line of the message names the first mismatch

@@ -157,8 +157,20 @@ def n_moments(optimizers: list[torch.optim.Optimizer]) -> int:
 
 
 def load_moments(optimizers: list[torch.optim.Optimizer], moments: list[dict]) -> None:
-    """Load the moments of a checkpoint; learning rates and other settings stay as configured."""
-    for optimizer, state in zip(optimizers, moments, strict=True):
+    """Load the moments of a checkpoint; learning rates and other settings stay as configured. Raises ValueError if they
+    do not fit the parameters.
+    """
+    if len(moments) != len(optimizers):
+        raise ValueError(f"the checkpoint has moments of {len(moments)} optimizers, expected {len(optimizers)}")
+    for optimizer, state in zip(optimizers, moments):
+        shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+        if isinstance(optimizer, Muon):
+            expected = {i: dict(momentum=shape) for i, shape in enumerate(shapes)}
+        else:
+            scalar = torch.Size()
+            expected = {i: dict(step=scalar, exp_avg=shape, exp_avg_sq=shape) for i, shape in enumerate(shapes)}
+        if expected != {i: {name: tensor.shape for name, tensor in found.items()} for i, found in state.items()}:
+            raise ValueError(f"the moments of {type(optimizer).__name__} in the checkpoint do not fit the model")
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 

@@ -46,7 +46,7 @@ class Log(logging.Handler):
         super().__init__()
         path = folder / "log.txt" if rank == 0 else Path(os.devnull)
         has_incomplete_line = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self.file = open(path, "a", encoding="utf-8", buffering=1)  # line-buffered: a killed run loses nothing
+        self.file = open(path, "a", 1, "utf-8", "backslashreplace")  # line-buffered: a killed run loses nothing
         files.lock(self.file)
         self.write("\n" * has_incomplete_line)
 

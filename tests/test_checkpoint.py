@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import threading
+import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -176,6 +177,31 @@ def test_foreign_files(tmp_path: Path) -> None:
             checkpoint.read_newest(tmp_path)
 
 
+WRONG = [dict(step=-1), dict(step=2.0), dict(step=2**63), dict(stage="x"), dict(model=[]), dict(model={"w": 3})]
+WRONG += [dict(model={5: torch.ones(2)}), dict(config=None), dict(optimizers=[{0: {"step": 3}}]), dict(adapters=[])]
+WRONG += [dict(optimizers={}), dict(scores={"val": "x"}), dict(facts={"code": 3}), dict(n_sequences="8"), dict(B=-2)]
+WRONG += [dict(seconds="1"), dict(base=None), dict(model_config={3: 4}), dict(world_size=None), dict(tokenizer=b"x")]
+
+
+@pytest.mark.parametrize("change", WRONG, ids=str)
+def test_values_of_another_type_or_range(tmp_path: Path, change: dict[str, Any]) -> None:
+    checkpoint.write(tmp_path / "ckpt_000001.pt", make_checkpoint(1))
+    checkpoint.read(tmp_path / "ckpt_000001.pt")
+    checkpoint.write(tmp_path / "ckpt_000001.pt", replace(make_checkpoint(1), **change))
+    with pytest.raises(ValueError, match="ckpt_000001.pt"):
+        checkpoint.read(tmp_path / "ckpt_000001.pt")
+
+
+def test_compressed_entries_are_not_unpacked(tmp_path: Path) -> None:
+    (path,) = save(tmp_path, 1)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(tmp_path / "new", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name) + bytes(10**6))
+    os.replace(tmp_path / "new", path)
+    with pytest.raises(ValueError, match="ckpt_000001.pt.*compressed"):
+        checkpoint.read(path)
+
+
 def test_find_resume(tmp_path: Path) -> None:
     assert checkpoint.find_resume(tmp_path, ALONE) is None
     save(tmp_path, 9, 10)
@@ -275,6 +301,9 @@ def test_inconsistent_checkpoints(tmp_path: Path) -> None:
         "wte.weight": dict(model={}),
         "ln_f.bias": dict(model=ckpt.model | {"transformer.ln_f.bias": torch.zeros(3)}),
         "n_layer": dict(model_config=ckpt.model_config | dict(n_layer=10**9)),
+        "n_wings": dict(model_config=ckpt.model_config | dict(n_wings=2)),
+        "ln_f.weight": dict(model=ckpt.model | {"transformer.ln_f.weight": torch.ones(16).double()}),
+        "wpe.weight": dict(model=ckpt.model | {"transformer.wpe.weight": torch.ones(1, 1).expand(64, 16)}),
     }
     for word, change in changes.items():
         checkpoint.write(tmp_path / "ckpt_000007.pt", replace(ckpt, **change))

@@ -53,7 +53,7 @@ def contents(shard: Shard) -> np.ndarray:
 
 def refused(folder: Path, *words: str, n_tokens: int = 257) -> None:
     """Check that the shards of a folder are refused with a message that contains these words."""
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, OSError)) as error:
         check_shards(folder, n_tokens)
     assert [word for word in words if word not in str(error.value)] == [], error.value
 
@@ -200,9 +200,18 @@ def test_manifest_decides_what_is_accepted(tmp_path: Path) -> None:
 
 def test_damaged_manifest_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", two_shards())
-    for text in ("", "{", "[]", "null", "{}", '{"tokenizer": "bytes", "complete": true, "shards": [{}]}', '"x"'):
-        (folder / "manifest.json").write_text(text)
+    shard = dict(file="train_000001.npy", n_tokens=300, crc32=5)
+    wrong = [dict(file=3), dict(file="../x.npy"), dict(n_tokens=-1), dict(n_tokens="300"), dict(crc32=1.5)]
+    valid = dict(tokenizer="bytes", complete=True)
+    values = [valid | dict(shards=[shard | change]) for change in wrong]
+    values += [valid | dict(shards=shards) for shards in ({}, None, [None], [[]], [{}], 3)]
+    values += [valid | dict(shards=[shard]) | change for change in (dict(tokenizer=None), dict(complete=1))]
+    texts = ["", "{", "[]", "null", "{}", '"x"', "[" * 10**5, "\xff", *map(json.dumps, values)]
+    for text in texts:
+        (folder / "manifest.json").write_bytes(text.encode("latin-1"))
         refused(folder, str(folder / "manifest.json"))
+    (folder / "manifest.json").write_text(json.dumps(valid | dict(shards=[shard])))
+    assert data.read_manifest(folder)["shards"] == [shard]
 
 
 def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
@@ -229,6 +238,32 @@ def test_checked_shards_are_read_again_only_after_a_change(tmp_path: Path, monke
     for _ in range(2):  # a failed check is not cached as a success
         refused(folder, path.name)
     assert path.name in read
+
+
+def test_each_rank_checks_its_share_of_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = two_shards() | {f"train_{i:06d}.npy": tokens_of(50, i) for i in range(2, 7)}
+    folder = write_folder(tmp_path / "d", shards, complete=True)
+    scan, read = data.scan_shard, []
+    monkeypatch.setattr(data, "scan_shard", lambda shard: read.append(shard.path.name) or scan(shard))
+
+    def stored() -> None:
+        assert not (folder / "checked.json").exists()  # other ranks can still find damage
+
+    for rank in (1, 2, 0):
+        check_shards(folder, 257, rank, 3, stored)
+    assert sorted(read) == sorted(shards)
+    for rank in range(3):  # from the stored check
+        check_shards(folder, 257, rank, 3)
+    assert len(read) == len(shards)
+    np.save(folder / "train_000005.npy", tokens_of(50, 99))
+    os.utime(folder / "train_000005.npy", ns=(0, 0))
+    failed = []
+    for rank in (1, 2, 0):
+        try:
+            check_shards(folder, 257, rank, 3, lambda: failed.append(False))
+        except OSError as error:
+            failed.append("train_000005.npy" in str(error))
+    assert sorted(failed) == [False, False, True]
 
 
 def test_cache_of_checks_can_be_damaged_or_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,13 +370,18 @@ def test_shards_without_one_window(tmp_path: Path) -> None:
             Windows([open_shard(tmp_path / f"val_{number}.npy") for number in numbers], 64)
 
 
-def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+def test_a_shard_that_changes_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "train_0.npy"
-    np.save(path, tokens_of(1000, 0))
+    for name in ("train_0.npy", "train_1.npy"):
+        np.save(tmp_path / name, tokens_of(1000, 0))
     windows = Windows([open_shard(path)], 9)
     os.truncate(path, 1000)
     with pytest.raises(OSError, match="train_0.npy"):
         windows.read(np.array([len(windows) - 1]))
+    windows = Windows([open_shard(tmp_path / "train_1.npy")], 9, 257)
+    np.save(tmp_path / "train_1.npy", np.full(1000, 257, dtype=np.uint16))
+    with pytest.raises(OSError, match="train_1.npy"):
+        windows.read(np.array([0]))
 
 
 def test_more_shards_than_open_files_allowed(tmp_path: Path) -> None:

@@ -52,6 +52,25 @@ def test_moments_are_loaded_without_their_settings() -> None:
     assert bits(new[0].state_dict()["state"]) == bits(moments)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_moments_that_do_not_fit_are_refused(kind: str) -> None:
+    raw = tiny_model()
+    optimizers = optim.make_optimizers(raw, optimizer=kind, weight_decay=0.1)
+    raw(torch.ones(1, 4, dtype=torch.int64), torch.ones(1, 4, dtype=torch.int64)).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    moments = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    optim.load_moments(optimizers, deepcopy(moments))
+    last = moments[-1][0]
+    name = list(last)[-1]
+    changes = [{name: last[name][:1]}, {name: last[name].t()}, {"other": last[name]}]
+    wrong = [[*moments[:-1], moments[-1] | {0: last | change}] for change in changes]
+    wrong += [moments[:-1], [*moments, {}], [*moments[:-1], {}], [*moments[:-1], moments[-1] | {99: last}]]
+    for bad in wrong:
+        with pytest.raises(ValueError, match="moments"):
+            optim.load_moments(optimizers, bad)
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 6, 24), (2, 24, 6)], ids=str)
 def test_orthogonalize_keeps_singular_vectors(shape: tuple[int, ...]) -> None:
     rng = torch.Generator().manual_seed(0)

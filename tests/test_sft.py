@@ -295,7 +295,8 @@ def test_other_weights_and_adapters_are_refused_on_resume(cfg: Config, tmp_path:
         refused(cfg, other, "weights", **out, **kind, checkpoint=other)
         assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before
     for changed in (dict(lora_rank=4), dict(lora_alpha=4.0), dict(lora_rank=0)):
-        refused(cfg, "--lora_rank=2", "--lora_alpha=8.0", **out, **LORA | changed)
+        ((name, value),) = changed.items()
+        refused(cfg, f"{name} {LORA[name]} -> {value}", **out, **LORA | changed)
 
 
 def test_unusable_checkpoints_and_folders_are_refused(cfg: Config, tmp_path: Path) -> None:

@@ -348,7 +348,7 @@ def test_weights_of_another_shape_are_refused(cfg: Config, tmp_path: Path) -> No
     log, bits = harness.read_log(folder), harness.final_bits(folder)
     refused(cfg, "--model=wider", "n_embd 16 -> 32", "--out_dir", model="wider")
     refused(cfg, "block_size 16 -> 32", T=32)
-    refused(cfg, "--optimizer=adamw", optimizer="muon")
+    refused(cfg, "optimizer adamw -> muon", optimizer="muon")
     refused(cfg, "--max_steps=11", "step 12", max_steps=11)
     assert (harness.read_log(folder), harness.final_bits(folder)) == (log, bits)
     other = dict(out_dir=str(tmp_path / "other"))
