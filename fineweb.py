@@ -93,7 +93,7 @@ def find_source(url: str, out_dir: Path, manifest: dict | None) -> tuple[dict, l
         paths = [path for path in paths if out_dir.resolve() not in path.resolve().parents]
         found = [(path.name, path.stat().st_size) for path in paths]
         if others:
-            print(f"files of other splits are not read: {', '.join(path.name for path in others)}")
+            print(f"files that are not read: {', '.join(path.name for path in others)}")
     if not found:
         raise ValueError(f"no {', '.join(SUFFIXES)} file in --data={url}: give a path or {HUB}OWNER/NAME/FOLDER")
     entries = [{"name": name, "size": size} for name, size in found]

@@ -64,7 +64,7 @@ def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[di
         if rt.rank == 0:
             runtime.barrier(rt)
     if others:
-        runtime.print0(f"{source}: files of other splits are not read: {', '.join(path.name for path in others)}")
+        runtime.print0(f"{source}: files that are not read: {', '.join(path.name for path in others)}")
     return rows
 
 
@@ -73,7 +73,13 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     if files.has_suffix(path, (".parquet",)):
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(path).to_pylist()
+        rows, n_bytes = [], 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
+            n_bytes += batch.nbytes
+            if n_bytes > files.max_unpacked(path):
+                raise ValueError(f"{path} unpacks to more than {files.max_unpacked(path):,} bytes")
+            rows += batch.to_pylist()
+        return rows
     with files.open_binary(path) as file:
         text = file.read().decode()
     # not splitlines, which also splits at U+2028 and other characters that JSON strings may contain

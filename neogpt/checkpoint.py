@@ -89,12 +89,11 @@ def save_in_background(pool: Executor, folder: Path, ckpt: Checkpoint, keep_last
     return pool.submit(write_when_copied)
 
 
-def require_space(folder: Path, n_bytes: int, keep_last: int) -> None:
-    """Raise OSError unless the disk has room for `keep_last` checkpoints of n_bytes and one more."""
-    existing = sum(path.stat().st_size for path in list_checkpoints(folder)[:keep_last])
-    files.require_space(
-        folder, (keep_last + 1) * n_bytes - existing, f"--keep_last={keep_last} checkpoints, plus one being written,"
-    )
+def require_space(folder: Path, n_bytes: int, keep_last: int, n_bytes_best: int = 0) -> None:
+    """Raise OSError unless the disk has room for `keep_last` checkpoints of n_bytes, one more, and best.pt."""
+    paths = [*list_checkpoints(folder)[:keep_last], *folder.glob("best.pt")]
+    n_new = (keep_last + 1) * n_bytes + n_bytes_best - sum(path.stat().st_size for path in paths)
+    files.require_space(folder, n_new, f"--keep_last={keep_last} checkpoints, plus one being written,")
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:

@@ -60,31 +60,58 @@ def matches(value: object, example: object) -> bool:
 
 
 def has_suffix(path: str | Path, suffixes: tuple[str, ...]) -> bool:
-    """Whether a path ends with one of the suffixes, or with one of them and .gz or .zst."""
-    return str(path).endswith(tuple(suffix + packed for suffix in suffixes for packed in ("", ".gz", ".zst")))
+    """Whether a path ends with one of the suffixes, or with one of them but .parquet, and .gz or .zst."""
+    packed = tuple(f"{suffix}.{end}" for suffix in suffixes if suffix != ".parquet" for end in ("gz", "zst"))
+    return str(path).endswith(suffixes + packed)
 
 
 def find_files(source: str, suffixes: tuple[str, ...], split: str = "train") -> tuple[list[Path], list[Path]]:
-    """The files of a path, a folder with its subfolders, or a pattern, sorted; and those that belong to other splits
-    according to the names of files and subfolders. If no file belongs to this split, all are returned. If a folder has
-    .parquet or .jsonl, only these count, because others can be descriptions.
+    """The files of a path, a folder with its subfolders, or a pattern, sorted; and the files that do not count. If a
+    folder has .parquet or .jsonl, its other files do not count, because they can be descriptions. Neither do files that
+    belong to another split according to the names of files and subfolders, unless all do.
     """
+    is_folder = os.path.isdir(source)
     pattern = glob.escape(source) if os.path.exists(source) else source
-    names = glob.glob(os.path.join(pattern, "**") if os.path.isdir(source) else pattern, recursive=True)
+    names = glob.glob(os.path.join(pattern, "**") if is_folder else pattern, recursive=True)
     paths = sorted(Path(name) for name in names if has_suffix(name, suffixes) and os.path.isfile(name))
-    if os.path.isdir(source):
-        paths = [path for path in paths if has_suffix(path, (".parquet", ".jsonl"))] or paths
-    top = source if os.path.isdir(source) else "."  # folders above do not count
-    words = {path: re.split(r"[-_./\\]", os.path.relpath(path, top) if top == source else path.name) for path in paths}
-    others = [path for path in paths if next((SPLITS[w] for w in words[path] if w in SPLITS), "train") != split]
-    return (paths, []) if len(others) == len(paths) else ([path for path in paths if path not in others], others)
+
+    def split_of(path: Path) -> str:
+        words = re.split(r"[-_./\\]", os.path.relpath(path, source) if is_folder else path.name)
+        return next((SPLITS[word] for word in words if word in SPLITS), "train")
+
+    tables = [path for path in paths if has_suffix(path, (".parquet", ".jsonl"))] if is_folder else []
+    chosen = [path for path in tables or paths if split_of(path) == split] or tables or paths
+    return chosen, sorted(set(paths) - set(chosen))
+
+
+def max_unpacked(path: Path) -> int:
+    """How many bytes a compressed file may unpack to: 1 GB, or 100 times its size. More is an attack or an error."""
+    return max(2**30, 100 * path.stat().st_size)
+
+
+class BoundedReader(io.RawIOBase):
+    """A binary file. Raises OSError if more than `limit` bytes are read."""
+
+    def __init__(self, file: IO[bytes], limit: int) -> None:
+        self.file, self.limit, self.n_bytes = file, limit, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        n = self.file.readinto(buffer)
+        self.n_bytes += n
+        if self.n_bytes > self.limit:
+            raise OSError(f"it unpacks to more than {self.limit:,} bytes")
+        return n
 
 
 def open_binary(path: Path) -> IO[bytes]:
     """Open a file for reading; .gz and .zst are decompressed."""
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="detect"), 2**20)
+    file = pyarrow.input_stream(str(path), compression="detect")
+    return io.BufferedReader(BoundedReader(file, max_unpacked(path)), 2**20)
 
 
 def lock(file: IO) -> None:

@@ -44,15 +44,22 @@ class Log(logging.Handler):
     def __init__(self, folder: Path, rank: int = 0) -> None:
         """Open the log of rank 0; other ranks write nothing."""
         super().__init__()
-        path = folder / "log.txt" if rank == 0 else Path(os.devnull)
-        has_incomplete_line = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self.file = open(path, "a", 1, "utf-8", "backslashreplace")  # line-buffered: a killed run loses nothing
-        files.lock(self.file)
+        self.path = folder / "log.txt" if rank == 0 else Path(os.devnull)
+        has_incomplete_line = self.path.is_file() and self.path.read_bytes()[-1:] not in (b"", b"\n")
+        self.open()
         self.write("\n" * has_incomplete_line)
+
+    def open(self) -> None:
+        """Open and lock the file. It is line-buffered, so a killed run loses nothing."""
+        self.file = open(self.path, "a", 1, "utf-8", "backslashreplace")
+        files.lock(self.file)
 
     def write(self, text: str) -> None:
         """Append text. Raises OSError, for example if the disk is full."""
         try:
+            if not os.fstat(self.file.fileno()).st_nlink:  # somebody has deleted the file
+                self.open()
+                self.file.write("# the log before this line was deleted\n")
             self.file.write(text)
         except OSError as error:
             raise OSError(f"cannot write {self.file.name}: {error.strerror}; fix it and start again") from error
@@ -77,6 +84,7 @@ class Run:
         """cfg: a script's Config with out_dir, keep_last, grad_clip and seed. stage: as in checkpoint.Checkpoint."""
         self.cfg, self.stage, self.tokenizer, self.rt = cfg, stage, tokenizer, rt
         self.out_dir = files.make_folder(cfg.out_dir)
+        has_log = (self.out_dir / "log.txt").exists()
         self.log = Log(self.out_dir, rt.rank)
         runtime.logger.addHandler(self.log)
         self.resumed = checkpoint.find_resume(self.out_dir, rt)
@@ -99,6 +107,8 @@ class Run:
         if self.resumed:
             changed = checkpoint.differences(start.config, asdict(cfg)) or "nothing"
             runtime.print0(f"continuing {self.out_dir} from step {self.step}; changed: {changed}")
+            if not has_log:
+                runtime.print0(f"{self.out_dir / 'log.txt'} is missing: it begins again at step {self.step}")
 
     def identify(self, **facts: object) -> None:
         """Record what determines the curve besides the configuration. Prints what differs from the resumed run. Raises
@@ -126,8 +136,9 @@ class Run:
             optim.load_moments(optimizers, self.resumed.optimizers)
             self.resumed = replace(self.resumed, model={}, optimizers=[], adapters={})  # free the host memory
         if self.rt.rank == 0:
-            n_bytes = 4 * (raw.n_params() + optim.n_moments(optimizers))
-            checkpoint.require_space(self.out_dir, n_bytes, self.cfg.keep_last)
+            n_bytes = 4 * raw.n_params()
+            best = 0 if self.stage == "pretraining" else n_bytes
+            checkpoint.require_space(self.out_dir, n_bytes + 4 * optim.n_moments(optimizers), self.cfg.keep_last, best)
 
     def items(self, step: int, n: int, n_items: int) -> np.ndarray:
         """The indices of the n items of a step, (n,) int64 in [0, n_items)."""

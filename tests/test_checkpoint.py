@@ -110,6 +110,12 @@ def test_required_space_counts_existing_checkpoints(tmp_path: Path, monkeypatch:
     free[0] -= 1
     with pytest.raises(OSError, match="--keep_last=2"):
         checkpoint.require_space(tmp_path, 120, keep_last=2)
+    (tmp_path / "best.pt").write_bytes(bytes(30))
+    free[0] += 1 + 40 - 30
+    checkpoint.require_space(tmp_path, 120, keep_last=2, n_bytes_best=40)
+    free[0] -= 1
+    with pytest.raises(OSError, match="--keep_last=2"):
+        checkpoint.require_space(tmp_path, 120, keep_last=2, n_bytes_best=40)
 
 
 def flip(content: bytes, place: int) -> bytes:

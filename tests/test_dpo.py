@@ -525,3 +525,7 @@ def test_checkpoints_of_other_stages_are_refused(cfg: dpo.Config, tmp_path: Path
     harness.refused(dpo.main, cfg, pretrained, "stage pretraining", "sft.py", checkpoint=pretrained)
     assert not Path(cfg.out_dir).exists()
     harness.refused(dpo.main, cfg, "of-sft", "dpo", out_dir=write_start(tmp_path / "of-sft"))
+
+
+def test_changed_batch_size_continues_the_order(cfg: dpo.Config) -> None:
+    harness.check_changed_batch_size(dpo.main, replace(cfg, rpo_alpha=1.0), "pairs_per_step", 1)

@@ -5,6 +5,7 @@ import shutil
 from collections import namedtuple
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from neogpt import files
@@ -57,6 +58,53 @@ def test_only_regular_files_are_replaced(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="No space left"), files.atomic_write(tmp_path / "a.txt"):
         monkeypatch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only")))
         raise OSError(28, "No space left")
+
+
+def test_matches() -> None:
+    example = dict(name="", n=0, on=True, items=[dict(x=0.0)])
+    good = dict(name="a", n=5, on=False, items=[dict(x=1.5), dict(x=-2.0, y=None)], more=[1])
+    assert files.matches(good, example) and files.matches(good | dict(items=[]), example)
+    wrong = [
+        dict(name=None),
+        dict(n=-1),
+        dict(n=True),
+        dict(n=2**62),
+        dict(on=1),
+        dict(items={}),
+        dict(items=[dict(x=1)]),
+    ]
+    assert not [change for change in wrong if files.matches(good | change, example)]
+    assert not files.matches({"n": 5}, example) and not files.matches([good], example)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_compressed_files_have_a_limit(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / f"a.txt{suffix}"
+    with pa.output_stream(str(path), compression="detect") as file:
+        file.write(bytes(10**6))
+    with files.open_binary(path) as file:
+        assert file.read() == bytes(10**6)
+    monkeypatch.setattr(files, "max_unpacked", lambda path: 10**5)
+    with files.open_binary(path) as file, pytest.raises(OSError, match="100,000"):
+        file.read()
+
+
+def test_files_of_a_folder(tmp_path: Path) -> None:
+    names = ["a.jsonl", "b/train-0.parquet", "b/test-0.parquet", "notes.txt", "info.json", "x.parquet.gz", "image.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+
+    def found(source: object, *split: str) -> list[list[str]]:
+        both = files.find_files(str(source), (".parquet", ".jsonl", ".json", ".txt"), *split)
+        return [[path.relative_to(tmp_path).as_posix() for path in paths] for paths in both]
+
+    rest = ["info.json", "notes.txt"]
+    assert found(tmp_path) == [["a.jsonl", "b/train-0.parquet"], ["b/test-0.parquet", *rest]]
+    assert found(tmp_path, "test") == [["b/test-0.parquet"], ["a.jsonl", "b/train-0.parquet", *rest]]
+    assert found(tmp_path, "validation")[0] == ["a.jsonl", "b/test-0.parquet", "b/train-0.parquet"]  # none is of it
+    assert found(tmp_path / "*.txt") == [["notes.txt"], []]
+    assert found(tmp_path / "x.parquet.gz") == [[], []]
 
 
 def test_make_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

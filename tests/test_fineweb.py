@@ -136,7 +136,7 @@ def test_files_of_other_splits_and_a_field_that_is_missing(tmp_path: Path, capsy
     write_parquet(tmp_path / "test" / "0000.parquet", ["of a folder"])
     (tmp_path / "infos.json").write_text("{}")
     run_and_check(config(tmp_path, tmp_path / "out"), [f"of train {i}" for i in range(100)])
-    assert "test-0.parquet, validation-0.parquet, 0000.parquet" in capsys.readouterr().out
+    assert "test-0.parquet, validation-0.parquet, infos.json, 0000.parquet" in capsys.readouterr().out
     write_jsonl(tmp_path / "a.jsonl", ["x"] * 1500)
     refused(config(tmp_path / "a.jsonl", tmp_path / "b", field="body"), "first 1,000", "'body'", "--field")
 

@@ -286,6 +286,13 @@ def test_unusual_prompts_are_answered(cfg: Config) -> None:
 # Refused runs
 
 
+def test_changed_batch_size_continues_the_order(cfg: Config, tmp_path: Path) -> None:
+    rows = [dict(prompt=f"What is {i}?", response=f"{i * i % 89:02d}") for i in range(20)]  # two letters, end-of-text
+    harness.check_changed_batch_size(
+        sft.main, replace(cfg, data=write_rows(tmp_path / "equal.jsonl", rows)), "rows_per_step", 1
+    )
+
+
 def test_other_weights_and_adapters_are_refused_on_resume(cfg: Config, tmp_path: Path) -> None:
     other = write_base(tmp_path / "other", seed=1)
     for kind in ({}, LORA):

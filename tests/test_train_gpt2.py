@@ -343,6 +343,10 @@ def test_init_from_a_model_with_longer_sequences(cfg: Config, tmp_path: Path) ->
     assert newest(folder).model["transformer.wpe.weight"].shape == (16, 16)
 
 
+def test_changed_batch_size_continues_the_order(cfg: Config) -> None:
+    harness.check_changed_batch_size(main, cfg, "total_batch_size", cfg.T)
+
+
 def test_weights_of_another_shape_are_refused(cfg: Config, tmp_path: Path) -> None:
     folder = train(cfg)
     log, bits = harness.read_log(folder), harness.final_bits(folder)
