@@ -147,7 +147,7 @@ def refused(main: Callable, cfg: Any, *words: object, **changed: Any) -> None:
 
 
 def check_changed_batch_size(main: Callable, cfg: Any, name: str, unit: int) -> None:
-    """Check that a run whose batch size changes loses and repeats no sequence. Weights are frozen, so the loss of a step
+    """Check that a run whose batch size changes loses and repeats no sequence. Weights are frozen: the loss of a step
     is the mean of the losses of its sequences, which must have equally many targets. name: the constant of the batch
     size. unit: its value for one sequence.
     """
