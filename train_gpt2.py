@@ -269,7 +269,7 @@ def main(cfg: Config) -> None:
     kernel = runtime.attention_kernel(raw.config, run.B, cfg.T, rt)
     scored = data.checksum(p.inputs for p in questions.packed) if questions else "none"
     contents = dict(training_data=data.fingerprint(train.shards), validation_data=data.fingerprint(val.shards))
-    run.identify(**contents, hellaswag=scored, kernel=kernel, compiled=compiled)
+    run.identify(**contents, hellaswag=scored, kernel=kernel, compiled=compiled, B=run.B)
     run.warm_up(read(run.step), loss_fn)
     runtime.print0(f"{cfg.model}: {raw.n_params():,} parameters, {len(train):,} training windows of {cfg.T} tokens")
     runtime.print0(f"{cfg.total_batch_size:,} tokens per step, {per_rank // run.B} x B={run.B} sequences per device")

@@ -115,14 +115,16 @@ class Run:
         ValueError if ranks differ.
         """
         facts |= dict(code=code_revision(), torch=torch.__version__, device=self.rt.device.type)
-        self.facts = {name: str(value) for name, value in facts.items()} | dict(precision=self.rt.precision)
-        self.log.header(**self.facts)
+        facts |= dict(precision=self.rt.precision, world_size=self.rt.world_size)
+        self.facts = {name: str(value) for name, value in facts.items()}
         if self.rt.world_size > 1:
             found = [{}] * self.rt.world_size
             torch.distributed.all_gather_object(found, asdict(self.cfg) | self.facts)
             for rank, other in enumerate(found):
                 if changed := checkpoint.differences(found[0], other):
                     raise ValueError(f"rank {rank} differs from rank 0: {changed}")
+        self.facts["processor"] = runtime.processor(self.rt.device)  # can differ between ranks
+        self.log.header(**self.facts)
         if self.resumed and (changed := checkpoint.differences(self.resumed.facts, self.facts)):
             runtime.print0(f"changed since step {self.step}: {changed}; the curve can change")
 

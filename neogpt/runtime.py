@@ -116,6 +116,11 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for key, peak in peaks.items() if key in name), None)
 
 
+def processor(device: torch.device) -> str:
+    """The GPU's name, or the CPU's instruction set."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+
+
 def barrier(rt: Runtime) -> None:
     """Wait for all ranks."""
     if rt.world_size > 1:

@@ -22,7 +22,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from neogpt import checkpoint, model, runtime
+from neogpt import checkpoint, model, run, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = runtime.Runtime(0, 1, torch.device("cpu"), "fp32")
@@ -160,6 +160,34 @@ def check_changed_batch_size(main: Callable, cfg: Any, name: str, unit: int) -> 
     means = [sum(one_by_one[end - n : end]) / n for end, n in zip(ends, sizes)]
     assert len({round(mean, 4) for mean in means}) > 5  # the sequences differ
     assert list(losses(folder).values()) == pytest.approx(means, rel=1e-5)  # fp32 rounding
+
+
+def check_changes_are_reported(main: Callable, cfg: Any, changes: dict[str, dict | Callable[[], object]]) -> None:
+    """Check that a resumed run names everything that has changed. changes: part of the line -> changed constants, or a
+    function that changes files or functions.
+    """
+    steps = iter(range(2, 99))
+
+    def reported() -> str:
+        folder = train(main, cfg, max_steps=next(steps), save_every=1)
+        return notes(folder).rpartition("continuing ")[2]
+
+    reported()
+    with pytest.MonkeyPatch.context() as patch:
+        for word, change in changes.items():
+            assert "changed since" not in reported() and "changed: max_steps" in notes(Path(cfg.out_dir))
+            if isinstance(change, dict):
+                cfg = replace(cfg, **change)
+            else:
+                change()
+            assert word in reported(), word
+        for word, module, name in (("code", run, "code_revision"), ("processor", runtime, "processor")):
+            patch.setattr(module, name, lambda *_: "other")
+            assert f"{word} " in reported().partition("changed since")[2], word
+        patch.setattr(torch, "__version__", "9.9")
+        assert "torch 2." in reported().partition("changed since")[2]
+        cfg = replace(cfg, precision="bf16")
+        assert "precision fp32 -> bf16" in reported().partition("changed since")[2]
 
 
 # -----------------------------------------------------------------------------

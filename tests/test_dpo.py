@@ -529,3 +529,10 @@ def test_checkpoints_of_other_stages_are_refused(cfg: dpo.Config, tmp_path: Path
 
 def test_changed_batch_size_continues_the_order(cfg: dpo.Config) -> None:
     harness.check_changed_batch_size(dpo.main, replace(cfg, rpo_alpha=1.0), "pairs_per_step", 1)
+
+
+def test_what_changes_the_curve_is_reported(cfg: dpo.Config) -> None:
+    rows = Path(cfg.data).read_text().splitlines(keepends=True)
+    changes = {"beta": dict(beta=0.3), "loss sigmoid -> ipo": dict(loss="ipo"), "max_lr": dict(max_lr=0.1)}
+    changes |= {"training_data": lambda: Path(cfg.data).write_text("".join(rows[1:])), "seed 1337 -> 5": dict(seed=5)}
+    harness.check_changes_are_reported(dpo.main, cfg, changes)

@@ -286,6 +286,17 @@ def test_unusual_prompts_are_answered(cfg: Config) -> None:
 # Refused runs
 
 
+def test_what_changes_the_curve_is_reported(cfg: Config, tmp_path: Path) -> None:
+    held_out = write_rows(tmp_path / "held_out.jsonl", make_rows(5))
+    changes = {"seed 1337 -> 5": dict(seed=5), "packing False -> True": dict(packing=True), "T 80 -> 70": dict(T=70)}
+    changes |= {
+        "training_data": lambda: write_rows(Path(cfg.data), make_rows(39)),
+        "rows_per_step": dict(rows_per_step=2),
+    }
+    changes |= {"validation_data": lambda: write_rows(Path(held_out), make_rows(4))}
+    harness.check_changes_are_reported(sft.main, replace(cfg, val_data=held_out, T=80, rows_per_step=4), changes)
+
+
 def test_changed_batch_size_continues_the_order(cfg: Config, tmp_path: Path) -> None:
     rows = [dict(prompt=f"What is {i}?", response=f"{i * i % 89:02d}") for i in range(20)]  # two letters, end-of-text
     harness.check_changed_batch_size(

@@ -343,6 +343,28 @@ def test_init_from_a_model_with_longer_sequences(cfg: Config, tmp_path: Path) ->
     assert newest(folder).model["transformer.wpe.weight"].shape == (16, 16)
 
 
+def test_what_changes_the_curve_is_reported(cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda net, **_: net)  # saves a minute
+    copy = shutil.copy(cfg.data, tmp_path / "copy.txt")
+
+    def edit(old: str, new: str, where: slice = slice(None)) -> Callable[[], object]:
+        def change() -> None:
+            documents = Path(copy).read_text().split(data.EOT)
+            documents[where] = [document.replace(old, new) for document in documents[where]]
+            Path(copy).write_text(data.EOT.join(documents))
+
+        return change
+
+    rows = [dict(ctx=f"the {word}", endings=["a", "red", "house", word], label=0) for word in WORDS]
+    questions = [harness.write_rows(tmp_path / f"{n}.jsonl", rows[:n]) for n in (10, 9)]
+    changes = {"training_data": edit("the", "tha", slice(3)), "validation_data": edit("a", "o", slice(-2, None))}
+    changes |= {"seed 1337 -> 5": dict(seed=5), "max_lr": dict(max_lr=0.1), "B 2 -> 4": dict(B=4)}
+    changes |= {"hellaswag ": dict(hellaswag_data=questions[1]), "kernel flash": dict(attention="manual")}
+    changes |= {"residual fp32 -> bf16": dict(residual="bf16"), "compiled False -> True": dict(compile=True)}
+    cfg = replace(cfg, data=str(copy), hellaswag_data=questions[0], hellaswag_every=50, eval_every=50)
+    harness.check_changes_are_reported(main, cfg, changes)
+
+
 def test_changed_batch_size_continues_the_order(cfg: Config) -> None:
     harness.check_changed_batch_size(main, cfg, "total_batch_size", cfg.T)
 
