@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from neogpt import config, data, model
+from neogpt import config, data, model, run
 from tools import bench, timing
 
 SETTINGS = dict(models=("tiny",), T=16, B=(2,), total_batch_size=64, steps=2, repeats=3, device="cpu")
@@ -69,14 +70,16 @@ def test_failing_variant_is_skipped_unless_it_is_needed() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_train(optimizer: str, tmp_path: Path) -> None:
+def test_train(optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     row = results("train", tmp_path, optimizer=optimizer, profile=True)["NeoGPT"]
     assert row["ms"] == pytest.approx(64e3 / row["median"])
-    kernels = {kernel["name"]: kernel for kernel in row["kernels"]}
-    n_backward = 2 * 2 * 2  # a fused operator of one layer: 2 steps of 2 micro-batches, and as many forward passes
-    attention = [k for name, k in kernels.items() if name.startswith("aten::_scaled_dot_product_flash_attention")]
-    assert sum(kernel["calls"] for kernel in attention) == n_backward and attention[0]["kind"] == "attention"
-    assert kernels["aten::mm"]["kind"] == "matrix product"
+    assert "aten::mm" in capsys.readouterr().out  # one of the operators that take longest
+
+
+def test_signal_ends_a_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.Run, "update", lambda *_, **settings: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        results("train", tmp_path)
 
 
 def test_other_measurements(tmp_path: Path) -> None:

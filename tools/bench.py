@@ -1,6 +1,6 @@
 """Measure speed: NeoGPT against plain PyTorch or tiktoken code, in alternating repeats.
 
-    python -m tools.bench train       # the training step against a plain PyTorch loop; --profile: also time each kernel
+    python -m tools.bench train       # the training step against a plain PyTorch loop; --profile: also the kernels
     python -m tools.bench choices     # the training step with one choice changed at a time
     python -m tools.bench roofline    # copies, matrix products, attention and gradients of a training step, each alone
     python -m tools.bench sample      # prefill, and decoding with and without a KV cache
@@ -56,7 +56,7 @@ class Config:
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
     compile: bool | None = None  # None: as in train_gpt2.py; sample: both with and without
-    profile: bool = False  # train: print the time of each kernel in one more repeat
+    profile: bool = False  # train: in one more repeat, print the 30 kernels (on a CPU: operators) that take longest
     only: tuple[str, ...] = ()  # choices: only these, besides the default
     workers: int | None = None  # tokenize: processes; None: one per core
     rows: int = 40  # hellaswag: rows per repeat, evenly spaced in the file
@@ -85,10 +85,10 @@ def bench_train(cfg: Config, name: str, B: int) -> list[dict]:
     rows[1] |= dict(peak_gb=torch.cuda.max_memory_allocated() / 1e9)
     print(", ".join(f"{key} {rows[1][key]:,.3g}" for key in ("ms", "mfu", "peak_gb") if rows[1][key]), flush=True)
     if cfg.profile:
-        rows[1]["kernels"] = kernels = t.kernels()
-        for kind in (*timing.KERNELS, "other"):
-            print(f"{sum(row['us'] for row in kernels if row['kind'] == kind):9.4f} us/token  {kind}")
-        print("\n".join(f"{row['us']:9.4f} us/token {row['calls']:6d} calls  {row['name']}" for row in kernels[:30]))
+        with torch.profiler.profile() as profiler:
+            t.neogpt()
+        slowest = "self_device_time_total" if t.rt.device.type == "cuda" else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=slowest, row_limit=30))
     return rows
 
 
@@ -127,9 +127,8 @@ def bench_roofline(cfg: Config, name: str, B: int) -> list[dict]:
     random = functools.partial(torch.randn, device=rt.device, dtype=torch.bfloat16)
 
     def measure(part: str, amount: float, unit: str, function: Callable, *args: object) -> None:
-        timer = Timer(
-            "function(*args)", globals=dict(function=function, args=args), num_threads=torch.get_num_threads()
-        )
+        variables = dict(function=function, args=args)
+        timer = Timer("function(*args)", globals=variables, num_threads=torch.get_num_threads())
         ms = 1e3 * timer.blocked_autorange(min_run_time=0.1).median
         rows.append(dict(name=part, ms=ms, rate=1e3 * amount / ms, unit=unit))
         print(f"{part:40} {ms:9.4f} ms {1e3 * amount / ms:9.1f} {unit}", flush=True)
@@ -224,9 +223,9 @@ def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
     return timing.run_alternating(variants, cfg.repeats, "rows/s")
 
 
-def count_tokens(texts: list[str]) -> int:
+def count_tokens(text: str) -> int:
     """The number of GPT-2 tokens."""
-    return sum(map(len, map(data.get_tokenizer("gpt2").encode_ordinary, texts)))
+    return len(data.get_tokenizer("gpt2").encode_ordinary(text))
 
 
 def bench_tokenize(cfg: Config) -> list[dict]:
@@ -235,17 +234,16 @@ def bench_tokenize(cfg: Config) -> list[dict]:
     if not paths:
         raise ValueError(f"--data={cfg.data}: no such files; give a pattern of parquet files")
     texts = [text for path in paths for text in pyarrow.parquet.read_table(path)["text"].to_pylist() if text]
-    chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
-    n_tokens = count_tokens(texts)
 
     def plain() -> int:
         with multiprocessing.Pool(cfg.workers) as pool:
-            return sum(pool.imap_unordered(count_tokens, chunks))
+            return sum(pool.imap_unordered(count_tokens, texts, chunksize=64))
 
     def neogpt(encoder: str) -> int:
         with tempfile.TemporaryDirectory() as folder, timing.quiet():
             fineweb.main(fineweb.Config(data=cfg.data, out_dir=folder, workers=cfg.workers, encoder=encoder))
-        return n_tokens
+            manifest = data.read_manifest(folder)
+        return manifest["n_tokens"] - manifest["n_documents"]  # without end-of-text
 
     variants = {"tiktoken pool": plain, "fineweb.py, tiktoken": lambda: neogpt("tiktoken")}
     if importlib.util.find_spec("gigatoken"):
@@ -253,13 +251,8 @@ def bench_tokenize(cfg: Config) -> list[dict]:
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
 
 
-PER_MODEL = {
-    "train": bench_train,
-    "choices": bench_choices,
-    "roofline": bench_roofline,
-    "sample": bench_sample,
-    "hellaswag": bench_hellaswag,
-}
+PER_MODEL = {"train": bench_train, "choices": bench_choices, "roofline": bench_roofline}
+PER_MODEL |= {"sample": bench_sample, "hellaswag": bench_hellaswag}
 
 
 def main(cfg: Config) -> None:

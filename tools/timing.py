@@ -69,9 +69,9 @@ def run_alternating(variants: dict[str, Callable[[], Any]], repeats: int, unit: 
 
 def write_json(path: Path, **results: Any) -> None:
     """Write results with the command, the hardware and the versions of packages."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = re.search("model name\\s*: (.*)", cpuinfo)
-    hardware = dict(cpu=cpu[1] if cpu else platform.processor(), cores=os.cpu_count(), system=platform.platform())
+    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    cpu = re.findall("model name\\s*: (.*)", cpuinfo) or [platform.processor()]
+    hardware = dict(cpu=cpu[0], cores=os.cpu_count(), system=platform.platform())
     if torch.cuda.is_available():
         hardware |= dict(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda)
     packages = ("torch", "numpy", "tiktoken", "gigatoken", "pyarrow")
@@ -91,17 +91,6 @@ def build_model(cfg: Any, name: str, **changes: Any) -> tuple:
     return model.GPT(model.GPTConfig(**model.SIZES[name] | vocabulary | changes)).to(rt.device), tokenizer, rt
 
 
-# kinds of kernels: regular expressions for their names, in this order
-KERNELS = {
-    "compiled": "^triton",
-    "attention": "flash|fmha|attention|cudnn",
-    "matrix product": "gemm|nvjet|cutlass|cublas|addmm|mm$",
-    "optimizer": "multi_tensor|foreach|adam",
-    "embedding": "index|sort|embedding|scan|unique",
-    "copy": "[mM]em(cpy|set)|copy",
-}
-
-
 class Trainer:
     """A plain training loop and NeoGPT's on one shared model: the speed of two copies can differ by 5 %."""
 
@@ -113,8 +102,6 @@ class Trainer:
         self.train = data.Windows(data.open_data(cfg.data, tokenizer)[0], cfg.T)
         self.folder = tempfile.TemporaryDirectory()
         self.run = run.Run(train_gpt2.Config(out_dir=self.folder.name), "pretraining", tokenizer.name, self.rt)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Run has replaced the handlers
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         optimizers = optim.make_optimizers(raw, optimizer=cfg.optimizer, weight_decay=0.1)
         self.run.attach(raw, optimizers, self.rt.device.type == "cuda" if cfg.compile is None else cfg.compile)
 
@@ -145,22 +132,11 @@ class Trainer:
         batches = data.prefetch(self.read, self.run.step, stop)
         with quiet():
             for _ in self.run.steps(stop):
+                # a signal ends the measurement at once; the handlers of the run would end only this loop
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 if self.run.last:
                     break
                 self.run.update(next(batches), train_gpt2.loss_fn, lr=1e-4)
             self.run.read_results(0)
         return self.cfg.steps * self.n * self.cfg.T
-
-    def kernels(self) -> list[dict]:
-        """Microseconds per token of the kernels (on a CPU: operators) in NeoGPT's step, by kind and by name."""
-        is_cuda = self.rt.device.type == "cuda"
-        with torch.profiler.profile() as profiler:
-            n_tokens = self.neogpt()
-        rows = []
-        for event in profiler.key_averages():
-            on_device = event.device_type == torch.autograd.DeviceType.CUDA
-            if on_device == is_cuda and not event.key.startswith(("Optimizer", "## Call")):  # those contain kernels
-                kind = next((kind for kind, names in KERNELS.items() if re.search(names, event.key)), "other")
-                us = event.self_device_time_total if is_cuda else event.self_cpu_time_total
-                rows.append(dict(kind=kind, name=event.key[:90], us=us / n_tokens, calls=event.count))
-        return sorted(rows, key=lambda row: -row["us"])
