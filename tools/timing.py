@@ -24,8 +24,8 @@ from neogpt import config, data, files, model, optim, run, runtime, training
 
 def clock() -> float:
     """The time in seconds, after the GPU has done its queued work."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
