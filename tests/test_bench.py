@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import signal
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,15 +93,6 @@ def test_other_measurements(tmp_path: Path) -> None:
         assert results("sample", tmp_path, **options).keys() == {"no cache", "prefill"} | cache
 
 
-def test_roofline(tmp_path: Path) -> None:
-    cfg = replace(bench.CONFIGS["roofline"], **SETTINGS | dict(out_dir=str(tmp_path)))
-    bench.main(cfg)
-    rows = {row["name"]: row for row in json.loads((tmp_path / "roofline.json").read_text())["results"]}
-    assert len(rows) == 1 + 5 * 3 + 2 + 2 and all(row["ms"] > 0 for row in rows.values())
-    tflop = 2e-12 * 2 * 16 * 16 * 48  # of B · T rows of C to 3 C
-    assert rows["c_attn, forward"]["rate"] * rows["c_attn, forward"]["ms"] == pytest.approx(1e3 * tflop)
-
-
 def test_tokenize(tmp_path: Path) -> None:
     try:
         data.get_tokenizer("gpt2")
@@ -125,6 +115,7 @@ def test_invalid_options(tmp_path: Path) -> None:
     cfg = bench.Config(**SETTINGS, out_dir=str(tmp_path))
     harness.refused(bench.main, cfg, "nosuch", "gpt2", models=("nosuch",))
     harness.refused(bench.main, cfg, "repeats", 1, repeats=1)
+    harness.refused(bench.main, cfg, "--B=0", B=())
     harness.refused(bench.main, cfg, "total_batch_size", total_batch_size=8)
     harness.refused(bench.main, cfg, "nosuch", "bf16 residual", bench="choices", only=("nosuch",))
     harness.refused(bench.main, cfg, "nothing*", bench="tokenize", data=str(tmp_path / "nothing*"))

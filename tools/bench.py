@@ -2,7 +2,6 @@
 
     python -m tools.bench train       # the training step against a plain PyTorch loop; --profile: also the kernels
     python -m tools.bench choices     # the training step with one choice changed at a time
-    python -m tools.bench roofline    # copies, matrix products, attention and gradients of a training step, each alone
     python -m tools.bench sample      # prefill, and decoding with and without a KV cache
     python -m tools.bench hellaswag   # against scoring one row at a time
     python -m tools.bench tokenize --data='books-*.parquet'    # fineweb.py against a pool of tiktoken processes
@@ -18,7 +17,6 @@ import itertools
 import multiprocessing
 import tempfile
 import timeit
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -26,10 +24,8 @@ from typing import Literal
 from neogpt import config, data, files
 
 if multiprocessing.parent_process() is None:  # the workers of `tokenize` import this file too, but need no torch
-    import numpy as np
     import pyarrow.parquet
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.utils.rnn import pad_sequence
 
     import fineweb
@@ -40,7 +36,7 @@ if multiprocessing.parent_process() is None:  # the workers of `tokenize` import
 
 @dataclass(frozen=True)
 class Config:
-    bench: Literal["train", "choices", "roofline", "sample", "hellaswag", "tokenize"] = "train"  # what to measure
+    bench: Literal["train", "choices", "sample", "hellaswag", "tokenize"] = "train"  # what to measure
     data: str = str(config.ROOT / "input.txt")  # text or shards; hellaswag: rows; tokenize: parquet files
     tokenizer: Literal["gpt2", "bytes"] = "bytes"  # of the data
     models: tuple[str, ...] = ("demo",)  # names of model.SIZES; the weights are random
@@ -66,7 +62,6 @@ class Config:
 CONFIGS = {
     "train": Config(),
     "choices": Config(bench="choices", repeats=4),
-    "roofline": Config(bench="roofline", B=(2,)),
     "sample": Config(bench="sample", models=("gpt2",), B=(1, 8), repeats=4),
     "hellaswag": Config(bench="hellaswag", data="", tokenizer="gpt2", models=("gpt2",), repeats=4),
     "tokenize": Config(bench="tokenize", data="*.parquet", tokenizer="gpt2", repeats=4),
@@ -116,47 +111,6 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
     wanted = [choice for choice in choices if not cfg.only or choice in ("default", *cfg.only)]
     variants = {choice: lambda choice=choice: make(choice).neogpt() for choice in wanted}  # made in the first repeat
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
-
-
-def bench_roofline(cfg: Config, name: str, B: int) -> list[dict]:
-    """The parts of a training step, each alone: copies, matrix products, attention in bf16, and index_put of ids."""
-    from torch.utils.benchmark import Timer  # its import prints a warning on some machines without a GPU
-
-    shape = model.GPTConfig(**model.SIZES[name] | dict(block_size=cfg.T))
-    rt, n, C, rows = runtime.setup(cfg.device, "bf16"), B * cfg.T, shape.n_embd, []
-    random = functools.partial(torch.randn, device=rt.device, dtype=torch.bfloat16)
-
-    def measure(part: str, amount: float, unit: str, function: Callable, *args: object) -> None:
-        variables = dict(function=function, args=args)
-        timer = Timer("function(*args)", globals=variables, num_threads=torch.get_num_threads())
-        ms = 1e3 * timer.blocked_autorange(min_run_time=0.1).median
-        rows.append(dict(name=part, ms=ms, rate=1e3 * amount / ms, unit=unit))
-        print(f"{part:40} {ms:9.4f} ms {1e3 * amount / ms:9.1f} {unit}", flush=True)
-
-    x = random(64 * n, 64)
-    measure("copy", 2 * x.nbytes / 1e9, "GB/s", torch.empty_like(x).copy_, x)
-    widths = {"c_attn": (C, 3 * C), "attn.c_proj": (C, C), "c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
-    for linear, (n_in, n_out) in (widths | {"lm_head": (C, shape.vocab_size)}).items():
-        x, w, dy, tflop = random(n, n_in), random(n_out, n_in), random(n, n_out), 2e-12 * n * n_in * n_out
-        products = {"forward": (x, w.T), "gradient of the input": (dy, w), "gradient of the weight": (dy.T, x)}
-        for product, factors in products.items():
-            measure(f"{linear}, {product}", tflop, "TFLOP/s", torch.matmul, *factors)
-    q, k, v = (random(B, shape.n_head, cfg.T, C // shape.n_head).requires_grad_() for _ in range(3))
-    tflop = 2e-12 * n * cfg.T * C  # two products, half of them masked; in the backward pass five products
-    backends = [SDPBackend.FLASH_ATTENTION] + [SDPBackend.CUDNN_ATTENTION] * (rt.device.type == "cuda")
-    for backend in backends:
-        with sdpa_kernel(backend):
-            out, title = model.flash_attention(q, k, v), backend.name.lower().replace("_", " ")
-            backward = functools.partial(torch.autograd.grad, retain_graph=True)
-            measure(f"{title}, forward", tflop, "TFLOP/s", model.flash_attention, q, k, v)
-            measure(f"{title}, backward", 2.5 * tflop, "TFLOP/s", backward, out, (q, k, v), torch.randn_like(out))
-    ids = data.Windows(data.open_data(cfg.data, data.get_tokenizer(cfg.tokenizer))[0], cfg.T).read(np.arange(B))
-    ids, grad = torch.from_numpy(ids[:, :-1]).flatten().to(rt.device), torch.randn(n, C, device=rt.device)
-    add = functools.partial(torch.zeros(shape.vocab_size, C, device=rt.device).index_put_, accumulate=True)
-    for deterministic in (True, False):
-        torch.use_deterministic_algorithms(deterministic)
-        measure("embedding's gradient" + ", deterministic" * deterministic, grad.nbytes / 1e9, "GB/s", add, [ids], grad)
-    return rows
 
 
 def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
@@ -251,13 +205,12 @@ def bench_tokenize(cfg: Config) -> list[dict]:
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
 
 
-PER_MODEL = {"train": bench_train, "choices": bench_choices, "roofline": bench_roofline}
-PER_MODEL |= {"sample": bench_sample, "hellaswag": bench_hellaswag}
+PER_MODEL = dict(train=bench_train, choices=bench_choices, sample=bench_sample, hellaswag=bench_hellaswag)
 
 
 def main(cfg: Config) -> None:
     """Run one measurement and write its results."""
-    config.require("[1, inf)", T=cfg.T, B=min(cfg.B), steps=cfg.steps, rows=cfg.rows, workers=cfg.workers)
+    config.require("[1, inf)", T=cfg.T, B=min(cfg.B, default=0), steps=cfg.steps, rows=cfg.rows, workers=cfg.workers)
     config.require("[1, inf)", prompt_tokens=cfg.prompt_tokens, uncached_stride=cfg.uncached_stride)
     config.require("[2, inf)", repeats=cfg.repeats)
     config.require("[17, inf)", new_tokens=cfg.new_tokens)  # the first tokens are not timed
