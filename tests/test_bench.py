@@ -32,7 +32,7 @@ def results(name: str, tmp_path: Path, **changes: Any) -> dict[str, dict]:
     changes = SETTINGS | dict(out_dir=str(tmp_path / "bench")) | changes
     path = harness.train(bench.main, bench.CONFIGS[name], **changes) / f"{name}.json"
     found = json.loads(path.read_text())
-    assert found["command"] and found["hardware"]["cpu"] and found["versions"]["torch"]
+    assert found["command"] and found["machine"]["cpu_info"] and found["machine"]["torch_version"]
     assert found["config"]["bench"] == name and found["results"][0]["ratio"] == 1
     assert all(0 < row["min"] <= row["median"] <= row["max"] for row in found["results"])
     return {row["name"]: row for row in found["results"]}
@@ -55,17 +55,6 @@ def test_rates_alternate_and_leave_the_first_repeat_out(monkeypatch: pytest.Monk
     assert "".join(order) == "abbaabba"
     assert (a["min"], a["median"], a["max"], a["ratio"]) == (4, 10, 20, 1)
     assert (b["min"], b["median"], b["max"], b["ratio"]) == (5, 8, 40, 0.8)
-
-
-def test_failing_variant_is_skipped_unless_it_is_needed() -> None:
-    def fail() -> int:
-        raise RuntimeError("out of memory")
-
-    variants = {"a": lambda: 1, "b": fail, "c": lambda: 2}
-    assert [row["name"] for row in timing.run_alternating(variants, 3, "tok/s")] == ["a", "c"]
-    for names in ("bac", "ab"):
-        with pytest.raises(RuntimeError, match="out of memory"):
-            timing.run_alternating({name: variants[name] for name in names}, 3, "tok/s")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

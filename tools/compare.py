@@ -9,7 +9,6 @@ pass of the dense model (dense kernels multiply zeros too), validation loss, Hel
 
 import copy
 import itertools
-import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
@@ -60,7 +59,7 @@ def main(cfg: Config) -> None:
     speeds = {row["name"]: row["median"] for row in timing.run_alternating(passes, 1 + cfg.repeats, "tok/s")}
     rows, table = [], [("model", "pruned", "parameters", "MFLOP/token", "tok/s", "loss", "HellaSwag")]
     for source, loaded in models.items():
-        T, speed = loaded.raw.config.block_size, speeds.get(source, math.nan)  # nan: it does not fit into memory
+        T, speed = loaded.raw.config.block_size, speeds[source]
         idx, val, questions = prune.load_data(cfg, T, loaded.tokenizer, rt)
         for label, variant in variants.items():
             raw = copy.deepcopy(loaded.raw)

@@ -2,9 +2,6 @@
 
 import contextlib
 import io
-import os
-import platform
-import re
 import signal
 import statistics
 import sys
@@ -17,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import collect_env
 
 import train_gpt2
 from neogpt import config, data, files, model, optim, run, runtime, training
@@ -40,27 +38,18 @@ def run_alternating(variants: dict[str, Callable[[], Any]], repeats: int, unit: 
     """Time every variant `repeats` times, in alternating order; print and return rates per second.
 
     The first repeat warms up and is not counted. A variant returns its number of units, or (that number, clock() after
-    its setup). A failing variant (out of memory) is skipped, unless it is the first, the baseline, or the only other.
+    its setup). The first variant is the baseline of the ratios.
     """
-    baseline, rates, firsts = next(iter(variants)), {name: [] for name in variants}, {}
+    rates: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats):
-        for name in list(rates)[:: -1 if repeat % 2 else 1]:
+        for name in list(variants)[:: -1 if repeat % 2 else 1]:
             start = clock()
-            try:
-                done = variants[name]()
-            except (RuntimeError, ValueError) as error:
-                if name == baseline or len(rates) == 2:
-                    raise
-                print(f"skipped: {name}: {files.one_line(error)}", flush=True)
-                del rates[name]
-                continue
-            firsts.setdefault(name, clock() - start)
+            done = variants[name]()
             n, start = done if isinstance(done, tuple) else (done, start)
             rates[name].append(n / (clock() - start))
     rows, table = [], [("", f"median {unit}", "min", "max", "ratio")]
     for name, (_, *counted) in rates.items():
         row = dict(name=name, unit=unit, median=statistics.median(counted), min=min(counted), max=max(counted))
-        row |= dict(first_s=firsts[name])  # with compilation
         rows.append(row | dict(ratio=row["median"] / (rows or [row])[0]["median"]))
         table.append((name, *(f"{row[key]:,.1f}" for key in ("median", "min", "max")), f"{rows[-1]['ratio']:.3f}"))
     print(config.format_table(table), flush=True)
@@ -68,16 +57,11 @@ def run_alternating(variants: dict[str, Callable[[], Any]], repeats: int, unit: 
 
 
 def write_json(path: Path, **results: Any) -> None:
-    """Write results with the command, the hardware and the versions of packages."""
-    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    cpu = re.findall("model name\\s*: (.*)", cpuinfo) or [platform.processor()]
-    hardware = dict(cpu=cpu[0], cores=os.cpu_count(), system=platform.platform())
-    if torch.cuda.is_available():
-        hardware |= dict(gpu=torch.cuda.get_device_name(), cuda=torch.version.cuda)
-    packages = ("torch", "numpy", "tiktoken", "gigatoken", "pyarrow")
-    versions = {d.name: d.version for d in metadata.distributions() if d.name in packages}
-    versions |= dict(python=platform.python_version(), code=run.code_revision())
-    files.write_json(path, dict(command=" ".join(sys.argv), hardware=hardware, versions=versions) | results)
+    """Write results with the command, the revision of the code, the machine and the versions of packages."""
+    machine = collect_env.get_env_info()._asdict()  # also PyTorch and CUDA
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in ("tiktoken", "gigatoken", "pyarrow")}
+    facts = dict(command=" ".join(sys.argv), code=run.code_revision(), machine=machine, versions=versions)
+    files.write_json(path, facts | results)
     print(f"wrote {path}")
 
 
