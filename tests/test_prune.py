@@ -12,7 +12,7 @@ from torch import Tensor
 
 import prune
 import train_gpt2
-from neogpt import checkpoint, hf, lora, model
+from neogpt import checkpoint, hf, model
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 ND = dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)
@@ -176,20 +176,6 @@ def test_training_keeps_zeros(
         for name, weight in pruned.items():
             assert torch.equal(trained.model[name] != 0, weight != 0), name
             assert not torch.equal(trained.model[name], weight), name
-
-
-def test_adapter_is_merged_before_pruning(cfg: prune.Config, tmp_path: Path) -> None:
-    raw = checkpoint.load_model(cfg.checkpoint).raw
-    fingerprint = lora.fingerprint(raw.state_dict())
-    lora.add_lora(raw, 2, 4.0)
-    with torch.no_grad():
-        for weight in lora.lora_weights(raw).values():
-            weight.normal_()
-    lora.save_adapter(tmp_path / "adapter", raw, cfg.checkpoint, fingerprint)
-    pruned = pruned_weights(harness.train(prune.main, cfg, checkpoint=str(tmp_path / "adapter")))
-    merged = lora.merged_weights(raw)
-    assert len(pruned) == 8
-    assert all(torch.allclose(weight, merged[name] * (weight != 0)) for name, weight in pruned.items())
 
 
 def test_folder_of_another_run_is_refused(cfg: prune.Config) -> None:
