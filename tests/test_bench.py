@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import signal
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from neogpt import config, data, model, run
+from neogpt import config, data, model
 from tools import bench, timing
 
 SETTINGS = dict(models=("tiny",), T=16, B=(2,), total_batch_size=64, steps=2, repeats=3, device="cpu")
@@ -62,12 +61,6 @@ def test_train(optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture) ->
     row = results("train", tmp_path, optimizer=optimizer, profile=True)["NeoGPT"]
     assert row["ms"] == pytest.approx(64e3 / row["median"])
     assert "aten::mm" in capsys.readouterr().out  # one of the operators that take longest
-
-
-def test_signal_ends_a_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run.Run, "update", lambda *_, **settings: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        results("train", tmp_path)
 
 
 def test_other_measurements(tmp_path: Path) -> None:

@@ -10,16 +10,17 @@ Prints a table and writes <out_dir>/<bench>.json with the command, hardware and 
 and largest of all repeats but the first. Our results are in bench/RESULTS.md.
 """
 
+import contextlib
 import functools
 import glob
 import importlib.util
+import io
 import itertools
 import multiprocessing
 import tempfile
-import timeit
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from neogpt import config, data, files
 
@@ -30,7 +31,8 @@ if multiprocessing.parent_process() is None:  # the workers of `tokenize` import
 
     import fineweb
     import hellaswag
-    from neogpt import generate, model, runtime
+    import train_gpt2
+    from neogpt import generate, model, optim, runtime, training
     from tools import timing
 
 
@@ -68,21 +70,73 @@ CONFIGS = {
 }
 
 
+def build_model(cfg: Config, name: str, **changes: Any) -> tuple:
+    """A GPT on the device, its tokenizer, and the Runtime. changes: to the GPTConfig."""
+    if name not in model.SIZES:
+        raise ValueError(f"--models {name}: expected names of {', '.join(model.SIZES)}")
+    rt, tokenizer = runtime.setup(cfg.device, cfg.precision), data.get_tokenizer(cfg.tokenizer)
+    vocabulary = dict(n_tokens=tokenizer.n_vocab, vocab_size=model.pad_vocab(tokenizer.n_vocab))
+    torch.manual_seed(0)
+    return model.GPT(model.GPTConfig(**model.SIZES[name] | vocabulary | changes)).to(rt.device), tokenizer, rt
+
+
+def training_loops(cfg: Config, name: str, B: int, deterministic: bool = True, **changes: Any) -> tuple:
+    """A GPT, the Runtime, a plain training loop and NeoGPT's. Both loops train this one model, because the speed of two
+    copies can differ by 5 %, and return the number of tokens. B: sequences per forward pass. deterministic: of CUDA
+    kernels. name, changes: as in `build_model`.
+    """
+    raw, tokenizer, rt = build_model(cfg, name, block_size=cfg.T, **changes)
+    n, is_cuda = cfg.total_batch_size // cfg.T, rt.device.type == "cuda"  # n: sequences per step
+    train = data.Windows(data.open_data(cfg.data, tokenizer)[0], cfg.T)
+    optimizers = optim.make_optimizers(raw, optimizer=cfg.optimizer, weight_decay=0.1)
+    net = runtime.wrap(raw, rt, is_cuda if cfg.compile is None else cfg.compile)
+
+    def read(step: int) -> training.Batch:  # as in train_gpt2.py
+        xy = torch.from_numpy(train.read(data.windows_at(step * n, n, len(train), seed=0)))
+        return train_gpt2.make_batch(runtime.to_device(xy, rt.device), B, n)
+
+    def plain() -> int:  # one batch that stays on the device
+        runtime.set_determinism(deterministic and is_cuda)
+        batch = read(0)
+        for _ in range(cfg.steps):
+            for micro_batch in batch.micro_batches:
+                training.backward(net, micro_batch, train_gpt2.loss_fn, 1 / batch.n_tokens, rt)
+            torch.nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()  # with the learning rate that `neogpt` has set
+                optimizer.zero_grad()
+        return cfg.steps * batch.n_tokens
+
+    def neogpt() -> int:  # prefetched batches; losses are read one step late, as in a run on CUDA
+        runtime.set_determinism(deterministic and is_cuda)
+        settings, result = dict(lr=1e-4, grad_clip=1.0, rt=rt), None
+        for batch in data.prefetch(read, 0, cfg.steps):
+            previous = result
+            result = training.train_step(net, optimizers, batch.micro_batches, train_gpt2.loss_fn, **settings)
+            if previous:
+                previous()
+        result()
+        return cfg.steps * batch.n_tokens
+
+    return raw, rt, plain, neogpt
+
+
 def bench_train(cfg: Config, name: str, B: int) -> list[dict]:
     """NeoGPT's training step against a plain PyTorch loop."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    t = timing.Trainer(cfg, name, B)
-    rows = timing.run_alternating({"plain PyTorch": t.plain, "NeoGPT": t.neogpt}, cfg.repeats, "tok/s")
-    peak, flops = runtime.peak_flops(t.rt.device), t.run.raw.flops_per_token(cfg.T)
+    raw, rt, plain, neogpt = training_loops(cfg, name, B)
+    rows = timing.run_alternating({"plain PyTorch": plain, "NeoGPT": neogpt}, cfg.repeats, "tok/s")
+    peak, flops = runtime.peak_flops(rt.device), raw.flops_per_token(cfg.T)
+    n_tokens = cfg.total_batch_size // cfg.T * cfg.T  # per step
     for row in rows:
-        row |= dict(ms=1e3 * t.n * cfg.T / row["median"], mfu=flops * row["median"] / peak if peak else None)
+        row |= dict(ms=1e3 * n_tokens / row["median"], mfu=flops * row["median"] / peak if peak else None)
     rows[1] |= dict(peak_gb=torch.cuda.max_memory_allocated() / 1e9)
     print(", ".join(f"{key} {rows[1][key]:,.3g}" for key in ("ms", "mfu", "peak_gb") if rows[1][key]), flush=True)
     if cfg.profile:
         with torch.profiler.profile() as profiler:
-            t.neogpt()
-        slowest = "self_device_time_total" if t.rt.device.type == "cuda" else "self_cpu_time_total"
+            neogpt()
+        slowest = "self_device_time_total" if rt.device.type == "cuda" else "self_cpu_time_total"
         print(profiler.key_averages().table(sort_by=slowest, row_limit=30))
     return rows
 
@@ -93,7 +147,7 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
     rt = runtime.setup(cfg.device, cfg.precision)
     compile = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
     precision = "fp32" if rt.precision == "bf16" else "bf16"
-    choices = {  # Config, and arguments of Trainer
+    choices = {  # Config, and arguments of training_loops
         "default": (cfg, {}),
         "not deterministic": (cfg, dict(deterministic=False)),
         "bf16 residual": (cfg, dict(residual="bf16")),
@@ -107,15 +161,16 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
     }
     if unknown := set(cfg.only) - set(choices):
         raise ValueError(f"--only {unknown.pop()!r}: expected some of {', '.join(choices)}")
-    make = functools.cache(lambda choice: timing.Trainer(choices[choice][0], name, B, **choices[choice][1]))
-    wanted = [choice for choice in choices if not cfg.only or choice in ("default", *cfg.only)]
-    variants = {choice: lambda choice=choice: make(choice).neogpt() for choice in wanted}  # made in the first repeat
+    variants = {}
+    for choice, (changed, arguments) in choices.items():
+        if not cfg.only or choice in ("default", *cfg.only):
+            *_, variants[choice] = training_loops(changed, name, B, **arguments)
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
 
 
 def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     """Prefill, and decoding with a KV cache against recomputing all tokens for each new one."""
-    raw, _, rt = timing.build_model(cfg, name)
+    raw, _, rt = build_model(cfg, name)
     if rt.precision == "bf16":
         generate.cast_linears(raw, torch.bfloat16)
     ids = torch.randint(raw.config.n_tokens, (B, raw.config.block_size)).tolist()
@@ -144,10 +199,6 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
             generate.prefill(raw, long_prompts, generate.KVCache(raw.config.n_layer, raw.config.block_size))
         return sum(map(len, long_prompts))
 
-    x = torch.ones(2**26, device=rt.device)
-    bandwidth = x.nbytes / min(timeit.repeat(lambda: x.sum().item(), number=1, repeat=10))  # bytes/s
-    per_second = bandwidth / sum(p.nbytes for p in raw.parameters())
-    print(f"the memory bandwidth allows {per_second:,.1f} passes over the weights per second, {B} tokens each")
     variants = {"no cache": uncached, "cache": lambda: decode(False), "cache, compiled": lambda: decode(True)}
     if cfg.compile is not None:
         del variants["cache" if cfg.compile else "cache, compiled"]
@@ -156,7 +207,7 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
 
 def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
     """hellaswag.py against scoring the four padded endings of one row at a time."""
-    raw, tokenizer, rt = timing.build_model(cfg, name)
+    raw, tokenizer, rt = build_model(cfg, name)
     rows = hellaswag.read_rows(cfg.data, None, rt)
     rows = rows[:: max(1, len(rows) // cfg.rows)][: cfg.rows]
     questions = hellaswag.prepare(rows, tokenizer, "completion", raw.config.block_size)
@@ -194,7 +245,8 @@ def bench_tokenize(cfg: Config) -> list[dict]:
             return sum(pool.imap_unordered(count_tokens, texts, chunksize=64))
 
     def neogpt(encoder: str) -> int:
-        with tempfile.TemporaryDirectory() as folder, timing.quiet():
+        quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        with tempfile.TemporaryDirectory() as folder, quiet[0], quiet[1]:
             fineweb.main(fineweb.Config(data=cfg.data, out_dir=folder, workers=cfg.workers, encoder=encoder))
             manifest = data.read_manifest(folder)
         return manifest["n_tokens"] - manifest["n_documents"]  # without end-of-text
