@@ -107,13 +107,12 @@ def iter_downloads(source: dict, start: int, folder: Path) -> Iterator[Path]:
     repo = "/".join(source["data"].removeprefix(HUB).split("/")[:2])
     options = {"revision": source["revision"], "repo_type": "dataset", "local_dir": folder}
     download = functools.partial(ask_hub, hf_hub_download, repo, **options)
-    names = [entry["name"] for entry in source["files"][start:]]
     pool = ThreadPool(1)  # a daemon thread: the program can exit during a download
-    ahead = pool.apply_async(download, names[:1])
-    for following in [*names[1:], None]:
+    downloads = (pool.apply_async(download, [entry["name"]]) for entry in source["files"][start:])
+    ahead = next(downloads, None)
+    while ahead:
         path = Path(ahead.get())
-        if following:
-            ahead = pool.apply_async(download, [following])
+        ahead = next(downloads, None)  # starts the next download
         yield path
         path.unlink()
 

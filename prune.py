@@ -47,7 +47,6 @@ class Config(EvalConfig):
     method: Literal["wanda", "magnitude"] = "wanda"  # magnitude: prune the smallest weights of each matrix
     ratio: float = 0.5  # share of the weights to prune, in [0, 1)
     pattern: str = ""  # used instead of ratio: N:M keeps N of every M consecutive inputs, for example 2:4
-    T: int | None = None  # tokens per calibration and validation sequence; None: the model's block_size
 
 
 DEMO = dict(data=f"{config.ROOT}/input.txt", hellaswag_data=f"{config.ROOT}/demo/hellaswag.jsonl", val_tokens=2**16)
@@ -158,13 +157,12 @@ def main(cfg: Config) -> None:
     checkpoint.refuse_own_folder(cfg.out_dir, cfg.checkpoint)
     raw, tokenizer, stage, step = checkpoint.load_model(cfg.checkpoint)
     require_prunable(raw, cfg)
-    config.require(f"[1, {raw.config.block_size}]", T=cfg.T)
     out_dir = files.make_folder(cfg.out_dir)
     path = out_dir / f"ckpt_{step:06d}.pt"
     for other in (*checkpoint.list_checkpoints(out_dir), out_dir / "log.txt"):
         if other.exists() and other != path:
             raise ValueError(f"--out_dir={out_dir} holds {other.name} of another run: use another --out_dir")
-    idx, val, questions = load_data(cfg, cfg.T or raw.config.block_size, tokenizer, rt)
+    idx, val, questions = load_data(cfg, raw.config.block_size, tokenizer, rt)
     raw.to(rt.device)
     before = evaluate(raw, val, questions, cfg, rt)
     prune_model(raw, idx, cfg, rt)
