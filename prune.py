@@ -139,7 +139,7 @@ def evaluate(
     weights = [linear.weight for linear in raw.weight_matrices().values()]
     n_weights, n_params = sum(w.numel() for w in weights), raw.n_params()
     n_zeros = n_weights - sum(int(w.count_nonzero()) for w in weights)
-    metrics = dict(sparsity=n_zeros / n_weights, parameters=n_params, parameters_left=n_params - n_zeros)
+    metrics = dict(sparsity=n_zeros / n_weights, parameters=n_params, nonzero_parameters=n_params - n_zeros)
     loss = training.validate(raw, val, cfg.val_tokens, cfg.B, rt)
     metrics |= dict(loss=loss, perplexity=math.exp(min(loss, 99)))
     if questions:

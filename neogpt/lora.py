@@ -93,7 +93,7 @@ def read_adapter_config(folder: Path) -> tuple[str, int, float]:
         if config.get(key, value) != value:
             raise ValueError(f"adapter_config.json has {key}={config[key]!r}: only {value!r} is supported")
     if (init := config.get("init_lora_weights", True)) not in (True, False, "gaussian", "eva", "orthogonal"):
-        raise ValueError(f"adapter_config.json has init_lora_weights={init!r}, which has changed the base model")
+        raise ValueError(f"adapter_config.json has init_lora_weights={init!r}, which changes the base: unsupported")
     r, alpha, base = (config.get(key) for key in ("r", "lora_alpha", "base_model_name_or_path"))
     if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not isinstance(base, str):
         raise ValueError(f"adapter_config.json has r={r!r}, lora_alpha={alpha!r}, base_model_name_or_path={base!r}")

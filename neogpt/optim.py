@@ -84,7 +84,7 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonalize_on_ranks(matrices: list[Tensor]) -> list[Tensor]:
-    """`orthogonalize`, divided among the ranks. An all-reduce distributes the results: the others add zeros."""
+    """`orthogonalize`, with the matrices divided among the ranks; an all-reduce distributes the results."""
     if not torch.distributed.is_initialized():
         return orthogonalize(matrices)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()

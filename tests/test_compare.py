@@ -44,7 +44,7 @@ def test_table_counts_nonzero_parameters_and_flops(tmp_path: Path, capsys: pytes
             flops = 6 * (V * C + left) + 12 * L * C * T
             expected.append((source, pruned, (V + T) * C + vectors[name] + left, flops))
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
-    assert [(row["model"], row["pruned"], row["parameters_left"], row["flops"]) for row in rows] == expected
+    assert [(row["model"], row["pruned"], row["nonzero_parameters"], row["flops"]) for row in rows] == expected
     assert len({row["loss"] for row in rows}) == 14 and all(row["tok_per_sec"] > 0 for row in rows)
     lines = capsys.readouterr().out.splitlines()[-1 - len(expected) : -1]
     assert [line.split()[:-4] for line in lines] == [[s, *pruned.split(), f"{n:,}"] for s, pruned, n, _ in expected]

@@ -126,12 +126,12 @@ def test_checkpoint_and_report(cfg: prune.Config, capsys: pytest.CaptureFixture)
     assert read.call_count == 1
     before, after = (json.loads((out_dir / "report.json").read_text())[side] for side in ("before", "after"))
     assert (before["sparsity"], after["sparsity"]) == (0, 0.5)
-    assert before["parameters_left"] - after["parameters_left"] == 2 * 12 * 16 * 16 // 2
+    assert before["nonzero_parameters"] - after["nonzero_parameters"] == 2 * 12 * 16 * 16 // 2
     zeros = {name: (weight == 0).float().mean().item() for name, weight in pruned_weights(out_dir).items()}
     assert zeros == {f"transformer.h.{layer}.{name}.weight": 0.5 for layer in range(2) for name in MATRICES}
     assert {"loss", "perplexity", "hellaswag", "hellaswag_norm"} <= before.keys() == after.keys()
     printed = capsys.readouterr().out
-    assert "wanda 0.5" in printed and f"{after['parameters_left']:,}" in printed
+    assert "wanda 0.5" in printed and f"{after['nonzero_parameters']:,}" in printed
     ckpt = checkpoint.read_newest(out_dir)
     assert (ckpt.stage, ckpt.step, ckpt.tokenizer) == ("pretraining", 7, "bytes")
     assert ckpt.pruned["ratio"] == 0.5 and len(pruned_weights(out_dir)) == 8

@@ -215,9 +215,9 @@ def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
     @torch.no_grad()
     def plain() -> int:
         for row in rows:
-            head, tails = hellaswag.encode(*hellaswag.texts(row, "completion"), "completion", tokenizer)
-            x = pad_sequence([torch.tensor(head + tail) for tail in tails], batch_first=True)
-            y = [torch.tensor([-100] * len(head) + tail) for tail in tails]
+            ids, ending_ids = hellaswag.encode(*hellaswag.texts(row, "completion"), "completion", tokenizer)
+            x = pad_sequence([torch.tensor(ids + ending) for ending in ending_ids], batch_first=True)
+            y = [torch.tensor([-100] * len(ids) + ending) for ending in ending_ids]
             y = pad_sequence(y, batch_first=True, padding_value=-100)
             with rt.autocast():
                 losses = raw(x[:, :-1].to(rt.device), y[:, 1:].to(rt.device), reduction="none")

@@ -65,9 +65,9 @@ def main(cfg: Config) -> None:
             raw = copy.deepcopy(loaded.raw)
             prune.prune_model(raw, idx, variant, rt)
             row = dict(model=source, pruned=label, tok_per_sec=speed) | prune.evaluate(raw, val, questions, cfg, rt)
-            row["flops"] = raw.flops_per_token(T) - 6 * (row["parameters"] - row["parameters_left"])
+            row["flops"] = raw.flops_per_token(T) - 6 * (row["parameters"] - row["nonzero_parameters"])
             rows.append(row)
-            cost = f"{row['parameters_left']:,}", f"{row['flops'] / 1e6:.2f}", f"{speed:,.0f}"
+            cost = f"{row['nonzero_parameters']:,}", f"{row['flops'] / 1e6:.2f}", f"{speed:,.0f}"
             scores = f"{row['loss']:.4f}", f"{row['hellaswag']:.3f}" if questions else "-"
             table.append((source, label, *cost, *scores))
             runtime.print0(f"{source}, {label}: loss {row['loss']:.4f}")

@@ -4,7 +4,8 @@
     python -m tools.plot demo                # out/demo
     python -m tools.plot --runs out/adamw out/muon --x=tokens
 
-Published values are shown if all runs pretrain with the GPT-2 tokenizer; HellaSwag's only on all of its own questions.
+Published losses are shown if all runs pretrain with the GPT-2 tokenizer; published HellaSwag accuracies, if they also
+scored all rows of its validation set.
 """
 
 import re
