@@ -24,7 +24,6 @@ def test_table_counts_nonzero_parameters_and_flops(tmp_path: Path, capsys: pytes
         data=str(tmp_path / "text.txt"),
         n_sequences=8,
         B=2,
-        repeats=1,
         val_tokens=64,
         hellaswag_rows=0,
         device="cpu",
@@ -45,9 +44,9 @@ def test_table_counts_nonzero_parameters_and_flops(tmp_path: Path, capsys: pytes
             expected.append((source, pruned, (V + T) * C + vectors[name] + left, flops))
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
     assert [(row["model"], row["pruned"], row["nonzero_parameters"], row["flops"]) for row in rows] == expected
-    assert len({row["loss"] for row in rows}) == 14 and all(row["tok_per_sec"] > 0 for row in rows)
+    assert len({row["loss"] for row in rows}) == 14
     lines = capsys.readouterr().out.splitlines()[-1 - len(expected) : -1]
-    assert [line.split()[:-4] for line in lines] == [[s, *pruned.split(), f"{n:,}"] for s, pruned, n, _ in expected]
+    assert [line.split()[:-3] for line in lines] == [[s, *pruned.split(), f"{n:,}"] for s, pruned, n, _ in expected]
 
     for sparsity in ("half", "2:5", 1.0):
         harness.refused(compare.main, cfg, sparsity, sparsities=(sparsity,))

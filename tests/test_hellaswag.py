@@ -383,11 +383,3 @@ def test_invalid_options_and_models(changes: dict, words: list, tmp_path: Path, 
     with pytest.raises((ValueError, OSError)) as error:
         hellaswag.main(replace(hellaswag.Config(checkpoint=str(run), data=str(rows), device="cpu"), **changes))
     assert all(str(word) in str(error.value) for word in words)
-
-
-def test_demo_rows_fit_the_demo_model(monkeypatch: Patch) -> None:
-    messages, demo = [], hellaswag.CONFIGS["demo"]
-    monkeypatch.setattr(runtime, "print0", messages.append)
-    for style in ("completion", "harness"):
-        questions = hellaswag.load_questions(demo.data, None, BYTES, style, model.SIZES["demo"]["block_size"], ALONE)
-        assert len(questions.label) >= 200 and messages == []

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from neogpt import hf
 from neogpt.model import GPT, MLP, MLPS, SIZES, GPTConfig
 from neogpt.ndlinear import NdLinear
-from neogpt.optim import make_optimizers
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, n_tokens=257, vocab_size=320)
 ND = TINY | dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)
@@ -93,27 +92,13 @@ def test_one_mode_of_ones_equals_the_dense_mlp() -> None:
     torch.testing.assert_close(nd(x), dense(x), rtol=0, atol=1e-6)
 
 
-def test_training_lowers_the_loss_and_changes_every_parameter() -> None:
+def test_every_parameter_has_a_gradient() -> None:
     torch.manual_seed(6)
-    raw = GPT(GPTConfig(**ND))
-    before = {name: p.detach().clone() for name, p in raw.named_parameters()}
-    optimizers = make_optimizers(raw, optimizer="adamw", weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-    idx = torch.randint(257, (4, 33))
-    losses = []
-    for _ in range(30):
-        loss = raw(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        losses.append(loss.item())
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-2
-            optimizer.step()
-            optimizer.zero_grad()
-    assert losses[-1] < losses[0] - 2
-    for name, p in raw.named_parameters():
-        assert not torch.equal(p, before[name]), name
-    w = raw.transformer.h[0].mlp.c_fc.modes[1].weight.flatten()
-    assert len(set(w.tolist())) == 3  # the modes differ
+    raw, idx = GPT(GPTConfig(**ND)), torch.randint(257, (4, 33))
+    raw(idx[:, :-1], idx[:, 1:]).backward()
+    assert [name for name, p in raw.named_parameters() if not p.grad.any()] == []
+    w = raw.transformer.h[0].mlp.c_fc.modes[1].weight
+    assert len(set(w.flatten().tolist())) == len(set(w.grad.flatten().tolist())) == 3  # the modes differ
 
 
 def test_weights_reload_and_export_to_hugging_face_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Alternating repeats and JSON results, for bench.py and compare.py."""
+"""Alternating repeats and JSON results, for bench.py."""
 
 import statistics
 import sys
