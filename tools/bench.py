@@ -25,14 +25,14 @@ from typing import Any, Literal
 from neogpt import config, data, files
 
 if multiprocessing.parent_process() is None:  # the workers of `tokenize` import this file too, but need no torch
+    import numpy as np
     import pyarrow.parquet
     import torch
-    from torch.nn.utils.rnn import pad_sequence
 
     import fineweb
     import hellaswag
     import train_gpt2
-    from neogpt import generate, model, optim, runtime, training
+    from neogpt import chat, generate, model, optim, runtime, training
     from tools import timing
 
 
@@ -216,12 +216,10 @@ def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
     def plain() -> int:
         for row in rows:
             ids, ending_ids = hellaswag.encode(*hellaswag.texts(row, "completion"), "completion", tokenizer)
-            x = pad_sequence([torch.tensor(ids + ending) for ending in ending_ids], batch_first=True)
-            y = [torch.tensor([-100] * len(ids) + ending) for ending in ending_ids]
-            y = pad_sequence(y, batch_first=True, padding_value=-100)
+            batch = chat.collate([[chat.Example(np.array(ids + e), len(ids))] for e in ending_ids], rt.device)
             with rt.autocast():
-                losses = raw(x[:, :-1].to(rt.device), y[:, 1:].to(rt.device), reduction="none")
-            losses.view(len(x), -1).sum(1).tolist()
+                losses = chat.loss(raw, batch, "none")
+            losses.view(len(ending_ids), -1).sum(1).tolist()
         return len(rows)
 
     variants = {"one row at a time": plain, "NeoGPT": lambda: len(hellaswag.evaluate(raw, questions, rt).sums)}
