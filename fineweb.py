@@ -61,7 +61,7 @@ CONFIGS = {
     f"sample-{n}BT": Config(f"{HUB}HuggingFaceFW/fineweb-edu/sample/{n}BT", f"edu_fineweb{n}B") for n in (10, 100, 350)
 }
 SUFFIXES = (".parquet", ".jsonl", ".json", ".txt")
-MAX_WITHOUT_TEXT = 1000  # so many first documents without text are an error
+MAX_WITHOUT_TEXT = 1000  # if so many documents at the start have no text, --field is probably wrong
 CHUNK_BYTES = 2**20  # text per task of a worker
 TOKENS_PER_BYTE = {"gpt2": 0.36, "bytes": 1.6}  # of FineWeb-Edu's parquet files; for the estimate
 
@@ -107,13 +107,12 @@ def iter_downloads(source: dict, start: int, folder: Path) -> Iterator[Path]:
     repo = "/".join(source["data"].removeprefix(HUB).split("/")[:2])
     options = {"revision": source["revision"], "repo_type": "dataset", "local_dir": folder}
     download = functools.partial(ask_hub, hf_hub_download, repo, **options)
-    names = [entry["name"] for entry in source["files"][start:]]
     pool = ThreadPool(1)  # a daemon thread: the program can exit during a download
-    ahead = pool.apply_async(download, names[:1])
-    for following in [*names[1:], None]:
+    downloads = (pool.apply_async(download, [entry["name"]]) for entry in source["files"][start:])
+    ahead = next(downloads, None)
+    while ahead:
         path = Path(ahead.get())
-        if following:
-            ahead = pool.apply_async(download, [following])
+        ahead = next(downloads, None)  # starts the next download
         yield path
         path.unlink()
 
@@ -269,10 +268,7 @@ def write_shards(documents: Iterable[tuple[int, int, np.ndarray]], folder: Path,
         token = 0
         manifest["n_documents" if len(ids) else "n_skipped"] += 1
         if not manifest["n_documents"] and manifest["n_skipped"] == MAX_WITHOUT_TEXT:
-            field = manifest.get("field", "text")
-            raise ValueError(
-                f"the first {MAX_WITHOUT_TEXT:,} documents have no text in the field {field!r}: use --field"
-            )
+            raise ValueError(f"no {manifest['field']!r} in the first {MAX_WITHOUT_TEXT:,} documents: use --field")
         if not n_left:
             break
     if not filled:
@@ -336,16 +332,16 @@ def main(cfg: Config) -> None:
     settings |= dict(source=source, field=cfg.field)
     empty = dict(n_tokens=0, n_documents=0, n_skipped=0, shards=[], next=dict(file=0, document=0, token=0))
     manifest = manifest or dict(complete=False) | settings | empty
+    manifest.setdefault("field", "text")  # an old manifest has none
     for name, value in settings.items():
-        if (old := manifest.get(name, "text")) != value:  # text: the field before there was a choice
-            raise ValueError(f"{folder} was begun with {name}={old}, not {value}: change --out_dir")
+        if manifest[name] != value:
+            raise ValueError(f"{folder} was begun with {name}={manifest[name]}, not {value}: change --out_dir")
     for entry in manifest["shards"]:
         data.open_shard(folder / entry["file"])  # raises if it is missing or truncated
     if not manifest["complete"]:
         write_missing(cfg, folder, manifest, paths)
     n_val, *n_train = [entry["n_tokens"] for entry in manifest["shards"]]
-    n_done, n_skipped = manifest["n_documents"], manifest["n_skipped"]
-    print(f"{folder}: {n_done:,} documents; {n_skipped:,} without text in UTF-8 were skipped")
+    print(f"{folder}: {manifest['n_documents']:,} documents; {manifest['n_skipped']:,} without text in UTF-8 skipped")
     print(f"tokens: {n_val:,} for validation, {sum(n_train):,} for training, {n_train[-1]:,} of them in the last shard")
     small = sum(n_train) < 2**19  # tokens per step of the default configuration of train_gpt2.py
     command = f"train_gpt2.py demo --out_dir=out/{folder.name}" if small else "train_gpt2.py"

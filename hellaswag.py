@@ -100,11 +100,10 @@ def encode(context: str, endings: list[str], style: Style, tokenizer: tiktoken.E
     """Token ids of the context (end-of-text if it is empty) and of each ending. Harness style tokenizes both together
     and removes as many tokens as the context has alone; spaces at the end of the context belong to the ending.
     """
-    stripped = context.rstrip() if style == "harness" else context
-    head = tokenizer.encode_ordinary(stripped)
-    if style == "completion" or not head:
-        return head or [tokenizer.eot_token], [tokenizer.encode_ordinary(" " + ending) for ending in endings]
-    return head, [tokenizer.encode_ordinary(f"{context} {ending}")[len(head) :] for ending in endings]
+    ids = tokenizer.encode_ordinary(context.rstrip() if style == "harness" else context)
+    if style == "completion" or not ids:
+        return ids or [tokenizer.eot_token], [tokenizer.encode_ordinary(" " + ending) for ending in endings]
+    return ids, [tokenizer.encode_ordinary(f"{context} {ending}")[len(ids) :] for ending in endings]
 
 
 class Packed(NamedTuple):
@@ -139,15 +138,15 @@ def prepare(rows: list[Row], tokenizer: tiktoken.Encoding, style: Style, block_s
     packed, lengths, n_truncated = [], [], 0
     for i, row in enumerate(rows):
         context, endings = texts(row, style)
-        head, tails = encode(context, endings, style, tokenizer)
-        if not all(tails) or not all(map(str.strip, endings)):
+        ids, ending_ids = encode(context, endings, style, tokenizer)
+        if not all(ending_ids) or not all(map(str.strip, endings)):
             raise ValueError(f"{row.where}: an ending has no text or no tokens: {row.fields['endings']!r:.200}")
-        longest = max(map(len, tails))
-        n_truncated += len(head) + longest > block_size + 1  # + 1: the last token is no input
-        head, tails = head[-max(1, block_size + 1 - longest) :], [tail[-block_size:] for tail in tails]
-        packed.append(pack(head, tails, i))
+        longest = max(map(len, ending_ids))
+        n_truncated += len(ids) + longest > block_size + 1  # + 1: the last token is no input
+        ids, ending_ids = ids[-max(1, block_size + 1 - longest) :], [e[-block_size:] for e in ending_ids]
+        packed.append(pack(ids, ending_ids, i))
         n_bytes = [len(ending.encode()) for ending in endings]
-        lengths.append([[1] * N_ENDINGS, [*map(len, tails)], [*map(len, endings)], n_bytes])
+        lengths.append([[1] * N_ENDINGS, [*map(len, ending_ids)], [*map(len, endings)], n_bytes])
     if n_truncated:
         runtime.print0(f"{n_truncated:,} rows exceed the model's {block_size} tokens: contexts truncated")
     if style == "harness" and (n := sum("ctx_b" not in row.fields for row in rows)):

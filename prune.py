@@ -47,7 +47,6 @@ class Config(EvalConfig):
     method: Literal["wanda", "magnitude"] = "wanda"  # magnitude: prune the smallest weights of each matrix
     ratio: float = 0.5  # share of the weights to prune, in [0, 1)
     pattern: str = ""  # used instead of ratio: N:M keeps N of every M consecutive inputs, for example 2:4
-    T: int | None = None  # tokens per calibration and validation sequence; None: the model's block_size
 
 
 DEMO = dict(data=f"{config.ROOT}/input.txt", hellaswag_data=f"{config.ROOT}/demo/hellaswag.jsonl", val_tokens=2**16)
@@ -140,7 +139,7 @@ def evaluate(
     weights = [linear.weight for linear in raw.weight_matrices().values()]
     n_weights, n_params = sum(w.numel() for w in weights), raw.n_params()
     n_zeros = n_weights - sum(int(w.count_nonzero()) for w in weights)
-    metrics = dict(sparsity=n_zeros / n_weights, parameters=n_params, parameters_left=n_params - n_zeros)
+    metrics = dict(sparsity=n_zeros / n_weights, parameters=n_params, nonzero_parameters=n_params - n_zeros)
     loss = training.validate(raw, val, cfg.val_tokens, cfg.B, rt)
     metrics |= dict(loss=loss, perplexity=math.exp(min(loss, 99)))
     if questions:
@@ -158,13 +157,12 @@ def main(cfg: Config) -> None:
     checkpoint.refuse_own_folder(cfg.out_dir, cfg.checkpoint)
     raw, tokenizer, stage, step = checkpoint.load_model(cfg.checkpoint)
     require_prunable(raw, cfg)
-    config.require(f"[1, {raw.config.block_size}]", T=cfg.T)
     out_dir = files.make_folder(cfg.out_dir)
     path = out_dir / f"ckpt_{step:06d}.pt"
     for other in (*checkpoint.list_checkpoints(out_dir), out_dir / "log.txt"):
         if other.exists() and other != path:
             raise ValueError(f"--out_dir={out_dir} holds {other.name} of another run: use another --out_dir")
-    idx, val, questions = load_data(cfg, cfg.T or raw.config.block_size, tokenizer, rt)
+    idx, val, questions = load_data(cfg, raw.config.block_size, tokenizer, rt)
     raw.to(rt.device)
     before = evaluate(raw, val, questions, cfg, rt)
     prune_model(raw, idx, cfg, rt)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from neogpt import lora
 
-MAX_ROWS = 64  # use the small-batch products up to this many rows; at 512 rows F.linear is as fast
+MAX_ROWS = 64  # use the small-batch matmuls up to this many rows; at 512 rows F.linear is as fast
 MIN_WEIGHTS = 2**18  # use them for matrices of at least this size
 N_SPLITS = 16  # parts of a matrix in split_matmul
 
 
 @contextmanager
 def fast_cpu_linears(raw: nn.Module, n_rows: int) -> Iterator[None]:
-    """Inside, large fp32 linear layers on a CPU use a faster product for inputs of `n_rows` rows, without gradients.
+    """Inside, large fp32 linear layers on a CPU use a faster matmul for inputs of `n_rows` rows, without gradients.
 
     PyTorch's BLAS leaves cores idle for one row, and for several rows it rearranges the matrix in every call. For
     several rows we pack a copy of the matrix once, in 0.1 s; for one row we split the matrix, which needs no copy. All
@@ -45,11 +45,11 @@ def fast_cpu_linears(raw: nn.Module, n_rows: int) -> Iterator[None]:
             vars(linear).pop("forward", None)
 
 
-def small_batch(linear: nn.Linear, product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The layer's output, computed by `product` if x has few rows and no gradient is needed."""
+def small_batch(linear: nn.Linear, matmul: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The layer's output, computed by `matmul` if x has few rows and no gradient is needed."""
     if torch.is_grad_enabled() or x.numel() > MAX_ROWS * x.size(-1):
         return F.linear(x, linear.weight, linear.bias)
-    return product(x)
+    return matmul(x)
 
 
 def packed_matmul(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:

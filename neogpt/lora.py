@@ -93,7 +93,7 @@ def read_adapter_config(folder: Path) -> tuple[str, int, float]:
         if config.get(key, value) != value:
             raise ValueError(f"adapter_config.json has {key}={config[key]!r}: only {value!r} is supported")
     if (init := config.get("init_lora_weights", True)) not in (True, False, "gaussian", "eva", "orthogonal"):
-        raise ValueError(f"adapter_config.json has init_lora_weights={init!r}, which has changed the base model")
+        raise ValueError(f"adapter_config.json has init_lora_weights={init!r}, which changes the base: unsupported")
     r, alpha, base = (config.get(key) for key in ("r", "lora_alpha", "base_model_name_or_path"))
     if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not isinstance(base, str):
         raise ValueError(f"adapter_config.json has r={r!r}, lora_alpha={alpha!r}, base_model_name_or_path={base!r}")
@@ -103,13 +103,9 @@ def read_adapter_config(folder: Path) -> tuple[str, int, float]:
 def apply_adapter(raw: model.GPT, folder: Path) -> model.GPT:
     """The model with an adapter in PEFT's format merged into its weights. Raises ValueError if it does not fit them."""
     base, r, alpha = read_adapter_config(folder)
-    trained_on = None  # unknown for an adapter of PEFT
-    if (folder / "adapter_model.bin").is_file():
-        weights = torch.load(folder / "adapter_model.bin", "cpu", weights_only=True)
-    else:
-        with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            trained_on = (file.metadata() or {}).get("base")
+    with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        trained_on = (file.metadata() or {}).get("base")  # a fingerprint; None for an adapter of PEFT
     if trained_on and trained_on != fingerprint(raw.state_dict()):
         raise ValueError(f"{base} has changed since training: correct base_model_name_or_path in adapter_config.json")
     if {len(w) for name, w in weights.items() if "lora_A" in name} != {r}:  # before anything of size r is allocated

@@ -38,12 +38,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 # allowed values of the text fields of GPTConfig
-CHOICES = {
-    "attention": ("flash", "manual"),
-    "residual": ("fp32", "bf16"),
-    "gelu": ("tanh", "erf"),
-    "mlp": ("dense", "ndlinear"),
-}
+CHOICES = dict(attention=("flash", "manual"), residual=("fp32", "bf16"), gelu=("tanh", "erf"))
+CHOICES |= dict(mlp=("dense", "ndlinear"))
 
 
 @dataclass(frozen=True)

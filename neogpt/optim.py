@@ -84,7 +84,7 @@ def orthogonalize(matrices: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonalize_on_ranks(matrices: list[Tensor]) -> list[Tensor]:
-    """`orthogonalize`, divided among the ranks: each computes its share, a sum with zeros distributes the results."""
+    """`orthogonalize`, with the matrices divided among the ranks; an all-reduce distributes the results."""
     if not torch.distributed.is_initialized():
         return orthogonalize(matrices)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -151,9 +151,8 @@ def make_optimizers(
 
 def n_moments(optimizers: list[torch.optim.Optimizer]) -> int:
     """The number of values that the optimizers store: two per parameter, and one of Muon's."""
-    per_parameter = [1 if isinstance(optimizer, Muon) else 2 for optimizer in optimizers]
-    groups = [(n, group) for n, optimizer in zip(per_parameter, optimizers) for group in optimizer.param_groups]
-    return sum(n * p.numel() for n, group in groups for p in group["params"])
+    params = [(optimizer, p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    return sum(p.numel() if isinstance(optimizer, Muon) else 2 * p.numel() for optimizer, p in params)
 
 
 def load_moments(optimizers: list[torch.optim.Optimizer], moments: list[dict]) -> None:

@@ -96,7 +96,7 @@ def setup_cuda(device: str) -> None:
 
 
 def set_determinism(enabled: bool) -> None:
-    """Whether CUDA kernels must give the same bits every time."""
+    """Set whether CUDA kernels must give the same bits every time."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # only warn, because cumsum has no deterministic kernel on CUDA; training steps use strict_determinism
     torch.use_deterministic_algorithms(enabled, warn_only=enabled)

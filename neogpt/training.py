@@ -96,15 +96,15 @@ def train_step(
 
 
 @torch.no_grad()
-def validate(net: nn.Module, val: data.Windows, n_tokens: int, rows: int, rt: runtime.Runtime) -> float:
-    """Mean loss, nats per token, over the first n_tokens of the validation windows, `rows` windows at a time. If net is
-    compiled, `rows` must be the size of its micro-batches.
+def validate(net: nn.Module, val: data.Windows, n_tokens: int, B: int, rt: runtime.Runtime) -> float:
+    """Mean loss, nats per token, over the first n_tokens of the validation windows, B windows at a time. If net is
+    compiled, B must be the size of its micro-batches.
     """
     n = max(1, min(len(val), n_tokens // val.T))
     losses = [torch.zeros((), device=rt.device)]  # on the device, so that nothing waits
-    for windows in torch.arange(n)[rt.rank :: rt.world_size].split(rows):
-        xy = runtime.to_device(torch.from_numpy(val.read(windows.numpy())), rt.device)  # (rows, T + 1)
-        xy = F.pad(xy, (0, 0, 0, rows - len(xy)))  # a compiled model needs one shape
+    for windows in torch.arange(n)[rt.rank :: rt.world_size].split(B):
+        xy = runtime.to_device(torch.from_numpy(val.read(windows.numpy())), rt.device)  # (at most B, T + 1)
+        xy = F.pad(xy, (0, 0, 0, B - len(xy)))  # a compiled model needs one shape
         y = xy[:, 1:].clone()
         y[len(windows) :] = -100
         with rt.autocast():

@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ def results(name: str, tmp_path: Path, **changes: Any) -> dict[str, dict]:
     changes = SETTINGS | dict(out_dir=str(tmp_path / "bench")) | changes
     path = harness.train(bench.main, bench.CONFIGS[name], **changes) / f"{name}.json"
     found = json.loads(path.read_text())
-    assert found["command"] and found["hardware"]["cpu"] and found["versions"]["torch"]
+    assert found["command"] and found["machine"]["cpu_info"] and found["machine"]["torch_version"]
     assert found["config"]["bench"] == name and found["results"][0]["ratio"] == 1
     assert all(0 < row["min"] <= row["median"] <= row["max"] for row in found["results"])
     return {row["name"]: row for row in found["results"]}
@@ -57,26 +56,11 @@ def test_rates_alternate_and_leave_the_first_repeat_out(monkeypatch: pytest.Monk
     assert (b["min"], b["median"], b["max"], b["ratio"]) == (5, 8, 40, 0.8)
 
 
-def test_failing_variant_is_skipped_unless_it_is_needed() -> None:
-    def fail() -> int:
-        raise RuntimeError("out of memory")
-
-    variants = {"a": lambda: 1, "b": fail, "c": lambda: 2}
-    assert [row["name"] for row in timing.run_alternating(variants, 3, "tok/s")] == ["a", "c"]
-    for names in ("bac", "ab"):
-        with pytest.raises(RuntimeError, match="out of memory"):
-            timing.run_alternating({name: variants[name] for name in names}, 3, "tok/s")
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_train(optimizer: str, tmp_path: Path) -> None:
+def test_train(optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     row = results("train", tmp_path, optimizer=optimizer, profile=True)["NeoGPT"]
     assert row["ms"] == pytest.approx(64e3 / row["median"])
-    kernels = {kernel["name"]: kernel for kernel in row["kernels"]}
-    n_backward = 2 * 2 * 2  # a fused operator of one layer: 2 steps of 2 micro-batches, and as many forward passes
-    attention = [k for name, k in kernels.items() if name.startswith("aten::_scaled_dot_product_flash_attention")]
-    assert sum(kernel["calls"] for kernel in attention) == n_backward and attention[0]["kind"] == "attention"
-    assert kernels["aten::mm"]["kind"] == "matrix product"
+    assert "aten::mm" in capsys.readouterr().out  # one of the operators that take longest
 
 
 def test_other_measurements(tmp_path: Path) -> None:
@@ -89,15 +73,6 @@ def test_other_measurements(tmp_path: Path) -> None:
     for compile, cache in ((None, {"cache", "cache, compiled"}), (False, {"cache"})):
         options = dict(new_tokens=20, uncached_stride=3, compile=compile, tokenizer="bytes", B=(1, 3))
         assert results("sample", tmp_path, **options).keys() == {"no cache", "prefill"} | cache
-
-
-def test_roofline(tmp_path: Path) -> None:
-    cfg = replace(bench.CONFIGS["roofline"], **SETTINGS | dict(out_dir=str(tmp_path)))
-    bench.main(cfg)
-    rows = {row["name"]: row for row in json.loads((tmp_path / "roofline.json").read_text())["results"]}
-    assert len(rows) == 1 + 5 * 3 + 2 + 2 and all(row["ms"] > 0 for row in rows.values())
-    tflop = 2e-12 * 2 * 16 * 16 * 48  # of B · T rows of C to 3 C
-    assert rows["c_attn, forward"]["rate"] * rows["c_attn, forward"]["ms"] == pytest.approx(1e3 * tflop)
 
 
 def test_tokenize(tmp_path: Path) -> None:
@@ -122,6 +97,7 @@ def test_invalid_options(tmp_path: Path) -> None:
     cfg = bench.Config(**SETTINGS, out_dir=str(tmp_path))
     harness.refused(bench.main, cfg, "nosuch", "gpt2", models=("nosuch",))
     harness.refused(bench.main, cfg, "repeats", 1, repeats=1)
+    harness.refused(bench.main, cfg, "--B=0", B=())
     harness.refused(bench.main, cfg, "total_batch_size", total_batch_size=8)
     harness.refused(bench.main, cfg, "nosuch", "bf16 residual", bench="choices", only=("nosuch",))
     harness.refused(bench.main, cfg, "nothing*", bench="tokenize", data=str(tmp_path / "nothing*"))

@@ -1,4 +1,4 @@
-"""hellaswag.py compared with a scorer of one ending at a time and with values by hand; invalid rows and options."""
+"""hellaswag.py compared with a scorer of one ending at a time; invalid rows and options."""
 
 import json
 import math
@@ -18,7 +18,7 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from harness import ALONE
-from torch import Tensor, nn
+from torch import Tensor
 
 import hellaswag
 from neogpt import chat, config, data, hf, model, runtime
@@ -157,45 +157,6 @@ def test_scores_equal_a_plain_scorer(
         predictions = (expected / lengths[by]).argmax(1)
         assert (result.predictions[by] == predictions).all()
         assert result.accuracy[by] == pytest.approx(np.mean(predictions == [row["label"] for row in rows]))
-
-
-class UnigramModel(nn.Module):
-    """A model whose probability of a token is 4 to the power of minus its price, in every context."""
-
-    def __init__(self, prices: dict[int, int], n_tokens: int) -> None:
-        super().__init__()
-        self.config = SimpleNamespace(n_tokens=n_tokens)
-        probs = torch.full((n_tokens,), 1e-12)
-        for token, price in prices.items():
-            probs[token] = 4.0**-price
-        probs[-1] = 1 - probs[:-1].sum()
-        # the padded vocabulary rows have the largest logits, and must not matter
-        self.lm_head = nn.Linear(1, n_tokens + 7, bias=False)
-        self.lm_head.weight.data = torch.cat([probs.log(), torch.full((7,), 5.0)])[:, None]
-
-    def trunk(self, idx: Tensor, pos: Tensor, mask: Tensor) -> Tensor:
-        """One channel that is always 1."""
-        return torch.ones(*idx.shape, 1)
-
-
-def test_normalizations_by_hand(tmp_path: Path) -> None:
-    tokenizer = merging_tokenizer(b"dd", "日".encode()[:2], "日".encode())  # ids 256, 257, 258
-    raw = UnigramModel({ord(" "): 1, ord("a"): 3, **dict.fromkeys("€".encode(), 2), 256: 5, 258: 4}, 260)
-    #           price  tokens  characters  bytes
-    # " a"          4       2           1      1    best sum: 4
-    # " €"          7       4           1      3    best per token: 7/4, then 4/2, 5/2, 6/2
-    # " dd"         6       2           2      2    best per character: 6/2, then 4/1, 5/1, 7/1
-    # " 日"         5       2           1      3    best per byte: 5/3, then 7/3, 6/2, 4/1
-    rows = [dict(ctx="So", endings=["a", "€", "dd", "日"], label=label) for label in (0, 0, 0, 1, 1, 2)]
-    questions = load(rows, tmp_path, "completion", tokenizer, 64)
-    assert questions.packed[0].inputs.shape == (3, 2 + 1 + 3 + 1 + 1)  # "So" once, and all but the last of each ending
-    result = hellaswag.evaluate(raw, questions, ALONE)
-    assert result.sums == pytest.approx(np.array([[4, 7, 6, 5]] * 6) * -math.log(4), rel=1e-5)
-    assert {by: set(p) for by, p in result.predictions.items()} == dict(zip(NORMS, ({0}, {1}, {2}, {3})))
-    assert list(result.accuracy.values()) == [3 / 6, 2 / 6, 1 / 6, 0]
-    questions = load([dict(ctx="So", endings=["dd", "a", "a", "dd"], label=1)], tmp_path)
-    result = hellaswag.evaluate(UnigramModel({ord(" "): 1, ord("a"): 1, ord("d"): 3}, 257), questions, ALONE)
-    assert [int(p[0]) for p in result.predictions.values()] == [1, 1, 1, 1]  # the first of two equal endings
 
 
 def test_batch_size_does_not_change_scores(tmp_path: Path) -> None:
@@ -422,11 +383,3 @@ def test_invalid_options_and_models(changes: dict, words: list, tmp_path: Path, 
     with pytest.raises((ValueError, OSError)) as error:
         hellaswag.main(replace(hellaswag.Config(checkpoint=str(run), data=str(rows), device="cpu"), **changes))
     assert all(str(word) in str(error.value) for word in words)
-
-
-def test_demo_rows_fit_the_demo_model(monkeypatch: Patch) -> None:
-    messages, demo = [], hellaswag.CONFIGS["demo"]
-    monkeypatch.setattr(runtime, "print0", messages.append)
-    for style in ("completion", "harness"):
-        questions = hellaswag.load_questions(demo.data, None, BYTES, style, model.SIZES["demo"]["block_size"], ALONE)
-        assert len(questions.label) >= 200 and messages == []

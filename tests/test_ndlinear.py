@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from neogpt import hf
-from neogpt.generate import generate
 from neogpt.model import GPT, MLP, MLPS, SIZES, GPTConfig
 from neogpt.ndlinear import NdLinear
-from neogpt.optim import make_optimizers
 
 TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, n_tokens=257, vocab_size=320)
 ND = TINY | dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)
@@ -39,17 +37,6 @@ def test_ndlinear_equals_the_papers_algorithm(d: tuple[int, ...], h: tuple[int, 
     layer, x = NdLinear(d, h, bias), torch.randn(6, *d)
     torch.testing.assert_close(layer(x), algorithm_1(layer, x), rtol=0, atol=1e-6)
     assert layer(x).shape == (6, *h)
-
-
-@pytest.mark.parametrize("d, h", MODES)
-def test_ndlinear_equals_the_authors_layer(d: tuple[int, ...], h: tuple[int, ...]) -> None:
-    authors = pytest.importorskip("ndlinear", reason="pip install ndlinear compares with the authors' layer")
-    torch.manual_seed(1)
-    ours, theirs = NdLinear(d, h), authors.NdLinear(d, h)
-    for mine, other in zip(ours.modes, theirs.align_layers):
-        other.load_state_dict(mine.state_dict())
-    x = torch.randn(6, *d)
-    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("d, h", MODES)
@@ -105,52 +92,13 @@ def test_one_mode_of_ones_equals_the_dense_mlp() -> None:
     torch.testing.assert_close(nd(x), dense(x), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_factors_of_the_second_mode_do_not_decay(optimizer: str) -> None:
-    raw = GPT(GPTConfig(**ND))
-    settings = dict(weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-    groups = [g for o in make_optimizers(raw, optimizer=optimizer, **settings) for g in o.param_groups]
-    decayed = {id(p) for g in groups if g["weight_decay"] for p in g["params"]}
-    for name, p in raw.named_parameters():
-        small = ".modes.1." in name or p.dim() < 2
-        assert (id(p) in decayed) != small, name
-
-
-def test_training_lowers_the_loss_and_changes_every_parameter() -> None:
+def test_every_parameter_has_a_gradient() -> None:
     torch.manual_seed(6)
-    raw = GPT(GPTConfig(**ND))
-    before = {name: p.detach().clone() for name, p in raw.named_parameters()}
-    optimizers = make_optimizers(raw, optimizer="adamw", weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-    idx = torch.randint(257, (4, 33))
-    losses = []
-    for _ in range(30):
-        loss = raw(idx[:, :-1], idx[:, 1:])
-        loss.backward()
-        losses.append(loss.item())
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-2
-            optimizer.step()
-            optimizer.zero_grad()
-    assert losses[-1] < losses[0] - 2
-    for name, p in raw.named_parameters():
-        assert not torch.equal(p, before[name]), name
-    w = raw.transformer.h[0].mlp.c_fc.modes[1].weight.flatten()
-    assert len(set(w.tolist())) == 3  # the modes differ
-
-
-def test_cached_generation_equals_uncached() -> None:
-    torch.manual_seed(7)
-    raw = GPT(GPTConfig(**ND))
-    prompts = [[1, 2, 3], [4], [5, 6, 7, 8]]
-    rows = [list(p) for p in prompts]
-    for tokens in generate(raw, prompts, 10, temperature=0):
-        for row, token in zip(rows, tokens):
-            row.append(token)
-    for row, prompt in zip(rows, prompts):
-        for at in range(len(prompt), len(row)):
-            logits = raw(torch.tensor([row[:at]]))
-            assert row[at] == int(logits[0, -1, :257].argmax())
+    raw, idx = GPT(GPTConfig(**ND)), torch.randint(257, (4, 33))
+    raw(idx[:, :-1], idx[:, 1:]).backward()
+    assert [name for name, p in raw.named_parameters() if not p.grad.any()] == []
+    w = raw.transformer.h[0].mlp.c_fc.modes[1].weight
+    assert len(set(w.flatten().tolist())) == len(set(w.grad.flatten().tolist())) == 3  # the modes differ
 
 
 def test_weights_reload_and_export_to_hugging_face_is_refused(tmp_path: Path) -> None:

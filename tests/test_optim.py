@@ -10,6 +10,8 @@ from torch import Tensor
 
 from neogpt import optim
 
+ND = dict(mlp="ndlinear", mlp_width=32, mlp_modes=2)
+
 
 def test_schedules() -> None:
     cosine = optim.schedule("cosine", 110, 10, 2.0, min_lr_frac=0.1)
@@ -27,14 +29,15 @@ def test_schedules() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_every_parameter_has_one_optimizer_and_only_matrices_decay(kind: str) -> None:
-    raw = tiny_model()
+@pytest.mark.parametrize("shape", [{}, ND], ids=["dense", "ndlinear"])
+def test_every_parameter_has_one_optimizer_and_only_matrices_decay(shape: dict, kind: str) -> None:
+    raw = tiny_model(**shape)
     raw.transformer.wpe.weight.requires_grad_(False)
     optimizers = optim.make_optimizers(raw, optimizer=kind, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-7)
     names = {id(p): name for name, p in raw.named_parameters()}
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     wte, matrices = {"transformer.wte.weight"}, {f"{name}.weight" for name in raw.weight_matrices()}
-    others = {name for name in names.values() if name.endswith(".bias") or ".ln_" in name}
+    others = {name for name in names.values() if name.endswith(".bias") or ".ln_" in name or ".modes.1." in name}
     expected = {"adamw": [wte | matrices, others], "muon": [wte, others, matrices]}
     assert [{names[id(p)] for p in group["params"]} for group in groups] == expected[kind]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1][: len(groups)]
@@ -152,7 +155,7 @@ def test_masks_of_pruned_matrices() -> None:
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize("shape", [{}, dict(mlp="ndlinear", mlp_width=32, mlp_modes=2)], ids=["dense", "ndlinear"])
+@pytest.mark.parametrize("shape", [{}, ND], ids=["dense", "ndlinear"])
 def test_zeros_stay_zero_in_training(shape: dict, kind: str) -> None:
     raw = tiny_model(**shape)
     pruned = [f"{name}.weight" for name in raw.weight_matrices() if ".h.1." in name]

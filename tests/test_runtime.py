@@ -88,23 +88,6 @@ def test_first_signal_asks_to_stop_and_the_second_kills(monkeypatch: pytest.Monk
             signal.signal(signum, handler)
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_training_is_strict_about_determinism(enabled: bool) -> None:
-    def state() -> tuple[bool, bool]:
-        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-
-    def loss_fn(net: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict]:
-        assert state() == (enabled, False)
-        return net(batch["x"]).sum(), {}
-
-    torch.use_deterministic_algorithms(enabled, warn_only=enabled)
-    try:
-        training.backward(nn.Linear(2, 2), dict(x=torch.ones(1, 2)), loss_fn, 1.0, ALONE)
-        assert state() == (enabled, enabled)
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("attention, kernel", [("flash", "flash attention"), ("manual", "manual attention")])
 def test_attention_kernel_is_named(attention: str, kernel: str) -> None:
     config = model.GPTConfig(n_layer=1, n_head=2, n_embd=16, attention=attention)
@@ -113,13 +96,17 @@ def test_attention_kernel_is_named(attention: str, kernel: str) -> None:
 
 @pytest.mark.parametrize("enabled", [True, False])
 def test_determinism_is_strict_in_training_steps(enabled: bool) -> None:
+    def loss_fn(net: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict]:
+        assert torch.get_deterministic_debug_mode() == 2 * enabled  # 2: raise an error
+        with runtime.single_shape_attention():
+            assert torch.backends.cuda.cudnn_sdp_enabled() != enabled
+        return net(batch["x"]).sum(), {}
+
     try:
         runtime.set_determinism(enabled)
         for _ in range(2):
             assert torch.get_deterministic_debug_mode() == enabled  # 1: warn
-            with runtime.strict_determinism(), runtime.single_shape_attention():
-                assert torch.get_deterministic_debug_mode() == 2 * enabled  # 2: raise an error
-                assert torch.backends.cuda.cudnn_sdp_enabled() != enabled
+            training.backward(nn.Linear(2, 2), dict(x=torch.ones(1, 2)), loss_fn, 1.0, ALONE)
             assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch._inductor.config.deterministic == enabled  # PyTorch sets it; or timing would choose some kernels
     finally:

@@ -1,8 +1,7 @@
 """Measure speed: NeoGPT against plain PyTorch or tiktoken code, in alternating repeats.
 
-    python -m tools.bench train       # the training step against a plain PyTorch loop; --profile: also time each kernel
+    python -m tools.bench train       # the training step against a plain PyTorch loop; --profile: also the kernels
     python -m tools.bench choices     # the training step with one choice changed at a time
-    python -m tools.bench roofline    # copies, matrix products, attention and gradients of a training step, each alone
     python -m tools.bench sample      # prefill, and decoding with and without a KV cache
     python -m tools.bench hellaswag   # against scoring one row at a time
     python -m tools.bench tokenize --data='books-*.parquet'    # fineweb.py against a pool of tiktoken processes
@@ -11,17 +10,17 @@ Prints a table and writes <out_dir>/<bench>.json with the command, hardware and 
 and largest of all repeats but the first. Our results are in bench/RESULTS.md.
 """
 
+import contextlib
 import functools
 import glob
 import importlib.util
+import io
 import itertools
 import multiprocessing
 import tempfile
-import timeit
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from neogpt import config, data, files
 
@@ -29,18 +28,17 @@ if multiprocessing.parent_process() is None:  # the workers of `tokenize` import
     import numpy as np
     import pyarrow.parquet
     import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.utils.rnn import pad_sequence
 
     import fineweb
     import hellaswag
-    from neogpt import generate, model, runtime
+    import train_gpt2
+    from neogpt import chat, generate, model, optim, runtime, training
     from tools import timing
 
 
 @dataclass(frozen=True)
 class Config:
-    bench: Literal["train", "choices", "roofline", "sample", "hellaswag", "tokenize"] = "train"  # what to measure
+    bench: Literal["train", "choices", "sample", "hellaswag", "tokenize"] = "train"  # what to measure
     data: str = str(config.ROOT / "input.txt")  # text or shards; hellaswag: rows; tokenize: parquet files
     tokenizer: Literal["gpt2", "bytes"] = "bytes"  # of the data
     models: tuple[str, ...] = ("demo",)  # names of model.SIZES; the weights are random
@@ -56,7 +54,7 @@ class Config:
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
     compile: bool | None = None  # None: as in train_gpt2.py; sample: both with and without
-    profile: bool = False  # train: print the time of each kernel in one more repeat
+    profile: bool = False  # train: in one more repeat, print the 30 kernels (on a CPU: operators) that take longest
     only: tuple[str, ...] = ()  # choices: only these, besides the default
     workers: int | None = None  # tokenize: processes; None: one per core
     rows: int = 40  # hellaswag: rows per repeat, evenly spaced in the file
@@ -66,29 +64,80 @@ class Config:
 CONFIGS = {
     "train": Config(),
     "choices": Config(bench="choices", repeats=4),
-    "roofline": Config(bench="roofline", B=(2,)),
     "sample": Config(bench="sample", models=("gpt2",), B=(1, 8), repeats=4),
     "hellaswag": Config(bench="hellaswag", data="", tokenizer="gpt2", models=("gpt2",), repeats=4),
     "tokenize": Config(bench="tokenize", data="*.parquet", tokenizer="gpt2", repeats=4),
 }
 
 
+def build_model(cfg: Config, name: str, **changes: Any) -> tuple:
+    """A GPT on the device, its tokenizer, and the Runtime. changes: to the GPTConfig."""
+    if name not in model.SIZES:
+        raise ValueError(f"--models {name}: expected names of {', '.join(model.SIZES)}")
+    rt, tokenizer = runtime.setup(cfg.device, cfg.precision), data.get_tokenizer(cfg.tokenizer)
+    vocabulary = dict(n_tokens=tokenizer.n_vocab, vocab_size=model.pad_vocab(tokenizer.n_vocab))
+    torch.manual_seed(0)
+    return model.GPT(model.GPTConfig(**model.SIZES[name] | vocabulary | changes)).to(rt.device), tokenizer, rt
+
+
+def training_loops(cfg: Config, name: str, B: int, deterministic: bool = True, **changes: Any) -> tuple:
+    """A GPT, the Runtime, a plain training loop and NeoGPT's. Both loops train this one model, because the speed of two
+    copies can differ by 5 %, and return the number of tokens. B: sequences per forward pass. deterministic: of CUDA
+    kernels. name, changes: as in `build_model`.
+    """
+    raw, tokenizer, rt = build_model(cfg, name, block_size=cfg.T, **changes)
+    n, is_cuda = cfg.total_batch_size // cfg.T, rt.device.type == "cuda"  # n: sequences per step
+    train = data.Windows(data.open_data(cfg.data, tokenizer)[0], cfg.T)
+    optimizers = optim.make_optimizers(raw, optimizer=cfg.optimizer, weight_decay=0.1)
+    net = runtime.wrap(raw, rt, is_cuda if cfg.compile is None else cfg.compile)
+
+    def read(step: int) -> training.Batch:  # as in train_gpt2.py
+        xy = torch.from_numpy(train.read(data.windows_at(step * n, n, len(train), seed=0)))
+        return train_gpt2.make_batch(runtime.to_device(xy, rt.device), B, n)
+
+    def plain() -> int:  # one batch that stays on the device
+        runtime.set_determinism(deterministic and is_cuda)
+        batch = read(0)
+        for _ in range(cfg.steps):
+            for micro_batch in batch.micro_batches:
+                training.backward(net, micro_batch, train_gpt2.loss_fn, 1 / batch.n_tokens, rt)
+            torch.nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()  # with the learning rate that `neogpt` has set
+                optimizer.zero_grad()
+        return cfg.steps * batch.n_tokens
+
+    def neogpt() -> int:  # prefetched batches; losses are read one step late, as in a run on CUDA
+        runtime.set_determinism(deterministic and is_cuda)
+        settings, result = dict(lr=1e-4, grad_clip=1.0, rt=rt), None
+        for batch in data.prefetch(read, 0, cfg.steps):
+            previous = result
+            result = training.train_step(net, optimizers, batch.micro_batches, train_gpt2.loss_fn, **settings)
+            if previous:
+                previous()
+        result()
+        return cfg.steps * batch.n_tokens
+
+    return raw, rt, plain, neogpt
+
+
 def bench_train(cfg: Config, name: str, B: int) -> list[dict]:
     """NeoGPT's training step against a plain PyTorch loop."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    t = timing.Trainer(cfg, name, B)
-    rows = timing.run_alternating({"plain PyTorch": t.plain, "NeoGPT": t.neogpt}, cfg.repeats, "tok/s")
-    peak, flops = runtime.peak_flops(t.rt.device), t.run.raw.flops_per_token(cfg.T)
+    raw, rt, plain, neogpt = training_loops(cfg, name, B)
+    rows = timing.run_alternating({"plain PyTorch": plain, "NeoGPT": neogpt}, cfg.repeats, "tok/s")
+    peak, flops = runtime.peak_flops(rt.device), raw.flops_per_token(cfg.T)
+    n_tokens = cfg.total_batch_size // cfg.T * cfg.T  # per step
     for row in rows:
-        row |= dict(ms=1e3 * t.n * cfg.T / row["median"], mfu=flops * row["median"] / peak if peak else None)
+        row |= dict(ms=1e3 * n_tokens / row["median"], mfu=flops * row["median"] / peak if peak else None)
     rows[1] |= dict(peak_gb=torch.cuda.max_memory_allocated() / 1e9)
     print(", ".join(f"{key} {rows[1][key]:,.3g}" for key in ("ms", "mfu", "peak_gb") if rows[1][key]), flush=True)
     if cfg.profile:
-        rows[1]["kernels"] = kernels = t.kernels()
-        for kind in (*timing.KERNELS, "other"):
-            print(f"{sum(row['us'] for row in kernels if row['kind'] == kind):9.4f} us/token  {kind}")
-        print("\n".join(f"{row['us']:9.4f} us/token {row['calls']:6d} calls  {row['name']}" for row in kernels[:30]))
+        with torch.profiler.profile() as profiler:
+            neogpt()
+        slowest = "self_device_time_total" if rt.device.type == "cuda" else "self_cpu_time_total"
+        print(profiler.key_averages().table(sort_by=slowest, row_limit=30))
     return rows
 
 
@@ -98,7 +147,7 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
     rt = runtime.setup(cfg.device, cfg.precision)
     compile = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
     precision = "fp32" if rt.precision == "bf16" else "bf16"
-    choices = {  # Config, and arguments of Trainer
+    choices = {  # Config, and arguments of training_loops
         "default": (cfg, {}),
         "not deterministic": (cfg, dict(deterministic=False)),
         "bf16 residual": (cfg, dict(residual="bf16")),
@@ -112,57 +161,16 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
     }
     if unknown := set(cfg.only) - set(choices):
         raise ValueError(f"--only {unknown.pop()!r}: expected some of {', '.join(choices)}")
-    make = functools.cache(lambda choice: timing.Trainer(choices[choice][0], name, B, **choices[choice][1]))
-    wanted = [choice for choice in choices if not cfg.only or choice in ("default", *cfg.only)]
-    variants = {choice: lambda choice=choice: make(choice).neogpt() for choice in wanted}  # made in the first repeat
+    variants = {}
+    for choice, (changed, arguments) in choices.items():
+        if not cfg.only or choice in ("default", *cfg.only):
+            *_, variants[choice] = training_loops(changed, name, B, **arguments)
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
-
-
-def bench_roofline(cfg: Config, name: str, B: int) -> list[dict]:
-    """The parts of a training step, each alone: copies, matrix products, attention in bf16, and index_put of ids."""
-    from torch.utils.benchmark import Timer  # its import prints a warning on some machines without a GPU
-
-    shape = model.GPTConfig(**model.SIZES[name] | dict(block_size=cfg.T))
-    rt, n, C, rows = runtime.setup(cfg.device, "bf16"), B * cfg.T, shape.n_embd, []
-    random = functools.partial(torch.randn, device=rt.device, dtype=torch.bfloat16)
-
-    def measure(part: str, amount: float, unit: str, function: Callable, *args: object) -> None:
-        timer = Timer(
-            "function(*args)", globals=dict(function=function, args=args), num_threads=torch.get_num_threads()
-        )
-        ms = 1e3 * timer.blocked_autorange(min_run_time=0.1).median
-        rows.append(dict(name=part, ms=ms, rate=1e3 * amount / ms, unit=unit))
-        print(f"{part:40} {ms:9.4f} ms {1e3 * amount / ms:9.1f} {unit}", flush=True)
-
-    x = random(64 * n, 64)
-    measure("copy", 2 * x.nbytes / 1e9, "GB/s", torch.empty_like(x).copy_, x)
-    widths = {"c_attn": (C, 3 * C), "attn.c_proj": (C, C), "c_fc": (C, 4 * C), "mlp.c_proj": (4 * C, C)}
-    for linear, (n_in, n_out) in (widths | {"lm_head": (C, shape.vocab_size)}).items():
-        x, w, dy, tflop = random(n, n_in), random(n_out, n_in), random(n, n_out), 2e-12 * n * n_in * n_out
-        products = {"forward": (x, w.T), "gradient of the input": (dy, w), "gradient of the weight": (dy.T, x)}
-        for product, factors in products.items():
-            measure(f"{linear}, {product}", tflop, "TFLOP/s", torch.matmul, *factors)
-    q, k, v = (random(B, shape.n_head, cfg.T, C // shape.n_head).requires_grad_() for _ in range(3))
-    tflop = 2e-12 * n * cfg.T * C  # two products, half of them masked; in the backward pass five products
-    backends = [SDPBackend.FLASH_ATTENTION] + [SDPBackend.CUDNN_ATTENTION] * (rt.device.type == "cuda")
-    for backend in backends:
-        with sdpa_kernel(backend):
-            out, title = model.flash_attention(q, k, v), backend.name.lower().replace("_", " ")
-            backward = functools.partial(torch.autograd.grad, retain_graph=True)
-            measure(f"{title}, forward", tflop, "TFLOP/s", model.flash_attention, q, k, v)
-            measure(f"{title}, backward", 2.5 * tflop, "TFLOP/s", backward, out, (q, k, v), torch.randn_like(out))
-    ids = data.Windows(data.open_data(cfg.data, data.get_tokenizer(cfg.tokenizer))[0], cfg.T).read(np.arange(B))
-    ids, grad = torch.from_numpy(ids[:, :-1]).flatten().to(rt.device), torch.randn(n, C, device=rt.device)
-    add = functools.partial(torch.zeros(shape.vocab_size, C, device=rt.device).index_put_, accumulate=True)
-    for deterministic in (True, False):
-        torch.use_deterministic_algorithms(deterministic)
-        measure("embedding's gradient" + ", deterministic" * deterministic, grad.nbytes / 1e9, "GB/s", add, [ids], grad)
-    return rows
 
 
 def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     """Prefill, and decoding with a KV cache against recomputing all tokens for each new one."""
-    raw, _, rt = timing.build_model(cfg, name)
+    raw, _, rt = build_model(cfg, name)
     if rt.precision == "bf16":
         generate.cast_linears(raw, torch.bfloat16)
     ids = torch.randint(raw.config.n_tokens, (B, raw.config.block_size)).tolist()
@@ -191,10 +199,6 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
             generate.prefill(raw, long_prompts, generate.KVCache(raw.config.n_layer, raw.config.block_size))
         return sum(map(len, long_prompts))
 
-    x = torch.ones(2**26, device=rt.device)
-    bandwidth = x.nbytes / min(timeit.repeat(lambda: x.sum().item(), number=1, repeat=10))  # bytes/s
-    per_second = bandwidth / sum(p.nbytes for p in raw.parameters())
-    print(f"the memory bandwidth allows {per_second:,.1f} passes over the weights per second, {B} tokens each")
     variants = {"no cache": uncached, "cache": lambda: decode(False), "cache, compiled": lambda: decode(True)}
     if cfg.compile is not None:
         del variants["cache" if cfg.compile else "cache, compiled"]
@@ -203,7 +207,7 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
 
 def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
     """hellaswag.py against scoring the four padded endings of one row at a time."""
-    raw, tokenizer, rt = timing.build_model(cfg, name)
+    raw, tokenizer, rt = build_model(cfg, name)
     rows = hellaswag.read_rows(cfg.data, None, rt)
     rows = rows[:: max(1, len(rows) // cfg.rows)][: cfg.rows]
     questions = hellaswag.prepare(rows, tokenizer, "completion", raw.config.block_size)
@@ -211,22 +215,20 @@ def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
     @torch.no_grad()
     def plain() -> int:
         for row in rows:
-            head, tails = hellaswag.encode(*hellaswag.texts(row, "completion"), "completion", tokenizer)
-            x = pad_sequence([torch.tensor(head + tail) for tail in tails], batch_first=True)
-            y = [torch.tensor([-100] * len(head) + tail) for tail in tails]
-            y = pad_sequence(y, batch_first=True, padding_value=-100)
+            ids, ending_ids = hellaswag.encode(*hellaswag.texts(row, "completion"), "completion", tokenizer)
+            batch = chat.collate([[chat.Example(np.array(ids + e), len(ids))] for e in ending_ids], rt.device)
             with rt.autocast():
-                losses = raw(x[:, :-1].to(rt.device), y[:, 1:].to(rt.device), reduction="none")
-            losses.view(len(x), -1).sum(1).tolist()
+                losses = chat.loss(raw, batch, "none")
+            losses.view(len(ending_ids), -1).sum(1).tolist()
         return len(rows)
 
     variants = {"one row at a time": plain, "NeoGPT": lambda: len(hellaswag.evaluate(raw, questions, rt).sums)}
     return timing.run_alternating(variants, cfg.repeats, "rows/s")
 
 
-def count_tokens(texts: list[str]) -> int:
+def count_tokens(text: str) -> int:
     """The number of GPT-2 tokens."""
-    return sum(map(len, map(data.get_tokenizer("gpt2").encode_ordinary, texts)))
+    return len(data.get_tokenizer("gpt2").encode_ordinary(text))
 
 
 def bench_tokenize(cfg: Config) -> list[dict]:
@@ -235,17 +237,17 @@ def bench_tokenize(cfg: Config) -> list[dict]:
     if not paths:
         raise ValueError(f"--data={cfg.data}: no such files; give a pattern of parquet files")
     texts = [text for path in paths for text in pyarrow.parquet.read_table(path)["text"].to_pylist() if text]
-    chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
-    n_tokens = count_tokens(texts)
 
     def plain() -> int:
         with multiprocessing.Pool(cfg.workers) as pool:
-            return sum(pool.imap_unordered(count_tokens, chunks))
+            return sum(pool.imap_unordered(count_tokens, texts, chunksize=64))
 
     def neogpt(encoder: str) -> int:
-        with tempfile.TemporaryDirectory() as folder, timing.quiet():
+        quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        with tempfile.TemporaryDirectory() as folder, quiet[0], quiet[1]:
             fineweb.main(fineweb.Config(data=cfg.data, out_dir=folder, workers=cfg.workers, encoder=encoder))
-        return n_tokens
+            manifest = data.read_manifest(folder)
+        return manifest["n_tokens"] - manifest["n_documents"]  # without end-of-text
 
     variants = {"tiktoken pool": plain, "fineweb.py, tiktoken": lambda: neogpt("tiktoken")}
     if importlib.util.find_spec("gigatoken"):
@@ -253,18 +255,12 @@ def bench_tokenize(cfg: Config) -> list[dict]:
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
 
 
-PER_MODEL = {
-    "train": bench_train,
-    "choices": bench_choices,
-    "roofline": bench_roofline,
-    "sample": bench_sample,
-    "hellaswag": bench_hellaswag,
-}
+PER_MODEL = dict(train=bench_train, choices=bench_choices, sample=bench_sample, hellaswag=bench_hellaswag)
 
 
 def main(cfg: Config) -> None:
     """Run one measurement and write its results."""
-    config.require("[1, inf)", T=cfg.T, B=min(cfg.B), steps=cfg.steps, rows=cfg.rows, workers=cfg.workers)
+    config.require("[1, inf)", T=cfg.T, B=min(cfg.B, default=0), steps=cfg.steps, rows=cfg.rows, workers=cfg.workers)
     config.require("[1, inf)", prompt_tokens=cfg.prompt_tokens, uncached_stride=cfg.uncached_stride)
     config.require("[2, inf)", repeats=cfg.repeats)
     config.require("[17, inf)", new_tokens=cfg.new_tokens)  # the first tokens are not timed

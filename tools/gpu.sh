@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests and measurements of NeoGPT on one GPU. Every part takes less than nine minutes and prints its rows as they come.
-#     bash tools/gpu.sh PART …       # tests roofline train choices resume muon sample hellaswag
+#     bash tools/gpu.sh PART …       # tests train choices resume muon sample hellaswag
 #     DEVICE=cpu bash tools/gpu.sh train    # a dry run with the demo's model
 # Tables and JSON files go to $OUT (default: out/bench-gpu). A part that fails does not stop the others.
 # Prepare: DATA, shards of at least 10M tokens with GPT-2's vocabulary (default: edu_fineweb10B), for example
@@ -23,7 +23,6 @@ bench="--device=$device --tokenizer=$tokenizer --models $name --out_dir=$out"
 step="$bench --data=$data --T=$T --total_batch_size=$batch --steps=3"
 
 tests() { python -m pytest -m gpu tests/test_model.py tests/test_generate.py tests/test_train_gpt2.py; }
-roofline() { python -m tools.bench roofline $bench --data=$data --T=$T --B ${B##* }; }
 train() { for b in $B; do python -m tools.bench train $step --B $b --repeats=4 --profile --out_dir="$out/B$b"; done; }
 choices() {
   python -m tools.bench choices $step --B ${B%% *} --repeats=4 \
@@ -50,7 +49,7 @@ muon() {
 sample() { python -m tools.bench sample $bench --B $streams --repeats=3; }
 hellaswag() { python -m tools.bench hellaswag $bench --data=$hellaswag --rows=$((rows / 10)) --repeats=3; }
 
-[ $# -gt 0 ] || set -- tests roofline train choices resume muon sample hellaswag
+[ $# -gt 0 ] || set -- tests train choices resume muon sample hellaswag
 mkdir -p "$out"
 [ "$device" = cpu ] || nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv || exit 1
 failed=()

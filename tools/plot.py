@@ -4,7 +4,8 @@
     python -m tools.plot demo                # out/demo
     python -m tools.plot --runs out/adamw out/muon --x=tokens
 
-Published values are shown if all runs pretrain with the GPT-2 tokenizer; HellaSwag's only on all of its own questions.
+Published losses are shown if all runs pretrain with the GPT-2 tokenizer; published HellaSwag accuracies, if they also
+scored all rows of its validation set.
 """
 
 import re
@@ -46,22 +47,21 @@ def read_log(path: str | Path) -> Run:
     path = Path(path, "log.txt") if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no log in {path}: give the out_dir of a run or its log.txt")
-    points: dict[str, dict[int, float]] = {}
-    constants, last_step = {}, -1
+    points: dict[str, dict[int, float]] = {"train": {}}
+    constants = {}
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")  # _: "", or a line that was cut off
     for line in lines:
         if re.match("# (code|data|checkpoint)=", line):
             constants |= dict(re.findall(r"(\w+)='?([^\s']*)", line))
         elif match := re.fullmatch(r"(\d+) (\w+) (\S+)", line):
             step, name = int(match[1]), match[2]
-            if name == "train" and step <= last_step:  # the run restarted from this step: drop later points
+            if name == "train" and step in points["train"]:  # the run restarted from this step: drop later points
                 points = {n: {s: v for s, v in p.items() if s <= step} for n, p in points.items()}
-            last_step = step if name == "train" else last_step
             with suppress(ValueError):  # a line that was cut off before a restart
                 points.setdefault(name, {})[step] = float(match[3])
-    if not points:
-        raise ValueError(f"{path} has no lines of the form `step name value`: it is not the log of a run")
     curves = {name: tuple(map(np.array, zip(*sorted(p.items())))) for name, p in points.items() if p}
+    if not curves:
+        raise ValueError(f"{path} has no lines of the form `step name value`: it is not the log of a run")
     return Run(path.resolve().parent.name, curves, constants)
 
 
@@ -98,8 +98,8 @@ def draw(runs: list[Run], folder: str | Path, x: str = "steps") -> list[Path]:
             axes = Figure(figsize=(8, 5)).subplots()
             for i, (label, curves, _) in enumerate(runs):
                 if name in curves:
-                    label_of_line = f"{label}, validation" if name == "val" else label
-                    axes.plot(*curves[name], color=f"C{i}", marker="o", label=label_of_line)
+                    kind = ", validation" if name == "val" else ""
+                    axes.plot(*curves[name], color=f"C{i}", marker="o", label=label + kind)
                 if name == "val" and "train" in curves:
                     thin = dict(color=f"C{i}", alpha=0.45, linewidth=1.2, zorder=1)
                     axes.plot(*curves["train"], **thin, label=f"{label}, training")
