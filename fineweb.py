@@ -148,6 +148,9 @@ def read_file(path: Path, field: str) -> Iterator[list[bytes | None]]:
                 raise ValueError(f"{path} has no column {field!r}, only {', '.join(names)}: use --field")
             n_bytes = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
             n_rows = max(1, file.metadata.num_rows * CHUNK_BYTES // max(1, n_bytes))
+            kind = file.schema_arrow.field(field).type
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
+                raise ValueError(f"{path}: the column {field!r} holds {kind}, not text: use --field")
             for batch in file.iter_batches(n_rows, columns=[field]):
                 yield batch.column(0).cast(pa.large_binary()).to_pylist()  # bytes: it need not be valid UTF-8
     except (OSError, EOFError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, pa.ArrowException) as error:
@@ -334,8 +337,8 @@ def main(cfg: Config) -> None:
     manifest = manifest or dict(complete=False) | settings | empty
     manifest.setdefault("field", "text")  # an old manifest has none
     for name, value in settings.items():
-        if manifest[name] != value:
-            raise ValueError(f"{folder} was begun with {name}={manifest[name]}, not {value}: change --out_dir")
+        if (old := manifest.get(name)) != value:
+            raise ValueError(f"{folder} was begun with {name}={old}, not {value}: change --out_dir")
     for entry in manifest["shards"]:
         data.open_shard(folder / entry["file"])  # raises if it is missing or truncated
     if not manifest["complete"]:
@@ -345,7 +348,8 @@ def main(cfg: Config) -> None:
     print(f"tokens: {n_val:,} for validation, {sum(n_train):,} for training, {n_train[-1]:,} of them in the last shard")
     small = sum(n_train) < 2**19  # tokens per step of the default configuration of train_gpt2.py
     command = f"train_gpt2.py demo --out_dir=out/{folder.name}" if small else "train_gpt2.py"
-    print(f"next: python {command} --data={folder} --tokenizer={cfg.tokenizer}")
+    command = f"next: python {command} --data={folder} --tokenizer={cfg.tokenizer}"
+    print(command if n_val > 256 else f"{n_val} tokens are too few for validation: the demo needs 257")
 
 
 if __name__ == "__main__":

@@ -103,9 +103,13 @@ def read_adapter_config(folder: Path) -> tuple[str, int, float]:
 def apply_adapter(raw: model.GPT, folder: Path) -> model.GPT:
     """The model with an adapter in PEFT's format merged into its weights. Raises ValueError if it does not fit them."""
     base, r, alpha = read_adapter_config(folder)
-    with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-        trained_on = (file.metadata() or {}).get("base")  # a fingerprint; None for an adapter of PEFT
+    trained_on = None  # unknown for an adapter of PEFT
+    if (folder / "adapter_model.bin").is_file():
+        weights = torch.load(folder / "adapter_model.bin", "cpu", weights_only=True)
+    else:
+        with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+            trained_on = (file.metadata() or {}).get("base")
     if trained_on and trained_on != fingerprint(raw.state_dict()):
         raise ValueError(f"{base} has changed since training: correct base_model_name_or_path in adapter_config.json")
     if {len(w) for name, w in weights.items() if "lora_A" in name} != {r}:  # before anything of size r is allocated

@@ -229,6 +229,22 @@ def test_invalid_and_other_settings_are_refused(source: SimpleNamespace, tmp_pat
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_damaged_manifest_is_refused(source: SimpleNamespace, tmp_path: Path) -> None:
+    cfg = config(source.folder, tmp_path / "out")
+    run_and_check(cfg, source.documents)
+    path = tmp_path / "out" / "manifest.json"
+    whole = json.loads(path.read_text())
+    for key in ("n_tokens", "n_documents", "source", "shards", "tokenizer", "shard_size"):
+        for value in (None, -1, [], {}):
+            path.write_text(json.dumps(whole | {key: value}))
+            refused(cfg, cfg.out_dir)
+    for following in (None, dict(file=9, document=0, token=0), dict(file=0, document=-1, token=0), []):
+        path.write_text(json.dumps(whole | dict(complete=False, next=following)))
+        refused(cfg, path)
+    path.write_text(json.dumps(whole))
+    run_and_check(cfg, source.documents)
+
+
 def test_unreadable_sources(source: SimpleNamespace, tmp_path: Path) -> None:
     out, path = tmp_path / "out", tmp_path / "a.parquet"
     for pattern in (tmp_path / "nothing", tmp_path / "*.parquet"):
@@ -239,7 +255,7 @@ def test_unreadable_sources(source: SimpleNamespace, tmp_path: Path) -> None:
         refused(config(path, out), path)
     for column, value, word in (("content", "a", "content"), ("text", 1, "int64")):
         pq.write_table(pa.table({column: [value]}), path)
-        refused(config(path, out), path, word)
+        refused(config(path, out), path, word, "--field")
     write_parquet(path, ["", None, "  "])
     refused(config(path, out), path.name, 3)
     write_parquet(path, documents := make_documents(3000, seed=3))  # another source, but no shard was written yet
