@@ -35,10 +35,11 @@ def run_alternating(variants: dict[str, Callable[[], Any]], repeats: int, unit: 
             n, start = done if isinstance(done, tuple) else (done, start)
             rates[name].append(n / (clock() - start))
     rows, table = [], [("", f"median {unit}", "min", "max", "ratio")]
+    baseline = statistics.median(rates[next(iter(rates))][1:])
     for name, (_, *counted) in rates.items():
-        row = dict(name=name, unit=unit, median=statistics.median(counted), min=min(counted), max=max(counted))
-        rows.append(row | dict(ratio=row["median"] / (rows or [row])[0]["median"]))
-        table.append((name, *(f"{row[key]:,.1f}" for key in ("median", "min", "max")), f"{rows[-1]['ratio']:.3f}"))
+        median, low, high = statistics.median(counted), min(counted), max(counted)
+        rows.append(dict(name=name, unit=unit, median=median, min=low, max=high, ratio=median / baseline))
+        table.append((name, f"{median:,.1f}", f"{low:,.1f}", f"{high:,.1f}", f"{median / baseline:.3f}"))
     print(config.format_table(table), flush=True)
     return rows
 
