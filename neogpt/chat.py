@@ -37,9 +37,9 @@ class Row(NamedTuple):
 
 
 def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[dict[str, Any]]:
-    """The rows of json (a list), jsonl or parquet, perhaps .gz or .zst: a file, a folder or a pattern; or of a dataset
-    on the Hugging Face hub: NAME, NAME:CONFIG or NAME:CONFIG:SPLIT. Raises ValueError for files and OSError for a
-    dataset that cannot be read, on all ranks.
+    """The rows of .json (a list), .jsonl or .parquet files (a file, a folder or a pattern; also .gz and .zst), or of a
+    dataset on the Hugging Face hub (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT). Raises, on all ranks, ValueError for files
+    and OSError for a dataset that cannot be read.
     """
     paths, others = files.find_files(source, SUFFIXES, split)
     is_local = paths or files.has_suffix(source, SUFFIXES) or Path(source).exists()
@@ -93,9 +93,9 @@ def read_file(path: Path) -> list[dict[str, Any]]:
 def parse_rows(
     source: str, rt: runtime.Runtime, kinds: Sequence[tuple[str, ...]], parse: Callable[[dict[str, Any]], Any]
 ) -> list[Any]:
-    """Call `parse` on each row, with its fields renamed to the keys of ALIASES. Rows for which it raises ValueError are
-    dropped and counted. kinds: alternative sets of fields; the first that occurs in the rows is used. A prompt may have
-    a context. Raises ValueError if no set occurs.
+    """Call `parse` on each row, with its fields renamed to the keys of ALIASES; rows for which it raises ValueError are
+    dropped and counted. kinds: alternative sets of keys, of which the first that occurs in the rows is used, with the
+    context if there is a prompt. Raises ValueError if no set occurs.
     """
     rows, parsed, dropped = load_rows(source, rt), [], Counter()
     known = {name for row in rows for name, value in row.items() if value is not None}
@@ -131,16 +131,16 @@ def to_text(value: object) -> str:
 
 
 def parse_turns(turns: object) -> Row:
-    """The last response of a conversation, with the turns before it. turns: a list of objects with role and content, or
-    with from and value; or a transcript in which a blank line and "Human:" or "Assistant:" begin a turn. The texts
-    before a response are joined. Raises ValueError.
+    """The last response of a conversation and the turns before it. turns: a list of objects with role and content, or
+    from and value; or a transcript, in which a blank line and "Human:" or "Assistant:" begin a turn. Consecutive turns
+    without a response are joined. Raises ValueError.
     """
     if isinstance(turns, str):
         _, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + turns.strip())
         turns = [dict(role=role, content=text.strip()) for role, text in zip(parts[::2], parts[1::2])]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("a conversation that is no list of turns")
-    done, waiting = [], []  # turns with a response; texts that wait for one
+        raise ValueError("a conversation that is not a list of turns")
+    done, waiting = [], []  # (prompt, response) of each turn; texts whose response has not come yet
     for turn in turns:
         role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
         text = to_text(turn.get("content", turn.get("value")))
@@ -177,14 +177,13 @@ def read_rows(source: str, rt: runtime.Runtime) -> list[Row]:
 
 
 def split_rows(rows: Sequence, prompts: Sequence[str], fraction: float, seed: int) -> tuple[list, list]:
-    """The training rows and the held-out rows, which are all rows of about `fraction` of the distinct prompts. The text
-    and the seed decide whether a prompt is held out, so it stays so when rows are added. Raises ValueError if there is
-    only one.
+    """The training rows and the held-out rows, which are all rows of about `fraction` of the distinct prompts. A prompt
+    is held out because of its text and the seed, so rows can be added. Raises ValueError if there is only one prompt.
     """
     hashes = {p: hashlib.sha256(f"{seed} {p}".encode("utf-8", "surrogatepass")).digest() for p in prompts}
     if len(hashes) < 2:
         raise ValueError(f"all {len(rows)} rows have the same prompt, so none can be held out: give --val_data")
-    lowest, highest = min(hashes.values()), max(hashes.values())  # at least one prompt for each side
+    lowest, highest = min(hashes.values()), max(hashes.values())  # so that both parts have at least one prompt
     held_out = {p for p, h in hashes.items() if h == lowest or h < highest and int.from_bytes(h) < fraction * 2**256}
     train = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
     return train, [row for row, prompt in zip(rows, prompts) if prompt in held_out]
@@ -214,20 +213,20 @@ class Example(NamedTuple):
 
 
 def encode_prompt(row: Row, budget: int, tokenizer: tiktoken.Encoding) -> list[int]:
-    """The ids of the earlier turns and the prompt. To reach `budget` tokens, if that is possible, the oldest turns are
-    left out, and then the end of the context.
+    """The ids of the earlier turns and the prompt. If they exceed `budget` tokens, the oldest turns are left out, then
+    the end of the context is cut off; if that is not enough, the result is longer.
     """
     turns = [
         [*tokenizer.encode_ordinary(prompt_text(prompt)), *tokenizer.encode_ordinary(response), tokenizer.eot_token]
         for prompt, response in row.history
     ]
-    context, ids = row.context, tokenizer.encode_ordinary(prompt_text(row.instruction, row.context))
+    ids = tokenizer.encode_ordinary(prompt_text(row.instruction, row.context))
     while turns and sum(map(len, turns)) + len(ids) > budget:
         del turns[0]
-    context_ids = tokenizer.encode_ordinary(context)
+    context_ids = tokenizer.encode_ordinary(row.context)
     while len(ids) > budget and context_ids:
         context_ids = context_ids[: max(0, len(context_ids) - (len(ids) - budget))]
-        context = tokenizer.decode(context_ids).rstrip("\ufffd")  # of an incomplete character
+        context = tokenizer.decode(context_ids).rstrip("\ufffd")  # an incomplete character
         ids = tokenizer.encode_ordinary(prompt_text(row.instruction, context))
     return [*sum(turns, []), *ids]
 
@@ -250,10 +249,10 @@ def pack(examples: Sequence[Example], T: int) -> list[list[Example]]:
 
 
 def collate(bins: Sequence[Sequence[Example]], device: torch.device, width: int = 1) -> dict[str, Any]:
-    """Bins of examples -> a micro-batch, in which each bin is one sequence, padded on the right. Returns x, y (B, W)
-    int64, with y = -100 where there is no loss, and n, the number of targets. If a bin holds several examples, also pos
-    (B, W), which restarts at 0 in each example, and mask (B, 1, W, W), causal within each example. W is the length of
-    the longest bin, at least `width`.
+    """B bins of examples -> a micro-batch of B sequences, padded on the right to W, the length of the longest bin or
+    `width`: x, y (B, W) int64, with y = -100 where there is no loss, and n, the number of targets. If width is given or
+    a bin has several examples, also pos (B, W), which restarts at 0 in each example, and mask (B, 1, W, W), causal
+    within each example.
     """
     W = max(width, *(sum(e.n_inputs for e in row) for row in bins))
     x, pos, doc = np.zeros((3, len(bins), W), dtype=np.int64)  # doc: number of the example

@@ -1,5 +1,5 @@
-"""Command line and error reporting, the same for every script: `config.run(main, CONFIGS)`, where CONFIGS maps names to
-instances of the script's Config dataclass. The first one is the default.
+"""Command line and error reporting, the same for every script: `config.run(main, CONFIGS)`. CONFIGS maps names to
+instances of the script's Config dataclass; its first name is the default.
 """
 
 import os
@@ -43,10 +43,8 @@ def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = Non
 
 
 def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
-    """Run main(config) with the configuration of the command line, and report errors.
-
-    An OSError, or a ValueError raised by this repository, is a message for the user: one line and exit code 1. Every
-    other exception is a bug and keeps its traceback.
+    """Run main(config) with the configuration of the command line. An OSError, or a ValueError raised by this
+    repository, is a message for the user: one line and exit code 1. Every other exception is a bug: it has a traceback.
     """
     is_rank_0 = os.environ.get("RANK", "0") == "0"
     try:

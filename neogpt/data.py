@@ -23,7 +23,7 @@ from neogpt import config, files
 
 EOT = "<|endoftext|>"  # the first token of every document; in a text file it separates documents
 MANIFEST = "manifest.json"
-MANIFEST_KEYS = dict(tokenizer="", complete=True, shards=[dict(file="", n_tokens=0, crc32=0)])
+MANIFEST_KEYS = dict(tokenizer="", complete=True, shards=[dict(file="", n_tokens=0, crc32=0)])  # for files.matches
 Item = TypeVar("Item")
 
 
@@ -39,7 +39,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     if name != "gpt2":
         raise ValueError(f"unknown tokenizer {name!r}: expected 'gpt2' or 'bytes'")
     folder = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(config.ROOT / ".cache" / "tiktoken"))
-    names = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"
+    names = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"  # of tiktoken
     with contextlib.suppress(OSError):
         os.makedirs(folder, exist_ok=True)
     if not os.access(folder, os.W_OK) and not all(os.path.exists(os.path.join(folder, name)) for name in names):
@@ -92,8 +92,8 @@ def open_shard(path: Path) -> Shard:
 
 
 def read_manifest(folder: str | Path, keys: dict = MANIFEST_KEYS) -> dict | None:
-    """The manifest.json that fineweb.py wrote into a folder; None without one, as with shards of other tools. keys: an
-    example of what it must have. Raises ValueError.
+    """The manifest.json that fineweb.py wrote; None if there is none, as with shards of other tools. keys: as in
+    `files.matches`. Raises ValueError if the manifest does not have them.
     """
     path = Path(folder) / MANIFEST
     if not path.exists():
@@ -165,7 +165,7 @@ def check_shards(
         unchecked = [] if json.loads(cache.read_text()) == state else unchecked
     with ThreadPoolExecutor(8) as pool:  # reading, crc32 and max release the GIL
         results = [*pool.map(scan_shard, unchecked)]
-    # OSError, because every rank reports it
+    # OSError, which config.run reports on every rank: only one rank has read the shard
     for shard, (crc, largest) in zip(unchecked, results):
         if largest >= n_tokens:
             raise OSError(f"{shard.path} holds the id {largest}, but the tokenizer has {n_tokens} ids")
@@ -214,9 +214,7 @@ def open_data(path: str | Path, tokenizer: tiktoken.Encoding) -> tuple[list[Shar
 
 
 class Windows:
-    """Shards cut into windows of T + 1 tokens: window w of a shard holds its tokens wT … wT + T, which are below
-    n_tokens.
-    """
+    """Shards cut into windows of T + 1 tokens: window w of a shard holds its tokens wT … wT + T, ids below n_tokens."""
 
     def __init__(self, shards: list[Shard], T: int, n_tokens: int = 2**16) -> None:
         self.shards, self.T, self.n_tokens = shards, T, n_tokens
@@ -251,10 +249,9 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(i: np.ndarray, n: int, seed: int, epoch: int | np.ndarray) -> np.ndarray:
-    """The images of i, (k,) int64, under permutations of 0 … n - 1: each (seed, epoch) selects one. epoch: int or (k,).
-
-    Computed, not stored: a Feistel network permutes 0 … 4^m - 1 for the smallest 4^m >= n, and results of n or more
-    are permuted again (cycle walking, Black and Rogaway 2002), fewer than four times on average.
+    """The images of i, (k,) int64, under the permutation of 0 … n - 1 that seed and epoch, int or (k,), select. Nothing
+    is stored: a Feistel network permutes 0 … 4^m - 1 for the smallest 4^m >= n, and results of n or more are permuted
+    again (cycle walking, Black and Rogaway 2002), fewer than four times on average.
     """
     half = (max(n - 1, 1).bit_length() + 1) // 2  # m, the number of bits of either half
     mask = 2**half - 1

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+# word in the name of a file or folder -> split of a dataset
 SPLITS = dict.fromkeys(("val", "valid", "validation", "dev", "eval"), "validation") | {"test": "test"}
 
 
@@ -34,7 +35,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(f"cannot write {path} (any old file is unchanged): {error.strerror or error}") from error
     finally:
-        with suppress(OSError):  # not instead of the error above
+        with suppress(OSError):  # a second error must not hide the first
             temporary.unlink(missing_ok=True)
     if os.name == "posix":  # make the rename itself durable; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
@@ -49,8 +50,8 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def matches(value: object, example: object) -> bool:
-    """Whether a value from a file is built like an example: the keys of its dictionaries, the type of every value, and
-    counts that are not negative. The example of a list is one item.
+    """Whether a value from a file has the structure of an example: at least the same keys, the same types, and integers
+    that are not negative. The example of a list is a list of one item.
     """
     if isinstance(example, dict):
         return isinstance(value, dict) and all(key in value and matches(value[key], example[key]) for key in example)
@@ -60,15 +61,15 @@ def matches(value: object, example: object) -> bool:
 
 
 def has_suffix(path: str | Path, suffixes: tuple[str, ...]) -> bool:
-    """Whether a path ends with one of the suffixes, or with one of them but .parquet, and .gz or .zst."""
-    packed = tuple(f"{suffix}.{end}" for suffix in suffixes if suffix != ".parquet" for end in ("gz", "zst"))
-    return str(path).endswith(suffixes + packed)
+    """Whether a path ends with one of the suffixes; all but .parquet can be followed by .gz or .zst."""
+    compressed = tuple(f"{suffix}.{end}" for suffix in suffixes if suffix != ".parquet" for end in ("gz", "zst"))
+    return str(path).endswith(suffixes + compressed)
 
 
 def find_files(source: str, suffixes: tuple[str, ...], split: str = "train") -> tuple[list[Path], list[Path]]:
-    """The files of a path, a folder with its subfolders, or a pattern, sorted; and the files that do not count. If a
-    folder has .parquet or .jsonl, its other files do not count, because they can be descriptions. Neither do files that
-    belong to another split according to the names of files and subfolders, unless all do.
+    """The files with these suffixes, sorted, and those that are skipped. source: a file, a folder, whose subfolders are
+    searched too, or a pattern. If a folder has .parquet or .jsonl files, its other files are skipped, because they can
+    be descriptions. Files of another split, according to their name or subfolder, are skipped unless all are.
     """
     is_folder = os.path.isdir(source)
     pattern = glob.escape(source) if os.path.exists(source) else source
@@ -116,7 +117,7 @@ def open_binary(path: Path) -> IO[bytes]:
 
 def lock(file: IO) -> None:
     """Lock an open file for this process, until it dies. Raises OSError if another process has locked it."""
-    if os.name == "posix" and stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+    if os.name == "posix" and stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # the log of rank 1 is /dev/null
         import fcntl
 
         try:

@@ -135,7 +135,7 @@ UNUSABLE_TURNS = [
     ([dict(role="robot", content="a")], "unknown role"),
     ([dict(role="user", content=["a"])], "list instead of text"),
     ("Say it", "without a response"),
-    (5, "no list"),
+    (5, "not a list"),
 ]
 
 
