@@ -99,7 +99,7 @@ class Run:
         self.scores = start.scores  # of the latest evaluation
         self.started = time.perf_counter() - start.seconds
         self.saved_step = start.step  # of the newest checkpoint
-        self.B, self.base, self.flops_per_token = 0, "", 0  # set by the scripts: see Checkpoint; FLOPs for the MFU
+        self.B, self.base, self.flops_per_token = 0, "", 0  # set by the scripts: as in Checkpoint; for the MFU
         self.stopped, self.n_nonfinite, self.facts = False, 0, {}
         self.stop_requested = lambda: False  # until the first step a signal ends the program at once
         self.pending = deque()  # steps whose losses are not read: (step, lr, n_tokens, function that reads them, end)
@@ -111,7 +111,7 @@ class Run:
                 runtime.print0(f"{self.out_dir / 'log.txt'} is missing: it begins again at step {self.step}")
 
     def identify(self, **facts: object) -> None:
-        """Record what determines the curve besides the configuration. Prints what differs from the resumed run. Raises
+        """Record what determines the curve besides the configuration; print what differs from the resumed run. Raises
         ValueError if ranks differ.
         """
         facts |= dict(code=code_revision(), torch=torch.__version__, device=self.rt.device.type)
@@ -148,8 +148,8 @@ class Run:
         return data.windows_at(position, n, n_items, self.cfg.seed)
 
     def warm_up(self, batch: training.Batch, loss_fn: training.LossFn, sync: bool = True) -> None:
-        """Run one backward pass: it compiles the model, and after it DDP rebuilds its buckets. New buckets change the
-        order of sums, so without it the first step of a resumed run would have other bits. sync: as in DDP.
+        """Run one backward pass, which compiles the model, and after which DDP rebuilds its buckets. New buckets change
+        the order of sums: without it the first step of a resumed run would differ in the last bits. sync: all-reduce.
         """
         if sync and self.model is self.raw:  # nothing to prepare
             return
@@ -250,13 +250,10 @@ class Run:
                 lora.save_adapter(self.out_dir / "adapter", self.raw, self.cfg.checkpoint, self.base)
             weights = lora.merged_weights(self.raw) if adapters else self.raw.state_dict()
             moments = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
-            settings = dict(config=asdict(self.cfg), facts=self.facts, base=self.base, B=self.B)
-            progress = dict(n_sequences=self.n_sequences, n_tokens=self.n_tokens, seconds=self.seconds)
-            contents = dict(optimizers=moments, adapters=adapters, scores=self.scores) | settings | progress
-            shape, world_size = asdict(self.raw.config), self.rt.world_size
-            ckpt = checkpoint.Checkpoint(
-                self.stage, self.step, weights, shape, self.tokenizer, world_size=world_size, **contents
-            )
+            ckpt = checkpoint.Checkpoint(self.stage, self.step, weights, asdict(self.raw.config), self.tokenizer)
+            ckpt = replace(ckpt, config=asdict(self.cfg), facts=self.facts, base=self.base, scores=self.scores)
+            ckpt = replace(ckpt, optimizers=moments, adapters=adapters, B=self.B, world_size=self.rt.world_size)
+            ckpt = replace(ckpt, n_sequences=self.n_sequences, n_tokens=self.n_tokens, seconds=self.seconds)
             self.writing = checkpoint.save_in_background(self.writer, self.out_dir, ckpt, self.cfg.keep_last, best)
         self.saved_step, self.clock = self.step, runtime.now(self.rt.device)
 
