@@ -138,16 +138,14 @@ def tokenize_pairs(pairs: list[tuple[chat.Row, str]], T: int, tokenizer: tiktoke
 
 def collate_pairs(pairs: Sequence[Pair], B: int, rt: runtime.Runtime) -> list[dict[str, Any]]:
     """This rank's micro-batches of B pairs, longest first: `chat.collate` of B chosen, then B rejected examples. They
-    also have reference (B, 2), pair_mask (B,), 0 for an empty row of shard_across_ranks, and n, the number of pairs.
+    also have reference (B, 2), and n is the number of pairs; rows that `chat.shard_across_ranks` adds have no targets.
     """
     batches = []
     for part in chat.shard_across_ranks([[pair] for pair in sorted(pairs, key=longest, reverse=True)], B, rt):
         examples = [[pair[side] for pair in row] for side in (0, 1) for row in part]
         batch = chat.collate(examples, rt.device)  # (2B, W), for a single forward pass
         batch["reference"] = torch.tensor([row[0].reference if row else (0.0, 0.0) for row in part], device=rt.device)
-        batch["pair_mask"] = torch.tensor([float(len(row)) for row in part], device=rt.device)
-        batch["n"] = sum(map(len, part))
-        batches.append(batch)
+        batches.append(batch | dict(n=sum(map(len, part))))
     return batches
 
 
@@ -176,7 +174,8 @@ def dpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config) -> tuple[Tensor
     """The loss and the detached metrics of a micro-batch of `collate_pairs`, summed over its pairs."""
     chosen, rejected = response_logps(net, batch)
     chosen_logratios, rejected_logratios = chosen - batch["reference"][:, 0], rejected - batch["reference"][:, 1]
-    lengths = (batch["y"] >= 0).sum(dim=1).clamp(min=1).view(2, -1)
+    lengths = (batch["y"] >= 0).sum(dim=1).view(2, -1)
+    is_pair, lengths = lengths[0] > 0, lengths.clamp(min=1)  # rows without targets do not count
     preference = preference_loss(chosen_logratios, rejected_logratios, lengths, cfg)
     loss = preference - cfg.rpo_alpha * chosen / lengths[0]  # arXiv:2404.19733
     metrics = {
@@ -188,8 +187,8 @@ def dpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config) -> tuple[Tensor
         "logps/chosen": chosen,
         "logps/rejected": rejected,
     }
-    sums = (torch.stack(list(metrics.values())) * batch["pair_mask"]).sum(dim=1).detach()
-    return (loss * batch["pair_mask"]).sum(), dict(zip(metrics, sums))
+    sums = (torch.stack(list(metrics.values())) * is_pair).sum(dim=1).detach()
+    return (loss * is_pair).sum(), dict(zip(metrics, sums))
 
 
 @torch.no_grad()
@@ -227,9 +226,7 @@ def add_reference(run: Run, pairs: Sequence[Pair]) -> list[Pair]:
 
 
 @torch.no_grad()
-def evaluate(
-    run: Run, pairs: list[Pair], held_out: list[chat.Row], questions: list[chat.Row], tokenizer: tiktoken.Encoding
-) -> bool:
+def evaluate(run: Run, pairs: list[Pair], held_out: list[chat.Row], questions: list[chat.Row]) -> bool:
     """Evaluate on held-out pairs, log and print the results; return whether the loss is the lowest so far."""
     cfg, rt, sums = run.cfg, run.rt, []
     for batch in collate_pairs(pairs, cfg.B, rt):
@@ -247,12 +244,12 @@ def evaluate(
     text = f"reward margin {means['rewards/margins']:.3f}, reward accuracy {means['rewards/accuracies']:.1%}, "
     text += f"log-probabilities {means['logps/chosen']:.2f} and {means['logps/rejected']:.2f}"
     if held_out:
-        scores["chosen"] = finetune.score_answers(run, held_out, tokenizer)["exact"]
+        scores["chosen"] = finetune.score_answers(run, held_out)["exact"]
         text += f"; exact match with the chosen answers {scores['chosen']:.1%}"
     if questions:
-        scores["right"] = finetune.score_answers(run, questions, tokenizer)["begins"]
+        scores["right"] = finetune.score_answers(run, questions)["begins"]
         text += f"; {len(questions)} answers begin correctly {scores['right']:.1%}"
-    return finetune.report(run, scores, text, tokenizer)
+    return finetune.report(run, scores, text)
 
 
 def main(cfg: Config) -> None:
@@ -264,10 +261,10 @@ def main(cfg: Config) -> None:
     smoothing = "[0, 0.5)" if cfg.loss in ("sigmoid", "robust") else "[0, 0]"
     config.require(smoothing, label_smoothing=cfg.label_smoothing)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
-    run, tokenizer, T = finetune.open_run(cfg, "dpo", ("sft",), rt, compile=False)
+    run, T = finetune.open_run(cfg, "dpo", ("sft",), rt)
     texts = read_pairs(cfg.data, rt)
     splits = chat.split_rows(texts, [chat.whole_prompt(row) for row, _ in texts], cfg.val_frac, cfg.seed)
-    train, val = (tokenize_pairs(split, T, tokenizer, cfg.data) for split in splits)
+    train, val = (tokenize_pairs(split, T, run.tokenizer, cfg.data) for split in splits)
     pairs = add_reference(run, train + val)
     train, val = pairs[: len(train)], pairs[len(train) :]
     held_out = [row for row, _ in splits[1][: cfg.n_eval_prompts]]
@@ -287,7 +284,7 @@ def main(cfg: Config) -> None:
     lr_at = optim.schedule("cosine", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr)
     batches = data.prefetch(read, run.step, max_steps)
     for step in run.steps(max_steps):
-        best = run.due(cfg.eval_every) and evaluate(run, val, held_out, questions, tokenizer)
+        best = run.due(cfg.eval_every) and evaluate(run, val, held_out, questions)
         if best or run.due(cfg.save_every):
             run.save(best)
         if run.last:

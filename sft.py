@@ -79,7 +79,7 @@ def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
 
 
 @torch.no_grad()
-def evaluate(run: Run, examples: list[chat.Example], rows: list[chat.Row], tokenizer: tiktoken.Encoding) -> bool:
+def evaluate(run: Run, examples: list[chat.Example], rows: list[chat.Row]) -> bool:
     """Evaluate on held-out examples, answer rows, log and print; return whether the loss is the lowest so far."""
     cfg, rt, sums = run.cfg, run.rt, []
     sequences = [[example] for example in sorted(examples, key=lambda e: -len(e.ids))]  # sorted: little padding
@@ -95,9 +95,9 @@ def evaluate(run: Run, examples: list[chat.Example], rows: list[chat.Row], token
     scores = dict(val=loss / n, accuracy=hits / n)
     text = f"perplexity {math.exp(min(loss / n, 99)):.2f}, token accuracy {hits / n:.3f}"
     if rows:
-        scores |= finetune.score_answers(run, rows, tokenizer)
+        scores |= finetune.score_answers(run, rows)
         text += f"; {len(rows)} answers: {scores['exact']:.1%} exact match, {scores['ended']:.1%} ended"
-    return finetune.report(run, scores, text, tokenizer)
+    return finetune.report(run, scores, text)
 
 
 def main(cfg: Config) -> None:
@@ -106,14 +106,14 @@ def main(cfg: Config) -> None:
     config.require("[1, inf)", rows_per_step=cfg.rows_per_step)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     compiled = cfg.packing and rt.device.type == "cuda" if cfg.compile is None else cfg.compile
-    run, tokenizer, T = finetune.open_run(cfg, "sft", ("pretraining", "sft"), rt, compiled, dynamic=not cfg.packing)
+    run, T = finetune.open_run(cfg, "sft", ("pretraining", "sft"), rt, compiled, dynamic=not cfg.packing)
     rows = chat.read_rows(cfg.data, rt)
     if cfg.val_data:
         val_rows = chat.read_rows(cfg.val_data, rt)
     else:
         rows, val_rows = chat.split_rows(rows, [*map(chat.whole_prompt, rows)], cfg.val_frac, cfg.seed)
-    examples = make_examples(rows, T, tokenizer, cfg.data)
-    val_examples = make_examples(val_rows, T, tokenizer, cfg.val_data or "the held-out part")
+    examples = make_examples(rows, T, run.tokenizer, cfg.data)
+    val_examples = make_examples(val_rows, T, run.tokenizer, cfg.val_data or "the held-out part")
     n = cfg.rows_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(examples) / n))
 
@@ -130,12 +130,12 @@ def main(cfg: Config) -> None:
     run.warm_up(read(run.step), loss_fn)
     runtime.print0(f"{len(examples):,} rows to train on, {len(val_examples):,} held out; {max_steps:,} steps of {n}")
     ids, n_prompt = examples[0]
-    prompt, target = (tokenizer.decode(part.tolist()) for part in (ids[:n_prompt], ids[n_prompt:]))
+    prompt, target = (run.tokenizer.decode(part.tolist()) for part in (ids[:n_prompt], ids[n_prompt:]))
     runtime.print0(f"the first row, with the loss on [the text in brackets]: {prompt}[{target}]")
     lr_at = optim.schedule("cosine", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr)
     batches = data.prefetch(read, run.step, max_steps)
     for step in run.steps(max_steps):
-        best = run.due(cfg.eval_every) and evaluate(run, val_examples, val_rows[: cfg.n_eval_prompts], tokenizer)
+        best = run.due(cfg.eval_every) and evaluate(run, val_examples, val_rows[: cfg.n_eval_prompts])
         if best or run.due(cfg.save_every):
             run.save(best)
         if run.last:

@@ -203,16 +203,16 @@ def pick_B(cfg: Config, per_rank: int, run: Run) -> int:
     return runtime.fit_micro_batch(forward_backward, sizes, moments, rt)
 
 
-def print_samples(raw: model.GPT, cfg: Config, tokenizer: tiktoken.Encoding, step: int, rt: runtime.Runtime) -> None:
+def print_samples(run: Run) -> None:
     """Print continuations of the prompt. The seeds depend on cfg.seed and the step."""
-    if rt.rank or not cfg.n_samples or not step:  # most models are untrained at step 0
+    cfg, n, eot = run.cfg, run.cfg.n_samples, run.tokenizer.eot_token
+    if run.rt.rank or not n or not run.step:  # most models are untrained at step 0
         return
-    n, eot = cfg.n_samples, tokenizer.eot_token
-    prompt = tokenizer.encode_ordinary(cfg.prompt) or [eot]
-    seeds = range(cfg.seed + step * n, cfg.seed + (step + 1) * n)
-    with rt.autocast():
-        for ids, _ in generate.complete(raw, [prompt] * n, cfg.sample_tokens, eot, top_k=50, seeds=seeds):
-            runtime.print0(f"  > {tokenizer.decode(prompt + ids)}")
+    prompt = run.tokenizer.encode_ordinary(cfg.prompt) or [eot]
+    seeds = range(cfg.seed + run.step * n, cfg.seed + (run.step + 1) * n)
+    with run.rt.autocast():
+        for ids, _ in generate.complete(run.raw, [prompt] * n, cfg.sample_tokens, eot, top_k=50, seeds=seeds):
+            runtime.print0(f"  > {run.tokenizer.decode(prompt + ids)}")
 
 
 def warn_if_slow(cfg: Config, raw: model.GPT, rt: runtime.Runtime) -> None:
@@ -245,7 +245,7 @@ def main(cfg: Config) -> None:
     if Path(cfg.data).is_dir():
         data.check_shards(cfg.data, tokenizer.n_vocab, rt.rank, rt.world_size, partial(runtime.barrier, rt))
     train, val = (data.Windows(part, cfg.T, tokenizer.n_vocab) for part in data.open_data(cfg.data, tokenizer))
-    run = Run(cfg, "pretraining", cfg.tokenizer, rt)
+    run = Run(cfg, "pretraining", tokenizer, rt)
     raw = build_model(cfg, tokenizer, run.resumed).to(rt.device)
     settings = dict(weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, momentum=cfg.momentum)
     compiled = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
@@ -281,7 +281,7 @@ def main(cfg: Config) -> None:
         if run.due(cfg.eval_every):
             run.record(val=training.validate(run.model, val, cfg.val_tokens, run.B, rt))
             runtime.print0(f"step {step}: validation loss {run.scores['val']:.4f}")
-            print_samples(raw, cfg, tokenizer, step, rt)
+            print_samples(run)
         if questions and run.due(cfg.hellaswag_every or cfg.eval_every):
             run.record(hella=hellaswag.evaluate(raw, questions, rt).accuracy["per token"])
             runtime.print0(f"step {step}: HellaSwag acc_norm {run.scores['hella']:.4f} ({len(questions.label):,} rows)")

@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import tiktoken
 import torch
 
 from neogpt import chat, checkpoint, config, data, generate, lora, model, optim, runtime
@@ -52,17 +51,17 @@ def check(cfg: Any) -> None:
 
 def open_run(
     cfg: Any, stage: str, stages: tuple[str, ...], rt: runtime.Runtime, compile: bool = False, dynamic: bool = False
-) -> tuple[Run, tiktoken.Encoding, int]:
-    """A run that starts from the model `cfg.checkpoint`, the tokenizer, and the sequence length T. stages: the accepted
-    stages of the model. compile, dynamic: as in runtime.wrap. Raises ValueError if the run in out_dir started from
-    other weights or has other adapters.
+) -> tuple[Run, int]:
+    """A run that starts from the model `cfg.checkpoint`, and the sequence length T. stages: as in `load_model`.
+    compile, dynamic: as in `runtime.wrap`. Raises ValueError if the run in out_dir started from other weights or has
+    other adapters.
     """
     checkpoint.refuse_own_folder(cfg.out_dir, cfg.checkpoint)
     raw, tokenizer, _, _ = checkpoint.load_model(cfg.checkpoint, stages)
     config.require(f"[1, {raw.config.block_size}]", T=cfg.T)
     if cfg.lora_rank and optim.zero_masks(raw):
         raise ValueError(f"--lora_rank={cfg.lora_rank}: merged adapters would fill the zeros of a pruned model, use 0")
-    run = Run(cfg, stage, tokenizer.name, rt)
+    run = Run(cfg, stage, tokenizer, rt)
     run.base = lora.fingerprint(raw.state_dict())
     if run.resumed:
         if run.resumed.base != run.base:
@@ -80,7 +79,7 @@ def open_run(
             lora.load_lora(raw, run.resumed.adapters)
     raw.to(rt.device)
     run.attach(raw, optim.make_optimizers(raw, weight_decay=cfg.weight_decay), compile, dynamic)
-    return run, tokenizer, cfg.T or raw.config.block_size
+    return run, cfg.T or raw.config.block_size
 
 
 def identify(run: Run, examples: list[chat.Example], val_examples: list[chat.Example]) -> None:
@@ -89,33 +88,33 @@ def identify(run: Run, examples: list[chat.Example], val_examples: list[chat.Exa
     run.identify(training_data=checksums[0], validation_data=checksums[1])
 
 
-def greedy_answers(run: Run, prompts: list[list[int]], tokenizer: tiktoken.Encoding) -> list[tuple[str, bool]]:
+def greedy_answers(run: Run, prompts: list[list[int]]) -> list[tuple[str, bool]]:
     """The greedy response to each prompt, and whether it ended with end-of-text."""
-    answers, n = [], run.cfg.answer_tokens
+    answers, n, eot = [], run.cfg.answer_tokens, run.tokenizer.eot_token
     with run.rt.autocast():
         for start in range(0, len(prompts), 64):
-            part = generate.complete(run.raw, prompts[start : start + 64], n, tokenizer.eot_token, temperature=0)
-            answers += [(tokenizer.decode(ids), ended) for ids, ended in part]
+            part = generate.complete(run.raw, prompts[start : start + 64], n, eot, temperature=0)
+            answers += [(run.tokenizer.decode(ids), ended) for ids, ended in part]
     return answers
 
 
-def score_answers(run: Run, rows: list[chat.Row], tokenizer: tiktoken.Encoding) -> dict[str, float]:
+def score_answers(run: Run, rows: list[chat.Row]) -> dict[str, float]:
     """Compare greedy answers with the responses of all rows. Returns fractions of the answers: exact (equal to the
     response, and ended), begins (equal to it, or beginning with it and a space), and ended (with end-of-text).
     """
     rt, T = run.rt, run.cfg.T or run.raw.config.block_size
     budget = T - min(run.cfg.answer_tokens, T // 2)  # for the prompt, so that an answer fits into T tokens
     mine = rows[rt.rank :: rt.world_size]
-    prompts = [chat.encode_prompt(row, budget, tokenizer) for row in mine]
+    prompts = [chat.encode_prompt(row, budget, run.tokenizer) for row in mine]
     counts = torch.zeros(3)
-    for (text, ended), row in zip(greedy_answers(run, prompts, tokenizer), mine):
+    for (text, ended), row in zip(greedy_answers(run, prompts), mine):
         begins = text == row.response or text.startswith(row.response + " ")
         counts += torch.tensor([text == row.response and ended, begins, ended])
     fractions = runtime.all_reduce_sum(counts.to(rt.device), rt) / len(rows)
     return dict(zip(("exact", "begins", "ended"), fractions.tolist()))
 
 
-def report(run: Run, scores: dict[str, float], text: str, tokenizer: tiktoken.Encoding) -> bool:
+def report(run: Run, scores: dict[str, float], text: str) -> bool:
     """Log and print an evaluation and greedy answers to cfg.prompts. scores: by name, with the held-out loss as "val".
     Returns whether that loss is the lowest of the run so far.
     """
@@ -126,7 +125,7 @@ def report(run: Run, scores: dict[str, float], text: str, tokenizer: tiktoken.En
         run.scores["best"] = loss
     runtime.print0(f"step {run.step}: held-out loss {loss:.4f}{', the lowest so far' if best else ''}; {text}")
     if run.rt.rank == 0:
-        prompts = [tokenizer.encode_ordinary(chat.prompt_text(prompt)) for prompt in cfg.prompts]
-        for prompt, (answer, ended) in zip(cfg.prompts, greedy_answers(run, prompts, tokenizer)):
+        prompts = [run.tokenizer.encode_ordinary(chat.prompt_text(prompt)) for prompt in cfg.prompts]
+        for prompt, (answer, ended) in zip(cfg.prompts, greedy_answers(run, prompts)):
             runtime.print0(f"  > {prompt} -> {answer}{'' if ended else ' …'}")
     return best

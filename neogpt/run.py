@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiktoken
 import torch
 import torch.distributed
 from torch.optim import Optimizer
@@ -80,7 +81,7 @@ class Log(logging.Handler):
 class Run:
     """The state of a run. Only rank 0 writes files."""
 
-    def __init__(self, cfg: Any, stage: str, tokenizer: str, rt: runtime.Runtime) -> None:
+    def __init__(self, cfg: Any, stage: str, tokenizer: tiktoken.Encoding, rt: runtime.Runtime) -> None:
         """cfg: a script's Config with out_dir, keep_last, grad_clip and seed. stage: as in checkpoint.Checkpoint."""
         self.cfg, self.stage, self.tokenizer, self.rt = cfg, stage, tokenizer, rt
         self.out_dir = files.make_folder(cfg.out_dir)
@@ -91,9 +92,9 @@ class Run:
         if self.resumed and (self.resumed.stage != stage or self.resumed.optimizers is None):
             raise ValueError(f"the checkpoint in {self.out_dir} is not of a {stage} run: use another --out_dir")
         versions = dict(code=code_revision(), torch=torch.__version__, python=platform.python_version())
-        self.log.header(**versions, **rt._asdict(), tokenizer=tokenizer)
+        self.log.header(**versions, **rt._asdict(), tokenizer=tokenizer.name)
         self.log.header(**{name: repr(value) for name, value in asdict(cfg).items()})
-        start = self.resumed or checkpoint.Checkpoint(stage, 0, {}, {}, tokenizer)
+        start = self.resumed or checkpoint.Checkpoint(stage, 0, {}, {}, tokenizer.name)
         self.start_step, self.start_sequences = start.step, start.n_sequences
         self.step, self.n_sequences, self.n_tokens = start.step, start.n_sequences, start.n_tokens
         self.scores = start.scores  # of the latest evaluation
@@ -250,7 +251,7 @@ class Run:
                 lora.save_adapter(self.out_dir / "adapter", self.raw, self.cfg.checkpoint, self.base)
             weights = lora.merged_weights(self.raw) if adapters else self.raw.state_dict()
             moments = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
-            ckpt = checkpoint.Checkpoint(self.stage, self.step, weights, asdict(self.raw.config), self.tokenizer)
+            ckpt = checkpoint.Checkpoint(self.stage, self.step, weights, asdict(self.raw.config), self.tokenizer.name)
             ckpt = replace(ckpt, config=asdict(self.cfg), facts=self.facts, base=self.base, scores=self.scores)
             ckpt = replace(ckpt, optimizers=moments, adapters=adapters, B=self.B, world_size=self.rt.world_size)
             ckpt = replace(ckpt, n_sequences=self.n_sequences, n_tokens=self.n_tokens, seconds=self.seconds)

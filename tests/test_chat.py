@@ -374,7 +374,7 @@ def fixed_answers(
 
 def run_of(texts: list[str], answer_tokens: int, rt: runtime.Runtime = ALONE) -> Any:
     """Stands for a run.Run whose model answers with these texts."""
-    return SimpleNamespace(raw=texts, rt=rt, cfg=SimpleNamespace(T=T, answer_tokens=answer_tokens))
+    return SimpleNamespace(raw=texts, tokenizer=BYTES, rt=rt, cfg=SimpleNamespace(T=T, answer_tokens=answer_tokens))
 
 
 def test_answers_end_at_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -383,10 +383,10 @@ def test_answers_end_at_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [[1] * n for n in (1, 2, 3, 4)]
     # eight tokens: "日本" is six bytes and end-of-text
     expected = [("a", True), ("lorem ip", False), ("", True), ("日本", True)]
-    assert finetune.greedy_answers(run_of(texts, 8), prompts, BYTES) == expected
-    assert finetune.greedy_answers(run_of(texts, 8), prompts[:1] * 130, BYTES) == [("a", True)] * 130
-    assert finetune.greedy_answers(run_of(texts, 8), [], BYTES) == []
-    assert finetune.greedy_answers(run_of(texts, 1), prompts[:1], BYTES) == [("a", False)]
+    assert finetune.greedy_answers(run_of(texts, 8), prompts) == expected
+    assert finetune.greedy_answers(run_of(texts, 8), prompts[:1] * 130) == [("a", True)] * 130
+    assert finetune.greedy_answers(run_of(texts, 8), []) == []
+    assert finetune.greedy_answers(run_of(texts, 1), prompts[:1]) == [("a", False)]
 
 
 def test_scores_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,14 +396,14 @@ def test_scores_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [Row("x" * n, "", text) for n, text in enumerate(["Rosa", "Rosa", "Rosa", "Rosa has", "Rosa"], 1)]
     # exact: the first; begins: 1, 2 and 4; ended: all but 4
     expected = pytest.approx(dict(exact=1 / 5, begins=3 / 5, ended=4 / 5))
-    assert finetune.score_answers(run_of(texts, 12), rows, BYTES) == expected
+    assert finetune.score_answers(run_of(texts, 12), rows) == expected
     # stopped after the reference without end-of-text: it begins with the reference, but is not an exact match
-    assert finetune.score_answers(run_of(texts, 4), rows[:1], BYTES) == dict(exact=0, begins=1, ended=0)
+    assert finetune.score_answers(run_of(texts, 4), rows[:1]) == dict(exact=0, begins=1, ended=0)
     total = torch.tensor([1.0, 3.0, 4.0])
     for n_ranks in (2, 7):  # 7: more ranks than rows
         counts: list[Tensor] = []
         monkeypatch.setattr(runtime, "all_reduce_sum", lambda x, rt, counts=counts: counts.append(x) or total)
         for rank in range(n_ranks):
             rt = ALONE._replace(rank=rank, world_size=n_ranks)
-            assert finetune.score_answers(run_of(texts, 12, rt), rows, BYTES) == expected
+            assert finetune.score_answers(run_of(texts, 12, rt), rows) == expected
         assert torch.equal(sum(counts), total)

@@ -176,7 +176,7 @@ def test_micro_batches_are_longest_first_and_equally_many_on_every_rank() -> Non
     for lengths, (batch,) in zip(([9, 5], [8, 4], [6]), parts):
         n, W = len(lengths), max(lengths) - 1
         assert batch["x"].shape == batch["y"].shape == (4, W)
-        assert batch["pair_mask"].tolist() == [1.0] * n + [0.0] * (2 - n)
+        assert (batch["y"] >= 0).any(dim=1).tolist() == ([True] * n + [False] * (2 - n)) * 2
         assert batch["reference"].tolist() == [[-length, 0.5] for length in lengths] + [[0.0, 0.0]] * (2 - n)
         for i, length in enumerate(lengths):
             assert torch.equal(batch["y"][i], torch.tensor([-100, *range(2, length), *[-100] * (W + 1 - length)]))
@@ -298,7 +298,7 @@ def test_no_split_changes_loss_or_gradient(loss: Any) -> None:
         ranks = [ALONE._replace(rank=rank, world_size=world_size) for rank in range(world_size)]
         parts = [dpo.collate_pairs(pairs, B, rt) for rt in ranks]
         # ranks wait for each other after every micro-batch
-        assert len({tuple(len(batch["pair_mask"]) for batch in part) for part in parts}) == 1
+        assert len({tuple(len(batch["reference"]) for batch in part) for part in parts}) == 1
         for batch in (batch for part in parts for batch in part):
             loss, metrics = dpo.dpo_loss(raw, batch, cfg)
             loss.backward()

@@ -17,6 +17,8 @@ import torch
 
 from neogpt import checkpoint, data, model, optim, run, runtime, training
 
+BYTES = data.get_tokenizer("bytes")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -36,7 +38,7 @@ def isolate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def open_run(folder: Path, **constants: Any) -> run.Run:
     """A run of a tiny model, new or resumed."""
-    opened = run.Run(Config(str(folder), **constants), "pretraining", "bytes", runtime.setup("cpu", "fp32"))
+    opened = run.Run(Config(str(folder), **constants), "pretraining", BYTES, runtime.setup("cpu", "fp32"))
     raw = harness.tiny_model(n_layer=1)
     if opened.resumed:
         raw = model.GPT.from_weights(raw.config, opened.resumed.model)
@@ -191,7 +193,7 @@ def test_checkpoint_that_gives_no_finite_loss_is_set_aside(tmp_path: Path) -> No
 
 
 def identify_on_rank(rt: runtime.Runtime, folder: Path) -> str:
-    opened = run.Run(Config(str(folder)), "pretraining", "bytes", rt)
+    opened = run.Run(Config(str(folder)), "pretraining", BYTES, rt)
     opened.identify(kernel="fast")
     try:
         opened.identify(kernel="fast", data=rt.rank // 2)
