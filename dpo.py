@@ -1,4 +1,4 @@
-"""Direct preference optimization (arXiv:2305.18290): teach a model of sft.py which of two answers is better.
+"""Direct preference optimization (arXiv:2305.18290): teach a fine-tuned model which of two answers is better.
 
     python dpo.py demo                                   # after `python sft.py demo`: half a minute
     python dpo.py                                        # out/sft on red_teaming_reward_modeling_pairwise
@@ -67,7 +67,7 @@ CONFIGS = {
 
 
 class Pair(NamedTuple):
-    """A prompt with its chosen and with its rejected response: pair[:2] are both examples."""
+    """A prompt with its chosen and with its rejected response; pair[:2] is (chosen, rejected)."""
 
     chosen: chat.Example
     rejected: chat.Example
@@ -88,7 +88,7 @@ def parse_pair(fields: dict[str, Any]) -> tuple[chat.Row, str]:
         chosen, rejected = fields["response_a"], fields["response_b"]
         if fields["preferred"] == "B":
             chosen, rejected = rejected, chosen
-    if isinstance(chosen, list) or "prompt" not in fields:  # conversations, which perhaps begin with the response
+    if isinstance(chosen, list) or "prompt" not in fields:  # conversations; a single turn is the response alone
         prompt = fields.get("prompt")
         before = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
         turns = [before + x if isinstance(x, list) and len(x) == 1 else x for x in (chosen, rejected)]

@@ -7,8 +7,8 @@
     python sample.py --checkpoint=out/dpo --chat                # chat with a fine-tuned model
     python sample.py demo-chat                                  # after the demos of sft.py and dpo.py
 
-Prompts and samples go to standard output, messages to standard error. A sample depends on its prompt and its seed, and
-on the number of samples through rounding.
+Prompts and samples go to standard output, messages to standard error. A sample depends on its prompt and its seed and,
+through rounding, on the number of samples.
 """
 
 import importlib
@@ -62,7 +62,7 @@ def show(text: str) -> None:
 
 
 def cut(text: str, stop: tuple[str, ...]) -> tuple[str, int]:
-    """The text before the first stop text, and how many of its characters cannot belong to a stop text."""
+    """The text before the first stop text, and how many of its characters are certainly not part of a stop text."""
     if found := [text.index(s) for s in stop if s in text]:
         return text[: min(found)], min(found)
     begun = [k for s in stop for k in range(1, len(s)) if text.endswith(s[:k])]
@@ -70,7 +70,7 @@ def cut(text: str, stop: tuple[str, ...]) -> tuple[str, int]:
 
 
 def stream(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding, prompt: Ids, seeds: list[int]) -> list[Ids]:
-    """Continue the prompt once per seed; return the new ids without end-of-text. The first row is printed meanwhile."""
+    """Continue the prompt once per seed; return the new ids without end-of-text. Prints the first row as it grows."""
     eot, rows, n_shown = tokenizer.eot_token, [[] for _ in seeds], 0
     options = dict(temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p, compile=cfg.compile)
     options |= dict(repetition_penalty=cfg.repetition_penalty, seeds=seeds, stop=eot)
@@ -78,7 +78,7 @@ def stream(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding, prompt: Id
         for step in generate.generate(raw, [prompt] * len(seeds), cfg.max_new_tokens, **options):
             for row, token in zip(rows, step):
                 row += [token] if token not in (None, eot) else []
-            text, n_safe = cut(tokenizer.decode(rows[0]).rstrip("\ufffd"), cfg.stop)  # of an incomplete character
+            text, n_safe = cut(tokenizer.decode(rows[0]).rstrip("\ufffd"), cfg.stop)  # an incomplete character
             show(text[n_shown:n_safe])
             n_shown = max(n_shown, n_safe)
             if cfg.stop and all(any(s in tokenizer.decode(row) for s in cfg.stop) for row in rows):

@@ -59,7 +59,7 @@ def make_examples(rows: Sequence[chat.Row], T: int, tokenizer: tiktoken.Encoding
     """Rows -> examples of at most T input tokens. Truncated and dropped rows are counted and reported."""
     examples = []
     for row in rows:
-        # the context makes room for the whole response; its end-of-text is only predicted and takes no input
+        # the context is truncated to fit the response, whose end-of-text is only predicted and needs no input
         budget = max(1, T - len(tokenizer.encode_ordinary(row.response)))
         prompt = chat.encode_prompt(row, budget, tokenizer)
         if example := chat.make_example(prompt, row.response, T, tokenizer):
@@ -80,7 +80,7 @@ def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
 
 @torch.no_grad()
 def evaluate(run: Run, examples: list[chat.Example], rows: list[chat.Row]) -> bool:
-    """Evaluate on held-out examples, answer rows, log and print; return whether the loss is the lowest so far."""
+    """Evaluate on held-out examples and answers to `rows`; log and print; return whether the loss is the lowest yet."""
     cfg, rt, sums = run.cfg, run.rt, []
     sequences = [[example] for example in sorted(examples, key=lambda e: -len(e.ids))]  # sorted: little padding
     for bins in chat.shard_across_ranks(sequences, cfg.B, rt):

@@ -99,8 +99,8 @@ def greedy_answers(run: Run, prompts: list[list[int]]) -> list[tuple[str, bool]]
 
 
 def score_answers(run: Run, rows: list[chat.Row]) -> dict[str, float]:
-    """Compare greedy answers with the responses of all rows. Returns fractions of the answers: exact (equal to the
-    response, and ended), begins (equal to it, or beginning with it and a space), and ended (with end-of-text).
+    """Compare greedy answers with the responses of all rows. Returns fractions: exact (equals the response, and ended),
+    begins (equals the response, or begins with it and a space), and ended (with end-of-text).
     """
     rt, T = run.rt, run.cfg.T or run.raw.config.block_size
     budget = T - min(run.cfg.answer_tokens, T // 2)  # for the prompt, so that an answer fits into T tokens
@@ -115,8 +115,8 @@ def score_answers(run: Run, rows: list[chat.Row]) -> dict[str, float]:
 
 
 def report(run: Run, scores: dict[str, float], text: str) -> bool:
-    """Log and print an evaluation and greedy answers to cfg.prompts. scores: by name, with the held-out loss as "val".
-    Returns whether that loss is the lowest of the run so far.
+    """Log and print an evaluation, and print greedy answers to cfg.prompts. scores: by name, with the held-out loss as
+    "val". Returns whether that loss is the lowest of the run so far.
     """
     cfg, loss = run.cfg, scores["val"]
     best = run.step > 0 and loss < run.scores.get("best", math.inf)

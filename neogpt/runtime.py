@@ -28,7 +28,7 @@ SAME_STOP = 5.0  # seconds; signals closer than this count as one: torchrun and 
 
 
 class Runtime(NamedTuple):
-    """The rank of this process, the number of processes, and how this one computes."""
+    """The rank of this process, the number of processes, and the device and precision of this process."""
 
     rank: int
     world_size: int
@@ -48,11 +48,9 @@ def print0(text: str) -> None:
 def setup(
     device: str = "auto", precision: str = "auto", deterministic: bool = False, console: TextIO | None = None
 ) -> Runtime:
-    """Select device and precision and, under torchrun, join the process group (nccl on CUDA, gloo on CPU).
-
-    device: "auto" selects CUDA, else MPS, else the CPU. precision: "auto" selects bf16 where it is faster.
-    deterministic: CUDA kernels that give the same bits every time. console: where `print0` prints; None: stdout.
-    Raises ValueError if the device does not exist.
+    """Select device and precision and, under torchrun, join the process group (nccl on CUDA, gloo on CPU). device,
+    precision, deterministic: as in the Config of train_gpt2.py. console: where `print0` prints; None: stdout. Raises
+    ValueError if the device does not exist.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" not in os.environ and (world_size > 1 or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1):
@@ -142,9 +140,8 @@ def cleanup(rt: Runtime) -> None:
 
 
 def wrap(raw: nn.Module, rt: Runtime, compile: bool, dynamic: bool = False) -> nn.Module:
-    """The model of the training step: compiled if `compile`, and wrapped by DDP if there are several ranks.
-
-    dynamic: allow changing shapes and graph breaks. Without it, the compiled forward pass must be one graph.
+    """The model of the training step: compiled if `compile`, and wrapped by DDP if there are several ranks. dynamic:
+    allow changing shapes and graph breaks; without it, the compiled forward pass must be one graph.
     """
     if compile:
         require_compiler(rt.device)
@@ -198,10 +195,8 @@ def attention_kernel(config: model.GPTConfig, B: int, T: int, rt: Runtime) -> st
 
 
 def fit_micro_batch(step: Callable[[int], None], sizes: list[int], reserved: int, rt: Runtime) -> int:
-    """The largest of `sizes` with which `step`, a forward and backward pass, fits into CUDA memory on all ranks.
-
-    reserved: bytes to leave free for the state of the optimizer. Other devices: the largest. Raises ValueError if none
-    fits.
+    """The largest of `sizes` with which `step`, a forward and backward pass, fits into CUDA memory on all ranks; on
+    other devices the largest. reserved: bytes to leave free for the optimizer. Raises ValueError if none fits.
     """
     if rt.device.type != "cuda":
         return max(sizes)
@@ -253,8 +248,8 @@ def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Eve
 
 
 def stop_on_signals() -> Callable[[], bool]:
-    """Catch Ctrl-C and the signals that schedulers send before they kill; return a function that tells whether one was
-    received. A second one kills. Signals that are ignored, such as SIGHUP under nohup, stay ignored.
+    """Catch Ctrl-C and the signals that schedulers send before they kill; return a function that tells whether a signal
+    was received. A second signal kills. Signals that are ignored, such as SIGHUP under nohup, stay ignored.
     """
     received = []
 
