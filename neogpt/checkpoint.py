@@ -90,7 +90,7 @@ def save_in_background(pool: Executor, folder: Path, ckpt: Checkpoint, keep_last
 
 
 def require_space(folder: Path, n_bytes: int, keep_last: int, n_bytes_best: int = 0) -> None:
-    """Raise OSError unless keep_last + 1 checkpoints of n_bytes, and best.pt, fit on the disk in place of the old ones."""
+    """Raise OSError unless keep_last + 1 checkpoints of n_bytes and best.pt fit on the disk instead of the old ones."""
     paths = [*list_checkpoints(folder)[:keep_last], *folder.glob("best.pt")]
     n_new = (keep_last + 1) * n_bytes + n_bytes_best - sum(path.stat().st_size for path in paths)
     files.require_space(folder, n_new, f"--keep_last={keep_last} checkpoints, plus one being written,")

@@ -91,8 +91,9 @@ class Run:
         self.resumed = checkpoint.find_resume(self.out_dir, rt)
         if self.resumed and (self.resumed.stage != stage or self.resumed.optimizers is None):
             raise ValueError(f"the checkpoint in {self.out_dir} is not of a {stage} run: use another --out_dir")
-        versions = dict(code=code_revision(), torch=torch.__version__, python=platform.python_version())
-        self.log.header(**versions, **rt._asdict(), tokenizer=tokenizer.name)
+        self.facts = dict(code=code_revision(), torch=str(torch.__version__), world_size=str(rt.world_size))
+        self.facts |= dict(device=rt.device.type, precision=rt.precision)  # completed by `identify`
+        self.log.header(**self.facts, python=platform.python_version(), tokenizer=tokenizer.name)
         self.log.header(**{name: repr(value) for name, value in asdict(cfg).items()})
         start = self.resumed or checkpoint.Checkpoint(stage, 0, {}, {}, tokenizer.name)
         self.start_step, self.start_sequences = start.step, start.n_sequences
@@ -101,7 +102,7 @@ class Run:
         self.started = time.perf_counter() - start.seconds
         self.saved_step = start.step  # of the newest checkpoint
         self.B, self.base, self.flops_per_token = 0, "", 0  # set by the scripts: as in Checkpoint; for the MFU
-        self.stopped, self.n_nonfinite, self.facts = False, 0, {}
+        self.stopped, self.n_nonfinite = False, 0
         self.stop_requested = lambda: False  # until the first step a signal ends the program at once
         self.pending = deque()  # steps whose losses are not read: (step, lr, n_tokens, function that reads them, end)
         self.writer, self.writing = ThreadPoolExecutor(1), None  # writing: the Future of the last checkpoint
@@ -115,9 +116,7 @@ class Run:
         """Record what determines the curve besides the configuration; print what differs from the resumed run. Raises
         ValueError if ranks differ.
         """
-        facts |= dict(code=code_revision(), torch=torch.__version__, device=self.rt.device.type)
-        facts |= dict(precision=self.rt.precision, world_size=self.rt.world_size)
-        self.facts = {name: str(value) for name, value in facts.items()}
+        self.facts |= {name: str(value) for name, value in facts.items()}
         if self.rt.world_size > 1:
             found = [{}] * self.rt.world_size
             torch.distributed.all_gather_object(found, asdict(self.cfg) | self.facts)
@@ -125,7 +124,7 @@ class Run:
                 if changed := checkpoint.differences(found[0], other):
                     raise ValueError(f"rank {rank} differs from rank 0: {changed}")
         self.facts["processor"] = runtime.processor(self.rt.device)  # can differ between ranks
-        self.log.header(**self.facts)
+        self.log.header(**facts, processor=self.facts["processor"])
         if self.resumed and (changed := checkpoint.differences(self.resumed.facts, self.facts)):
             runtime.print0(f"changed since step {self.step}: {changed}; the curve can change")
 
