@@ -173,7 +173,7 @@ def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.C
 
 
 def make_batch(xy: Tensor, B: int, n: int = 0) -> training.Batch:
-    """Windows of tokens, (rows, T + 1), of a step of n sequences -> its micro-batches of B sequences."""
+    """This rank's windows, (rows, T + 1), in a step of n sequences -> micro-batches of B sequences."""
     T = xy.size(1) - 1
     return training.Batch([dict(x=rows[:, :-1], y=rows[:, 1:], n=len(rows) * T) for rows in xy.split(B)], n, n * T)
 

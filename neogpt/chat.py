@@ -177,8 +177,8 @@ def read_rows(source: str, rt: runtime.Runtime) -> list[Row]:
 
 
 def split_rows(rows: Sequence, prompts: Sequence[str], fraction: float, seed: int) -> tuple[list, list]:
-    """The training rows and the held-out rows, which are all rows of about `fraction` of the distinct prompts. A prompt
-    is held out because of its text and the seed, so rows can be added. Raises ValueError if there is only one prompt.
+    """The training rows and the held-out rows, which are all rows of about `fraction` of the distinct prompts. Text and
+    seed decide for each prompt, so added rows do not move the others. Raises ValueError if there is only one prompt.
     """
     hashes = {p: hashlib.sha256(f"{seed} {p}".encode("utf-8", "surrogatepass")).digest() for p in prompts}
     if len(hashes) < 2:
@@ -249,10 +249,10 @@ def pack(examples: Sequence[Example], T: int) -> list[list[Example]]:
 
 
 def collate(bins: Sequence[Sequence[Example]], device: torch.device, width: int = 1) -> dict[str, Any]:
-    """B bins of examples -> a micro-batch of B sequences, padded on the right to W, the length of the longest bin or
-    `width`: x, y (B, W) int64, with y = -100 where there is no loss, and n, the number of targets. If width is given or
-    a bin has several examples, also pos (B, W), which restarts at 0 in each example, and mask (B, 1, W, W), causal
-    within each example.
+    """B bins of examples -> a micro-batch of B sequences, padded on the right. Returns x, y (B, W) int64, with y = -100
+    where there is no loss, and n, the number of targets. W is the length of the longest bin, at least `width`. If width
+    is given or a bin has several examples, also returns pos (B, W), which restarts at 0 in each example, and mask
+    (B, 1, W, W), causal within each example.
     """
     W = max(width, *(sum(e.n_inputs for e in row) for row in bins))
     x, pos, doc = np.zeros((3, len(bins), W), dtype=np.int64)  # doc: number of the example

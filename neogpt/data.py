@@ -39,7 +39,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     if name != "gpt2":
         raise ValueError(f"unknown tokenizer {name!r}: expected 'gpt2' or 'bytes'")
     folder = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(config.ROOT / ".cache" / "tiktoken"))
-    names = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"  # of tiktoken
+    names = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"  # tiktoken's
     with contextlib.suppress(OSError):
         os.makedirs(folder, exist_ok=True)
     if not os.access(folder, os.W_OK) and not all(os.path.exists(os.path.join(folder, name)) for name in names):
@@ -214,7 +214,7 @@ def open_data(path: str | Path, tokenizer: tiktoken.Encoding) -> tuple[list[Shar
 
 
 class Windows:
-    """Shards cut into windows of T + 1 tokens: window w of a shard holds its tokens wT … wT + T, ids below n_tokens."""
+    """Shards cut into windows of T + 1 tokens: window w of a shard has its tokens wT … wT + T, below n_tokens each."""
 
     def __init__(self, shards: list[Shard], T: int, n_tokens: int = 2**16) -> None:
         self.shards, self.T, self.n_tokens = shards, T, n_tokens
@@ -249,9 +249,9 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(i: np.ndarray, n: int, seed: int, epoch: int | np.ndarray) -> np.ndarray:
-    """The images of i, (k,) int64, under the permutation of 0 … n - 1 that seed and epoch, int or (k,), select. Nothing
-    is stored: a Feistel network permutes 0 … 4^m - 1 for the smallest 4^m >= n, and results of n or more are permuted
-    again (cycle walking, Black and Rogaway 2002), fewer than four times on average.
+    """The images of i, (k,) int64, under permutations of 0 … n - 1, selected by seed and epoch. epoch: int or (k,).
+    Nothing is stored: a Feistel network permutes 0 … 4^m - 1 for the smallest 4^m >= n, and results of n or more are
+    permuted again (cycle walking, Black and Rogaway 2002), fewer than four times on average.
     """
     half = (max(n - 1, 1).bit_length() + 1) // 2  # m, the number of bits of either half
     mask = 2**half - 1

@@ -117,7 +117,7 @@ def open_binary(path: Path) -> IO[bytes]:
 
 def lock(file: IO) -> None:
     """Lock an open file for this process, until it dies. Raises OSError if another process has locked it."""
-    if os.name == "posix" and stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # the log of rank 1 is /dev/null
+    if os.name == "posix" and stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # not /dev/null, which several ranks open
         import fcntl
 
         try:
