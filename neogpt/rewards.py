@@ -1,0 +1,125 @@
+"""Rewards for grpo.py: plain functions of an answer, and sums of them such as `exact + 0.2*ends(40)`."""
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from neogpt import files
+
+
+class Answer(NamedTuple):
+    """What a model answered to a prompt."""
+
+    prompt: str  # in the prompt template
+    reference: str  # the response in the data
+    text: str  # the answer without end-of-text
+    ids: list[int]  # its tokens, with end-of-text if it ended
+    ended: bool  # with end-of-text, before it was cut off
+
+
+Reward = Callable[[Answer], float]
+
+
+def exact(answer: Answer) -> float:
+    """1 if the answer ended and equals the reference, else 0."""
+    return float(answer.ended and answer.text.strip() == answer.reference.strip())
+
+
+def begins(answer: Answer) -> float:
+    """1 if the answer equals the reference, or begins with it and a space, else 0."""
+    return float(f"{answer.text} ".startswith(f"{answer.reference} "))
+
+
+def ends(answer: Answer, n_tokens: float = math.inf) -> float:
+    """1 if the answer ended with end-of-text within n_tokens, else 0."""
+    return float(answer.ended and len(answer.ids) <= n_tokens)
+
+
+def matches(answer: Answer, pattern: str) -> float:
+    """1 if the whole answer matches the regular expression, else 0."""
+    return float(re.fullmatch(pattern, answer.text, re.DOTALL) is not None)
+
+
+def length(answer: Answer, n_tokens: float) -> float:
+    """1 for an answer of n_tokens, less by 1 / n_tokens for every token more or fewer, at least 0."""
+    return max(0.0, 1 - abs(len(answer.ids) - n_tokens) / n_tokens)
+
+
+def gsm8k(answer: Answer) -> float:
+    """1 if the number after #### equals that of the reference (the format of GSM8K, arXiv:2110.14168), else 0."""
+    found, expected = (re.findall(r"#### *(-?[\d.,]*\d)", text) for text in (answer.text, answer.reference))
+    return float(bool(found and expected) and found[-1].replace(",", "") == expected[-1].replace(",", ""))
+
+
+def repetition(answer: Answer, n: float = 3) -> float:
+    """Minus the fraction of the n-grams of words that occur earlier in the answer: 0 without repetition."""
+    words, n = answer.text.split(), int(n)
+    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return len(set(grams)) / len(grams) - 1 if grams else 0.0
+
+
+REWARDS: dict[str, Callable] = dict(exact=exact, begins=begins, ends=ends, format=matches, length=length)
+REWARDS |= dict(gsm8k=gsm8k, repetition=repetition)
+NUMBER = r"\d+(?:\.\d*)?|\.\d+"
+TERM = re.compile(
+    rf"""\s*(?P<sign>[+-]?)\s*(?:(?P<weight>{NUMBER})\s*\*\s*)?(?P<term>(?P<name>[\w./~][\w./~-]*\.py:\w+|\w+)"""
+    rf"""(?:\(\s*(?:(?P<number>{NUMBER})|"(?P<text>[^"]*)")?\s*\))?)\s*"""
+)
+
+
+def load_function(source: str) -> Reward:
+    """The function that FILE.py:FUNCTION names. Raises ValueError."""
+    path, _, name = source.rpartition(":")
+    try:
+        spec = importlib.util.spec_from_file_location("user_rewards", Path(path).expanduser())
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+    except Exception as error:  # the file of a user can raise anything
+        raise ValueError(f"cannot load {source}: {type(error).__name__}: {files.one_line(error)}") from error
+
+
+def bind(function: Callable, argument: float | str) -> Reward:
+    """The function with its second argument given."""
+    return lambda answer: function(answer, argument)
+
+
+def parse(text: str) -> dict[str, tuple[float, Reward]]:
+    """The weight and the function of every term of a sum, by the term without its weight. A term is FILE.py:FUNCTION or
+    a name of REWARDS, perhaps with a number or a text in double quotes as its argument, and perhaps times a number. The
+    text is only matched, never evaluated. Raises ValueError.
+    """
+    terms, position = {}, 0
+    while position < len(text) or not terms:
+        match = TERM.match(text, position)
+        if not match or (terms and not match["sign"]):
+            raise ValueError(f"--reward={text}: expected a sum such as exact + 0.2*ends(40), found {text[position:]!r}")
+        name, position = match["name"], match.end()
+        weight = float(match["weight"] or 1) * (-1 if match["sign"] == "-" else 1)
+        if name not in REWARDS and ".py:" not in name:
+            raise ValueError(f"--reward={text}: unknown {name}, expected {', '.join(REWARDS)} or FILE.py:FUNCTION")
+        function = REWARDS[name] if name in REWARDS else load_function(name)
+        if match["number"] or match["text"] is not None:
+            function = bind(function, float(match["number"]) if match["number"] else match["text"])
+        term = re.sub(r"\s", "", match["term"])
+        if term in terms:
+            raise ValueError(f"--reward={text}: {term} occurs twice, add the weights")
+        terms[term] = weight, function
+    return terms
+
+
+def score(terms: dict[str, tuple[float, Reward]], answer: Answer) -> list[float]:
+    """The value of every term, without its weight. Raises ValueError if a function fails or is not finite."""
+    values = []
+    for term, (_, function) in terms.items():
+        try:
+            values.append(float(function(answer)))
+        except Exception as error:  # the function of a user can raise anything
+            problem = f"{type(error).__name__}: {files.one_line(error)}"
+            raise ValueError(f"the reward {term} failed for the answer {answer.text!r:.200}: {problem}") from error
+        if not math.isfinite(values[-1]):
+            raise ValueError(f"the reward {term} is {values[-1]} for the answer {answer.text!r:.200}: return a number")
+    return values
