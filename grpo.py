@@ -1,4 +1,4 @@
-"""Reinforcement learning with verifiable rewards (GRPO, arXiv:2402.03300): a model of sft.py learns from its own answers.
+"""Reinforcement learning with verifiable rewards (GRPO, arXiv:2402.03300): a model learns from its own answers.
 
     python grpo.py demo                                  # after `python sft.py demo`: two minutes
     python grpo.py --reward="ends(100) + repetition"     # out/sft on databricks-dolly-15k: answers that come to an end
@@ -6,22 +6,21 @@
     torchrun --nproc_per_node=8 grpo.py --data=rows.jsonl --reward="exact - 0.5*my_rewards.py:score"
     python sample.py --checkpoint=out/grpo --chat        # talk to the result
 
-Rows are those of sft.py. In every step the model answers some prompts several times. Rewards (see neogpt/rewards.py)
-score each answer, and its advantage is its reward minus the mean reward of the answers to the same prompt. A group
-whose rewards are all equal has no signal. The loss is on the answer and its end-of-text, summed over the tokens of the
-step and divided by their number. A reward can only teach what the model sometimes does: start at a success between 10
-and 60 %. The first term of the reward decides whether an answer passes: if it is at least 1.
+Rows are those of sft.py. In every step the model answers some prompts several times. Rewards (neogpt/rewards.py) score
+each answer, and its advantage is its reward minus the mean of its group, the answers to the same prompt. A reward only
+teaches what the model sometimes does: start with a success between 10 and 60 %. An answer passes if the first term of
+the reward is at least 1.
 
-Logged at every step: reward and its terms, length (tokens per answer), no_signal (fraction of groups), cut_off (fraction
-of answers without end-of-text), entropy (nats per token), gap (largest difference between log-probabilities computed
-as in a rollout and as in training), tokens per second. The loss is 0 up to the lengths of answers: watch the reward.
+Logged at every step: reward and its terms, length (tokens per answer), no_signal (fraction of groups whose rewards are
+all equal), cut_off (fraction of answers without end-of-text), entropy (nats per token), gap (largest difference between
+log-probabilities computed as in a rollout and as in training), tokens per second. The loss stays near 0.
 """
 
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -90,18 +89,12 @@ class Prompt(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """This rank's answers of one step."""
+    """The answers of one step."""
 
-    examples: list[chat.Example]  # prompt and answer
-    advantages: list[float]
-    stats: dict[str, float]  # means over all ranks, to log
+    micro_batches: list[dict[str, Any]]  # of this rank
     n_targets: float  # tokens of all answers of all ranks
-    n_inputs: float  # tokens that the model processes in training, of all ranks
-
-
-def answer_tokens(cfg: Config, T: int) -> int:
-    """The longest answer, so that prompt and answer fit into T tokens: as in finetune.score_answers."""
-    return min(cfg.answer_tokens, T // 2)
+    n_inputs: float  # positions that the model processes in training, of all ranks
+    stats: dict[str, float]  # means over all ranks, to log
 
 
 def encode_prompts(rows: Sequence[chat.Row], budget: int, tokenizer: tiktoken.Encoding, source: str) -> list[Prompt]:
@@ -116,80 +109,93 @@ def encode_prompts(rows: Sequence[chat.Row], budget: int, tokenizer: tiktoken.En
 
 
 def answer(
-    run: Run, prompts: list[Prompt], numbers: np.ndarray, n: int, terms: dict, tokenizer: tiktoken.Encoding
-) -> tuple[list[rewards.Answer], np.ndarray]:
-    """n sampled answers to each prompt, and the values of their rewards, (len(prompts), n, terms) fp64. numbers: one per
-    prompt; an answer depends on the weights, the prompt, the seed of the run, its number and its place in the group.
-    Raises ValueError on all ranks if a reward fails.
+    run: Run, prompts: list[Prompt], numbers: np.ndarray, n: int, terms: rewards.Terms, tokenizer: tiktoken.Encoding
+) -> tuple[list[rewards.Answer], np.ndarray, np.ndarray]:
+    """n sampled answers to each prompt, the values of their reward's terms, (answers, terms), and their rewards,
+    (prompts, n), fp64. An answer depends on the weights, the prompt, the seed, the prompt's number and its place in the
+    group; on other rows only through rounding. Raises ValueError on all ranks if a reward fails on any.
     """
-    eot, problem = tokenizer.eot_token, ""
-    samples = (numbers.astype(np.uint64)[:, None] << 16) + np.arange(n, dtype=np.uint64)  # (prompts, n)
-    seeds = data.mix(np.uint64(run.cfg.seed) ^ data.mix(samples.flatten())) >> 32  # PyTorch uses 32 bits
-    repeated, answers = [prompt for prompt in prompts for _ in range(n)], []
-    limit = answer_tokens(run.cfg, run.cfg.T or run.raw.config.block_size)
-    for start in range(0, len(repeated), ROLLOUT_ROWS):
-        part = repeated[start : start + ROLLOUT_ROWS]
-        options = dict(temperature=1.0, seeds=seeds[start : start + ROLLOUT_ROWS].tolist())
+    eot, answers, scores, problem = tokenizer.eot_token, [], [], ""
+    places = (numbers.astype(np.uint64)[:, None] << 16) + np.arange(n, dtype=np.uint64)  # (prompts, n)
+    seeds = (data.mix(np.uint64(run.cfg.seed) ^ data.mix(places.flatten())) >> 32).tolist()  # PyTorch uses 32 bits
+    asked = [prompt for prompt in prompts for _ in range(n)]
+    for start in range(0, len(asked), ROLLOUT_ROWS):
+        part = asked[start : start + ROLLOUT_ROWS]
+        options = dict(temperature=1.0, seeds=seeds[start : start + ROLLOUT_ROWS])
         with run.rt.autocast():
-            outputs = generate.complete(run.raw, [prompt.ids for prompt in part], limit, eot, **options)
-        for (row, _), (ids, ended) in zip(part, outputs):
+            found = generate.complete(run.raw, [prompt.ids for prompt in part], run.cfg.answer_tokens, eot, **options)
+        for (row, _), (ids, ended) in zip(part, found):
             texts = chat.whole_prompt(row), row.response, tokenizer.decode(ids)
             answers.append(rewards.Answer(*texts, ids + [eot] * ended, ended))
-    values = np.zeros((len(answers), len(terms)))
     try:
-        values[:] = [rewards.score(terms, each) for each in answers] if answers else values
+        scores = [rewards.score(terms, each) for each in answers]
     except ValueError as error:
         problem = str(error)
     problems = [problem] * run.rt.world_size
     if run.rt.world_size > 1:
         torch.distributed.all_gather_object(problems, problem)
     if any(problems):
-        raise ValueError(next(filter(None, problems)))
-    return answers, values.reshape(len(prompts), n, len(terms))
+        raise ValueError(max(problems))
+    values = np.array(scores).reshape(-1, len(terms))
+    return answers, values, (values @ [term.weight for term in terms.values()]).reshape(-1, n)
 
 
 def advantages_of(totals: np.ndarray, scale_by_std: bool) -> np.ndarray:
-    """The advantages of rewards (groups, n): zeros for a group of equal rewards. 1e-4 as in TRL."""
-    deviations = totals - totals.mean(axis=1, keepdims=True)
+    """The advantages of rewards, (groups, n). They are exactly 0 in a group of equal rewards."""
+    advantages = totals - totals.mean(axis=1, keepdims=True)
     if scale_by_std:
-        deviations /= totals.std(axis=1, ddof=1, keepdims=True) + 1e-4
-    return np.where(np.ptp(totals, axis=1, keepdims=True) > 0, deviations, 0.0)  # exactly 0, for AdamW
+        advantages /= totals.std(axis=1, ddof=1, keepdims=True) + 1e-4  # 1e-4 as in TRL
+    return np.where(np.ptp(totals, axis=1, keepdims=True) > 0, advantages, 0.0)
 
 
-def rollout(run: Run, prompts: list[Prompt], terms: dict, tokenizer: tiktoken.Encoding) -> Rollout:
+def rollout(run: Run, prompts: list[Prompt], terms: rewards.Terms, tokenizer: tiktoken.Encoding) -> Rollout:
     """Answer the prompts of this step and score the answers. Each rank does its share of the groups."""
     cfg, rt, n = run.cfg, run.rt, run.cfg.samples_per_prompt
-    chosen = run.items(run.step, cfg.prompts_per_step, len(prompts))
     mine = np.arange(cfg.prompts_per_step)[rt.rank :: rt.world_size]
-    asked = [prompts[i] for i in chosen[mine]]
-    answers, values = answer(run, asked, run.n_sequences + mine, n, terms, tokenizer)
-    totals = values @ np.array([weight for weight, _ in terms.values()])  # (groups, n)
-    advantages = advantages_of(totals, cfg.scale_by_std)
+    asked = [prompts[i] for i in run.items(run.step, cfg.prompts_per_step, len(prompts))[mine]]
+    answers, values, totals = answer(run, asked, run.n_sequences + mine, n, terms, tokenizer)
     examples = [
-        chat.Example(np.array(prompt.ids + each.ids), len(prompt.ids))
-        for prompt, each in zip([prompt for prompt in asked for _ in range(n)], answers)
+        chat.Example(np.array(asked[i // n].ids + each.ids), len(asked[i // n].ids)) for i, each in enumerate(answers)
     ]
-    counts = [len(answers), len(asked), sum(len(each.ids) for each in answers), sum(e.n_inputs for e in examples)]
-    counts += [sum(not each.ended for each in answers), int((np.ptp(totals, axis=1) == 0).sum()), totals.sum()]
-    counts = torch.tensor([*counts, *values.sum(axis=(0, 1))], dtype=torch.float64)
-    n_answers, n_groups, n_targets, n_inputs, n_cut, n_constant, total, *parts = runtime.all_reduce_sum(
-        counts, rt
-    ).tolist()
-    stats = dict(reward=total / n_answers) | {f"reward/{term}": x / n_answers for term, x in zip(terms, parts)}
-    stats |= dict(length=n_targets / n_answers, no_signal=n_constant / n_groups, cut_off=n_cut / n_answers)
+    counts = [sum(len(each.ids) for each in answers), sum(e.n_inputs for e in examples)]
+    counts += [sum(not each.ended for each in answers), (np.ptp(totals, axis=1) == 0).sum(), totals.sum()]
+    sums = runtime.all_reduce_sum(torch.tensor([*counts, *values.sum(axis=0)], dtype=torch.float64), rt).tolist()
+    n_targets, n_inputs, n_cut_off, n_constant, *rewarded = sums
+    n_answers = n * cfg.prompts_per_step
+    stats = {name: x / n_answers for name, x in zip(("reward", *(f"reward/{term}" for term in terms)), rewarded)}
+    stats |= dict(length=n_targets / n_answers, cut_off=n_cut_off / n_answers)
+    stats["no_signal"] = n_constant / cfg.prompts_per_step
     if rt.rank == 0:
         stats["gap"] = rollout_gap(run, examples[:n])
-        first = answers[0]
-        text = ", ".join(f"{name} {value:.3f}" for name, value in stats.items())
-        runtime.print0(
-            f"step {run.step}: {text} > {first.prompt}{first.text}{'' if first.ended else ' …'} [{totals[0, 0]:g}]"
-        )
-    return Rollout(examples, advantages.flatten().tolist(), stats, n_targets, n_inputs)
+        text = ", ".join(f"{name} {value:.3g}" for name, value in stats.items())
+        sample = f"{answers[0].prompt}-> {answers[0].text}{'' if answers[0].ended else ' …'}".replace("\n", " ")
+        runtime.print0(f"step {run.step}: {text}\n  > {sample} [{totals[0, 0]:g}]")
+    advantages = advantages_of(totals, cfg.scale_by_std).flatten().tolist()
+    return Rollout(micro_batches(examples, advantages, n_targets, cfg, rt), n_targets, n_inputs, stats)
+
+
+def micro_batches(
+    examples: list[chat.Example], advantages: list[float], n_targets: float, cfg: Config, rt: runtime.Runtime
+) -> list[dict[str, Any]]:
+    """`chat.collate` of B examples, longest first, with advantage and weight, (B, 1). The sum of weight · loss over the
+    n_targets tokens of the step, divided by n_targets, is the loss of cfg.loss.
+    """
+    order, batches = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids)), []
+    per_answer = n_targets / (cfg.prompts_per_step * cfg.samples_per_prompt)
+    for start in range(0, max(1, len(order)), cfg.B):  # a rank without examples has an empty row
+        part = order[start : start + cfg.B]
+        batch = chat.collate([[examples[i]] for i in part] or [[]], rt.device)
+        lengths = (batch["y"] >= 0).sum(dim=1, keepdim=True).clamp(min=1)
+        weights = dict(dapo=lengths / lengths, grpo=per_answer / lengths)
+        batch["weight"] = weights.get(cfg.loss, lengths / lengths * per_answer / cfg.answer_tokens)
+        batch["advantage"] = torch.tensor([[advantages[i]] for i in part] or [[0.0]], device=rt.device)
+        batches.append(batch)
+    return batches
 
 
 def log_probs(net: nn.Module, batch: dict[str, Any], n_ids: int) -> tuple[Tensor, Tensor]:
-    """The log-probabilities of the targets, 0 where there is none, and the entropies of the predictions (without
-    gradients), both (B, W) in nats. n_ids: the tokenizer's ids, without the padding of the vocabulary.
+    """The log-probabilities of the targets, 0 where there is none, and the entropies without gradients, (B, W), in nats.
+    n_ids: number of ids without the padding of the vocabulary.
     """
     logits = net(batch["x"])[..., :n_ids].float()
     logps = -model.cross_entropy(logits, batch["y"], "none").view(batch["y"].shape)
@@ -200,9 +206,7 @@ def log_probs(net: nn.Module, batch: dict[str, Any], n_ids: int) -> tuple[Tensor
 
 @torch.no_grad()
 def rollout_gap(run: Run, examples: list[chat.Example]) -> float:
-    """The largest difference between log-probabilities of the first tokens of some answers to one prompt, computed with
-    the KV cache and without it.
-    """
+    """The largest difference between the log-probabilities of a group's first tokens with and without the KV cache."""
     raw, batch, start = run.raw, chat.collate([[e] for e in examples], run.rt.device), examples[0].n_prompt - 1
     n_ids, width = raw.config.n_tokens, min(GAP_TOKENS, batch["x"].size(1) - start)
     y = batch["y"][:, start : start + width]
@@ -219,23 +223,6 @@ def rollout_gap(run: Run, examples: list[chat.Example]) -> float:
     return torch.stack(gaps).max().item()
 
 
-def micro_batches(rolled: Rollout, cfg: Config, T: int, rt: runtime.Runtime) -> list[dict[str, Any]]:
-    """`chat.collate` of B answers, longest first, which also have advantage and weight, (B, 1). The loss is the mean
-    over tokens, in which weight 1 is that of dapo.
-    """
-    n_answers, batches = cfg.prompts_per_step * cfg.samples_per_prompt, []
-    order = sorted(range(len(rolled.examples)), key=lambda i: -len(rolled.examples[i].ids))
-    for start in range(0, max(1, len(order)), cfg.B):  # a rank without answers has an empty row
-        part = order[start : start + cfg.B]
-        batch = chat.collate([[rolled.examples[i]] for i in part] or [[]], rt.device)
-        lengths = (batch["y"] >= 0).sum(dim=1, keepdim=True).clamp(min=1)
-        divisors = dict(dapo=rolled.n_targets / n_answers, grpo=lengths, dr_grpo=answer_tokens(cfg, T))
-        batch["weight"] = rolled.n_targets / n_answers / (divisors[cfg.loss] * torch.ones_like(lengths))
-        batch["advantage"] = torch.tensor([[rolled.advantages[i]] for i in part] or [[0.0]], device=rt.device)
-        batches.append(batch)
-    return batches
-
-
 @torch.no_grad()
 def add_log_probs(run: Run, batches: list[dict[str, Any]], reference: nn.Module | None) -> list[dict[str, Any]]:
     """Add the log-probabilities of the model before the updates, if there are several, and those of the reference."""
@@ -248,18 +235,18 @@ def add_log_probs(run: Run, batches: list[dict[str, Any]], reference: nn.Module 
 
 
 def grpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config, n_ids: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and the detached metrics of a micro-batch, summed over its targets. Without old log-probabilities, the
-    ratio is 1, and the gradient that of -advantage · log-probability.
+    """The loss and the detached metrics of a micro-batch, summed over its targets. With one update per rollout the ratio
+    is 1, and the gradient is that of -advantage · log-probability.
     """
     logps, entropy = log_probs(net, batch, n_ids)
     mask = batch["y"] >= 0
     ratio = (logps - batch.get("old", logps.detach())).exp()
     gain = ratio * batch["advantage"]
+    metrics = dict(entropy=entropy)
     if cfg.clip:
-        gain = torch.minimum(gain, ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * batch["advantage"])
-    loss, metrics = -gain, dict(entropy=entropy)
-    if cfg.clip:
-        metrics["clipped"] = (gain < ratio * batch["advantage"]).float()
+        clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * batch["advantage"]
+        metrics["clipped"], gain = (clipped < gain).float(), torch.minimum(gain, clipped)
+    loss = -gain
     if cfg.kl_beta:
         logratio = batch["reference"] - logps
         metrics["kl"] = logratio.exp() - logratio - 1  # k3 of http://joschu.net/blog/kl-approx.html: never below 0
@@ -268,18 +255,17 @@ def grpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config, n_ids: int) ->
 
 
 def evaluate(
-    run: Run, prompts: list[Prompt], questions: list[chat.Row], terms: dict, tokenizer: tiktoken.Encoding
+    run: Run, prompts: list[Prompt], questions: list[chat.Row], terms: rewards.Terms, tokenizer: tiktoken.Encoding
 ) -> bool:
     """Evaluate on held-out prompts, log and print the results; return whether the reward is the highest so far."""
-    cfg, rt, k = run.cfg, run.rt, run.cfg.n_eval_samples
+    rt, k = run.rt, run.cfg.n_eval_samples
     mine = np.arange(len(prompts))[rt.rank :: rt.world_size]
-    answers, values = answer(run, [prompts[i] for i in mine], HELD_OUT + mine, k, terms, tokenizer)
-    passed = values[:, :, 0] >= 1  # (prompts, k)
-    total = (values @ np.array([weight for weight, _ in terms.values()])).mean(axis=1).sum()
-    sums = [total, passed.mean(axis=1).sum(), passed.any(axis=1).sum(), sum(each.ended for each in answers) / k]
-    sums = runtime.all_reduce_sum(torch.tensor(sums, dtype=torch.float64), rt) / len(prompts)
-    scores = dict(zip(("val/reward", "pass@1", f"pass@{k}", "ended"), sums.tolist()))
-    text = "reward {:.3f}, pass@1 {:.1%}, pass@{k} {:.1%}, {:.1%} ended".format(*scores.values(), k=k)
+    answers, values, totals = answer(run, [prompts[i] for i in mine], HELD_OUT + mine, k, terms, tokenizer)
+    passed = (values[:, 0] >= 1).reshape(-1, k)
+    sums = [totals.sum() / k, passed.sum() / k, passed.any(axis=1).sum(), sum(each.ended for each in answers) / k]
+    means = runtime.all_reduce_sum(torch.tensor(sums, dtype=torch.float64), rt) / len(prompts)
+    scores = dict(zip(("val/reward", "pass@1", f"pass@{k}", "ended"), means.tolist()))
+    text = "minus the reward; " + ", ".join(f"{name} {x:.1%}" for name, x in scores.items() if name != "val/reward")
     if questions:
         scores["exact"] = finetune.score_answers(run, questions, tokenizer)["exact"]
         text += f"; {len(questions)} other questions: {scores['exact']:.1%} exact match"
@@ -287,28 +273,17 @@ def evaluate(
 
 
 def check_signal(run: Run, stats: dict[str, float], n_constant: int) -> int:
-    """The number of steps in a row without signal. Raises ValueError after MAX_CONSTANT, when the run is saved."""
+    """The number of steps in a row without signal. Raises ValueError at MAX_CONSTANT, after saving."""
     if stats["no_signal"] < 1:
         return 0
     if n_constant + 1 == MAX_CONSTANT:
         run.save()
         run.wait_for_writer()
-        problem = f"all rewards of a group were equal in {MAX_CONSTANT} steps in a row (mean {stats['reward']:g})"
+        problem = f"no group had different rewards in {MAX_CONSTANT} steps in a row (mean reward {stats['reward']:g})"
         raise ValueError(f"{problem}: the model always succeeds or always fails; use another --reward or --data")
     if not n_constant:
-        runtime.print0(f"step {run.step}: all rewards of a group are equal, so the gradient of the rewards is 0")
+        runtime.print0(f"step {run.step}: no group has different rewards, so the gradient of the rewards is 0")
     return n_constant + 1
-
-
-def identify(run: Run, prompts: list[Prompt], val_prompts: list[Prompt], terms: dict) -> None:
-    """`run.identify` with checksums of prompts, references and the files of rewards."""
-    parts = [
-        [np.array(p.ids) for p in part] + [np.frombuffer(p.row.response.encode(), np.uint8) for p in part]
-        for part in (prompts, val_prompts)
-    ]
-    paths = [Path(term.partition(".py:")[0] + ".py").expanduser() for term in terms if ".py:" in term]
-    code = data.checksum(np.frombuffer(path.read_bytes(), np.uint8) for path in paths)
-    run.identify(training_data=data.checksum(parts[0]), validation_data=data.checksum(parts[1]), rewards=code)
 
 
 def main(cfg: Config) -> None:
@@ -316,30 +291,29 @@ def main(cfg: Config) -> None:
     finetune.check(cfg)
     config.require("[1, inf)", prompts_per_step=cfg.prompts_per_step, updates_per_rollout=cfg.updates_per_rollout)
     config.require("[1, inf)", n_eval_prompts=cfg.n_eval_prompts, n_eval_samples=cfg.n_eval_samples)
-    config.require("[1, inf)", answer_tokens=cfg.answer_tokens)
     config.require("[2, 65536]", samples_per_prompt=cfg.samples_per_prompt)
     config.require("[0, inf)", kl_beta=cfg.kl_beta)
     config.require("[0, 1)" if cfg.updates_per_rollout == 1 else "(0, 1)", clip=cfg.clip)
     terms = rewards.parse(cfg.reward)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     run, tokenizer, T = finetune.open_run(cfg, "grpo", ("sft", "dpo"), rt)
+    config.require(f"[1, {T // 2}]", answer_tokens=cfg.answer_tokens)
     rows = chat.read_rows(cfg.data, rt)
     if cfg.val_data:
         val_rows = chat.read_rows(cfg.val_data, rt)
     else:
         rows, val_rows = chat.split_rows(rows, [*map(chat.whole_prompt, rows)], cfg.val_frac, cfg.seed)
-    budget = T - answer_tokens(cfg, T)
-    prompts = encode_prompts(rows, budget, tokenizer, cfg.data)
-    val_prompts = encode_prompts(val_rows, budget, tokenizer, cfg.val_data or "the held-out part")[: cfg.n_eval_prompts]
+    prompts = encode_prompts(rows, T - cfg.answer_tokens, tokenizer, cfg.data)
+    val_prompts = encode_prompts(val_rows[: cfg.n_eval_prompts], T - cfg.answer_tokens, tokenizer, "held-out data")
     questions = chat.read_rows(cfg.eval_questions, rt)[: cfg.n_eval_prompts] if cfg.eval_questions else []
     n = cfg.prompts_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(prompts) / n))
     runtime.print0(f"{len(prompts):,} prompts to train on, {len(val_prompts):,} held out; {max_steps:,} steps of {n}")
     reference = checkpoint.load_model(cfg.checkpoint).raw.to(rt.device) if cfg.kl_beta else None
     loss_fn = partial(grpo_loss, cfg=cfg, n_ids=run.raw.config.n_tokens)
-    identify(run, prompts, val_prompts, terms)
-    empty = Rollout([], [], {}, 1.0, 0.0)
-    run.warm_up(training.Batch(add_log_probs(run, micro_batches(empty, cfg, T, rt), reference), 0, 0), loss_fn)
+    facts = dict(training_data=prompts, validation_data=val_prompts, reward_code=[t.code for t in terms.values()])
+    run.identify(**{name: f"{zlib.crc32(repr(value).encode()):08x}" for name, value in facts.items()})
+    run.warm_up(training.Batch(add_log_probs(run, micro_batches([], [], 1, cfg, rt), reference), 0, 0), loss_fn)
     lr_at = optim.schedule("wsd", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr, decay_frac=1.0)
     n_constant = 0
     for step in run.steps(max_steps):
@@ -352,15 +326,13 @@ def main(cfg: Config) -> None:
         rolled = rollout(run, prompts, terms, tokenizer)
         n_constant = check_signal(run, rolled.stats, n_constant)
         answered = time.perf_counter()
-        batches = add_log_probs(run, micro_batches(rolled, cfg, T, rt), reference)
+        batches = add_log_probs(run, rolled.micro_batches, reference)
         for i in range(cfg.updates_per_rollout):
-            batch = training.Batch(batches, n if i == 0 else 0, int(rolled.n_inputs))
+            batch = training.Batch(batches, 0 if i else n, int(rolled.n_inputs))
             run.update(batch, loss_fn, lr=lr_at(step))
         run.read_results(0)
-        seconds = answered - started, time.perf_counter() - answered
-        speed = {"tok/s/rollout": rolled.n_targets / seconds[0]}
-        speed["tok/s/training"] = cfg.updates_per_rollout * rolled.n_inputs / seconds[1]
-        run.log.scalars(step, **rolled.stats, **speed)
+        speeds = rolled.n_targets / (answered - started), rolled.n_inputs / (time.perf_counter() - answered)
+        run.log.scalars(step, **rolled.stats, **dict(zip(("rollout_speed", "training_speed"), speeds)))
     run.finish()
 
 

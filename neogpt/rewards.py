@@ -1,6 +1,5 @@
 """Rewards for grpo.py: plain functions of an answer, and sums of them such as `exact + 0.2*ends(40)`."""
 
-import importlib.util
 import math
 import re
 from collections.abc import Callable
@@ -20,7 +19,15 @@ class Answer(NamedTuple):
     ended: bool  # with end-of-text, before it was cut off
 
 
-Reward = Callable[[Answer], float]
+class Term(NamedTuple):
+    """A reward with its weight in a sum."""
+
+    weight: float
+    function: Callable[[Answer], float]
+    code: str  # the content of a user's file
+
+
+Terms = dict[str, Term]  # by the text of the term without its weight
 
 
 def exact(answer: Answer) -> float:
@@ -70,25 +77,24 @@ TERM = re.compile(
 )
 
 
-def load_function(source: str) -> Reward:
-    """The function that FILE.py:FUNCTION names. Raises ValueError."""
+def load(source: str) -> tuple[Callable, str]:
+    """The function that FILE.py:FUNCTION names, and the file's content. Raises ValueError."""
     path, _, name = source.rpartition(":")
     try:
-        spec = importlib.util.spec_from_file_location("user_rewards", Path(path).expanduser())
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, name)
+        code, found = Path(path).expanduser().read_text(encoding="utf-8"), {"__name__": "rewards", "__file__": path}
+        exec(compile(code, path, "exec"), found)
+        return found[name], code
     except Exception as error:  # the file of a user can raise anything
         raise ValueError(f"cannot load {source}: {type(error).__name__}: {files.one_line(error)}") from error
 
 
-def bind(function: Callable, argument: float | str) -> Reward:
+def bind(function: Callable, argument: float | str) -> Callable[[Answer], float]:
     """The function with its second argument given."""
     return lambda answer: function(answer, argument)
 
 
-def parse(text: str) -> dict[str, tuple[float, Reward]]:
-    """The weight and the function of every term of a sum, by the term without its weight. A term is FILE.py:FUNCTION or
+def parse(text: str) -> Terms:
+    """The terms of a sum. A term is FILE.py:FUNCTION or
     a name of REWARDS, perhaps with a number or a text in double quotes as its argument, and perhaps times a number. The
     text is only matched, never evaluated. Raises ValueError.
     """
@@ -101,20 +107,20 @@ def parse(text: str) -> dict[str, tuple[float, Reward]]:
         weight = float(match["weight"] or 1) * (-1 if match["sign"] == "-" else 1)
         if name not in REWARDS and ".py:" not in name:
             raise ValueError(f"--reward={text}: unknown {name}, expected {', '.join(REWARDS)} or FILE.py:FUNCTION")
-        function = REWARDS[name] if name in REWARDS else load_function(name)
+        function, code = (REWARDS[name], "") if name in REWARDS else load(name)
         if match["number"] or match["text"] is not None:
             function = bind(function, float(match["number"]) if match["number"] else match["text"])
         term = re.sub(r"\s", "", match["term"])
         if term in terms:
             raise ValueError(f"--reward={text}: {term} occurs twice, add the weights")
-        terms[term] = weight, function
+        terms[term] = Term(weight, function, code)
     return terms
 
 
-def score(terms: dict[str, tuple[float, Reward]], answer: Answer) -> list[float]:
+def score(terms: Terms, answer: Answer) -> list[float]:
     """The value of every term, without its weight. Raises ValueError if a function fails or is not finite."""
     values = []
-    for term, (_, function) in terms.items():
+    for term, (_, function, _) in terms.items():
         try:
             values.append(float(function(answer)))
         except Exception as error:  # the function of a user can raise anything
