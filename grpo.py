@@ -9,19 +9,16 @@
 Rows are those of sft.py. In every step the model answers some prompts several times. Rewards (neogpt/rewards.py) score
 each answer, and its advantage is its reward minus the mean of its group, the answers to the same prompt. A reward only
 teaches what the model sometimes does: start with a success between 10 and 60 %. An answer passes if the first term of
-the reward is at least 1.
-
-Logged at every step: reward and its terms, length (tokens per answer), no_signal (fraction of groups whose rewards are
-all equal), cut_off (fraction of answers without end-of-text), entropy (nats per token), gap (largest difference between
-log-probabilities computed as in a rollout and as in training), tokens per second. The loss stays near 0.
+the reward is at least 1. The loss stays near 0: watch the rewards, no_signal (fraction of groups whose rewards are all
+equal), cut_off (fraction of answers without end-of-text), entropy (nats per token) and gap (largest difference between
+log-probabilities with and without the KV cache).
 """
 
 import time
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import tiktoken
@@ -33,7 +30,6 @@ from torch import Tensor, nn
 from neogpt import chat, checkpoint, config, data, finetune, generate, model, optim, rewards, runtime, training
 from neogpt.run import Run
 
-ROLLOUT_ROWS = 256  # answers that are generated together
 GAP_TOKENS = 16  # tokens per answer for which the gap is computed
 MAX_CONSTANT = 20  # a run ends after this many steps in a row without signal
 HELD_OUT = 2**40  # number of the first held-out prompt; prompts of training are numbered from 0
@@ -58,7 +54,7 @@ class Config(finetune.FinetuneConfig):
     max_lr: float = 2.5e-6  # peak learning rate, a twentieth of that of sft.py; about ten times as much with LoRA
     warmup_frac: float = 0.0  # fraction of the steps for linear warmup; then linear to 0
     eval_every: int = 20  # steps between evaluations on the held-out prompts
-    n_eval_prompts: int = 64  # held-out prompts, and rows of eval_questions
+    n_eval_prompts: int = 64  # number of held-out prompts
     n_eval_samples: int = 8  # answers to each held-out prompt, for pass@1 and pass@n
 
 
@@ -81,52 +77,26 @@ CONFIGS = {
 }
 
 
-class Prompt(NamedTuple):
-    """A row and the ids of its prompt."""
-
-    row: chat.Row
-    ids: list[int]
-
-
-class Rollout(NamedTuple):
-    """The answers of one step."""
-
-    micro_batches: list[dict[str, Any]]  # of this rank
-    n_targets: float  # tokens of all answers of all ranks
-    n_inputs: float  # positions that the model processes in training, of all ranks
-    stats: dict[str, float]  # means over all ranks, to log
-
-
-def encode_prompts(rows: Sequence[chat.Row], budget: int, tokenizer: tiktoken.Encoding, source: str) -> list[Prompt]:
-    """Rows -> prompts of at most `budget` tokens. Longer ones are dropped and counted."""
-    prompts = [Prompt(row, chat.encode_prompt(row, budget, tokenizer)) for row in rows]
-    usable = [prompt for prompt in prompts if len(prompt.ids) <= budget]
-    if len(usable) < len(prompts):
-        runtime.print0(f"{source}: {len(prompts) - len(usable):,} prompts of more than {budget} tokens dropped")
-    if not usable:
-        raise ValueError(f"no prompt of {source} fits into {budget} tokens")
-    return usable
-
-
-def answer(
-    run: Run, prompts: list[Prompt], numbers: np.ndarray, n: int, terms: rewards.Terms, tokenizer: tiktoken.Encoding
+def sample_answers(
+    run: Run,
+    prompts: list[finetune.Prompt],
+    numbers: np.ndarray,
+    n: int,
+    terms: rewards.Terms,
+    tokenizer: tiktoken.Encoding,
 ) -> tuple[list[rewards.Answer], np.ndarray, np.ndarray]:
     """n sampled answers to each prompt, the values of their reward's terms, (answers, terms), and their rewards,
     (prompts, n), fp64. An answer depends on the weights, the prompt, the seed, the prompt's number and its place in the
     group; on other rows only through rounding. Raises ValueError on all ranks if a reward fails on any.
     """
-    eot, answers, scores, problem = tokenizer.eot_token, [], [], ""
-    places = (numbers.astype(np.uint64)[:, None] << 16) + np.arange(n, dtype=np.uint64)  # (prompts, n)
-    seeds = (data.mix(np.uint64(run.cfg.seed) ^ data.mix(places.flatten())) >> 32).tolist()  # PyTorch uses 32 bits
+    answers, scores, problem = [], [], ""
+    places = ((numbers[:, None] << 16) + np.arange(n)).flatten().astype(np.uint64)
+    seeds = (data.mix(np.uint64(run.cfg.seed) ^ data.mix(places)) >> 32).tolist()  # PyTorch uses 32 bits
     asked = [prompt for prompt in prompts for _ in range(n)]
-    for start in range(0, len(asked), ROLLOUT_ROWS):
-        part = asked[start : start + ROLLOUT_ROWS]
-        options = dict(temperature=1.0, seeds=seeds[start : start + ROLLOUT_ROWS])
-        with run.rt.autocast():
-            found = generate.complete(run.raw, [prompt.ids for prompt in part], run.cfg.answer_tokens, eot, **options)
-        for (row, _), (ids, ended) in zip(part, found):
-            texts = chat.whole_prompt(row), row.response, tokenizer.decode(ids)
-            answers.append(rewards.Answer(*texts, ids + [eot] * ended, ended))
+    found = finetune.answer(run, [ids for _, ids in asked], tokenizer.eot_token, seeds)
+    for (row, _), (ids, ended) in zip(asked, found):
+        texts = chat.whole_prompt(row), row.response, tokenizer.decode(ids)
+        answers.append(rewards.Answer(*texts, ids + [tokenizer.eot_token] * ended, ended))
     try:
         scores = [rewards.score(terms, each) for each in answers]
     except ValueError as error:
@@ -148,22 +118,22 @@ def advantages_of(totals: np.ndarray, scale_by_std: bool) -> np.ndarray:
     return np.where(np.ptp(totals, axis=1, keepdims=True) > 0, advantages, 0.0)
 
 
-def rollout(run: Run, prompts: list[Prompt], terms: rewards.Terms, tokenizer: tiktoken.Encoding) -> Rollout:
-    """Answer the prompts of this step and score the answers. Each rank does its share of the groups."""
+def rollout(
+    run: Run, prompts: list[finetune.Prompt], terms: rewards.Terms, tokenizer: tiktoken.Encoding
+) -> tuple[training.Batch, dict[str, float]]:
+    """The data of this step, answered and scored, and its statistics to log. Each rank answers its share of prompts."""
     cfg, rt, n = run.cfg, run.rt, run.cfg.samples_per_prompt
     mine = np.arange(cfg.prompts_per_step)[rt.rank :: rt.world_size]
     asked = [prompts[i] for i in run.items(run.step, cfg.prompts_per_step, len(prompts))[mine]]
-    answers, values, totals = answer(run, asked, run.n_sequences + mine, n, terms, tokenizer)
-    examples = [
-        chat.Example(np.array(asked[i // n].ids + each.ids), len(asked[i // n].ids)) for i, each in enumerate(answers)
-    ]
-    counts = [sum(len(each.ids) for each in answers), sum(e.n_inputs for e in examples)]
-    counts += [sum(not each.ended for each in answers), (np.ptp(totals, axis=1) == 0).sum(), totals.sum()]
-    sums = runtime.all_reduce_sum(torch.tensor([*counts, *values.sum(axis=0)], dtype=torch.float64), rt).tolist()
-    n_targets, n_inputs, n_cut_off, n_constant, *rewarded = sums
-    n_answers = n * cfg.prompts_per_step
-    stats = {name: x / n_answers for name, x in zip(("reward", *(f"reward/{term}" for term in terms)), rewarded)}
-    stats |= dict(length=n_targets / n_answers, cut_off=n_cut_off / n_answers)
+    answers, values, totals = sample_answers(run, asked, run.n_sequences + mine, n, terms, tokenizer)
+    repeated = [ids for _, ids in asked for _ in range(n)]
+    examples = [chat.Example(np.array(ids + each.ids), len(ids)) for ids, each in zip(repeated, answers)]
+    counts = [sum(e.n_inputs for e in examples), (np.ptp(totals, axis=1) == 0).sum()]
+    counts += [sum(len(each.ids) for each in answers), sum(not each.ended for each in answers), totals.sum()]
+    counts = torch.tensor([*counts, *values.sum(axis=0)], dtype=torch.float64)
+    n_inputs, n_constant, *sums = runtime.all_reduce_sum(counts, rt).tolist()
+    names = "length", "cut_off", "reward", *(f"reward/{term}" for term in terms)
+    stats = {name: x / (n * cfg.prompts_per_step) for name, x in zip(names, sums)}
     stats["no_signal"] = n_constant / cfg.prompts_per_step
     if rt.rank == 0:
         stats["gap"] = rollout_gap(run, examples[:n])
@@ -171,14 +141,15 @@ def rollout(run: Run, prompts: list[Prompt], terms: rewards.Terms, tokenizer: ti
         sample = f"{answers[0].prompt}-> {answers[0].text}{'' if answers[0].ended else ' …'}".replace("\n", " ")
         runtime.print0(f"step {run.step}: {text}\n  > {sample} [{totals[0, 0]:g}]")
     advantages = advantages_of(totals, cfg.scale_by_std).flatten().tolist()
-    return Rollout(micro_batches(examples, advantages, n_targets, cfg, rt), n_targets, n_inputs, stats)
+    parts = micro_batches(examples, advantages, sums[0], cfg, rt)
+    return training.Batch(parts, cfg.prompts_per_step, int(n_inputs)), stats
 
 
 def micro_batches(
     examples: list[chat.Example], advantages: list[float], n_targets: float, cfg: Config, rt: runtime.Runtime
 ) -> list[dict[str, Any]]:
-    """`chat.collate` of B examples, longest first, with advantage and weight, (B, 1). The sum of weight · loss over the
-    n_targets tokens of the step, divided by n_targets, is the loss of cfg.loss.
+    """`chat.collate` of B examples, longest first, with their advantages, (B, 1), and weights of their tokens. The
+    weighted sum over the n_targets tokens of the step, divided by n_targets, is the loss of cfg.loss.
     """
     order, batches = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids)), []
     per_answer = n_targets / (cfg.prompts_per_step * cfg.samples_per_prompt)
@@ -186,15 +157,15 @@ def micro_batches(
         part = order[start : start + cfg.B]
         batch = chat.collate([[examples[i]] for i in part] or [[]], rt.device)
         lengths = (batch["y"] >= 0).sum(dim=1, keepdim=True).clamp(min=1)
-        weights = dict(dapo=lengths / lengths, grpo=per_answer / lengths)
-        batch["weight"] = weights.get(cfg.loss, lengths / lengths * per_answer / cfg.answer_tokens)
+        weights = dict(dapo=1.0, grpo=per_answer / lengths, dr_grpo=per_answer / cfg.answer_tokens)
+        batch["weight"] = weights[cfg.loss]
         batch["advantage"] = torch.tensor([[advantages[i]] for i in part] or [[0.0]], device=rt.device)
         batches.append(batch)
     return batches
 
 
 def log_probs(net: nn.Module, batch: dict[str, Any], n_ids: int) -> tuple[Tensor, Tensor]:
-    """The log-probabilities of the targets, 0 where there is none, and the entropies without gradients, (B, W), in nats.
+    """The log-probabilities of the targets, 0 where there is none, and the entropies without gradients, (B, W) in nats.
     n_ids: number of ids without the padding of the vocabulary.
     """
     logits = net(batch["x"])[..., :n_ids].float()
@@ -208,35 +179,30 @@ def log_probs(net: nn.Module, batch: dict[str, Any], n_ids: int) -> tuple[Tensor
 def rollout_gap(run: Run, examples: list[chat.Example]) -> float:
     """The largest difference between the log-probabilities of a group's first tokens with and without the KV cache."""
     raw, batch, start = run.raw, chat.collate([[e] for e in examples], run.rt.device), examples[0].n_prompt - 1
-    n_ids, width = raw.config.n_tokens, min(GAP_TOKENS, batch["x"].size(1) - start)
-    y = batch["y"][:, start : start + width]
+    part, cache = slice(start, start + GAP_TOKENS), generate.KVCache(raw.config.n_layer, raw.config.block_size)
     with run.rt.autocast():
-        logps, _ = log_probs(raw, batch, n_ids)
-        cache = generate.KVCache(raw.config.n_layer, raw.config.block_size)
-        logits, gaps = generate.prefill(raw, batch["x"][:, : start + 1].tolist(), cache), []
-        for t, targets in enumerate(y.T):
-            cached = -F.cross_entropy(logits[:, :n_ids].float(), targets, ignore_index=-100, reduction="none")
-            gaps.append((cached - logps[:, start + t]).abs().max())
-            if t + 1 < width:
-                logits = generate.decode_one_token(raw, batch["x"][:, start + t + 1], cache)
-                cache.advance(cache.longest + 1)
-    return torch.stack(gaps).max().item()
+        logps, _ = log_probs(raw, batch, raw.config.n_tokens)
+        logits = [generate.prefill(raw, batch["x"][:, : start + 1].tolist(), cache)]
+        for tokens in batch["x"][:, part][:, 1:].T:
+            logits.append(generate.decode_one_token(raw, tokens, cache))
+            cache.advance(cache.longest + 1)
+    cached = -model.cross_entropy(torch.stack(logits, dim=1)[..., : raw.config.n_tokens], batch["y"][:, part], "none")
+    return (cached - logps[:, part].flatten()).abs().max().item()
 
 
 @torch.no_grad()
-def add_log_probs(run: Run, batches: list[dict[str, Any]], reference: nn.Module | None) -> list[dict[str, Any]]:
+def add_log_probs(run: Run, batch: training.Batch, reference: nn.Module | None) -> training.Batch:
     """Add the log-probabilities of the model before the updates, if there are several, and those of the reference."""
-    nets = dict(old=run.raw if run.cfg.updates_per_rollout > 1 else None, reference=reference)
-    for name, net in nets.items():
-        for batch in batches if net else ():
+    for name, net in dict(old=run.raw if run.cfg.updates_per_rollout > 1 else None, reference=reference).items():
+        for part in batch.micro_batches if net else ():
             with run.rt.autocast():
-                batch[name], _ = log_probs(net, batch, run.raw.config.n_tokens)
-    return batches
+                part[name], _ = log_probs(net, part, run.raw.config.n_tokens)
+    return batch
 
 
 def grpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config, n_ids: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and the detached metrics of a micro-batch, summed over its targets. With one update per rollout the ratio
-    is 1, and the gradient is that of -advantage · log-probability.
+    """The loss and the detached metrics of a micro-batch, summed over its targets. With one update per rollout the
+    ratio is 1, and the gradient is that of -advantage · log-probability.
     """
     logps, entropy = log_probs(net, batch, n_ids)
     mask = batch["y"] >= 0
@@ -255,42 +221,46 @@ def grpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config, n_ids: int) ->
 
 
 def evaluate(
-    run: Run, prompts: list[Prompt], questions: list[chat.Row], terms: rewards.Terms, tokenizer: tiktoken.Encoding
+    run: Run,
+    prompts: list[finetune.Prompt],
+    questions: list[chat.Row],
+    terms: rewards.Terms,
+    tokenizer: tiktoken.Encoding,
 ) -> bool:
     """Evaluate on held-out prompts, log and print the results; return whether the reward is the highest so far."""
     rt, k = run.rt, run.cfg.n_eval_samples
     mine = np.arange(len(prompts))[rt.rank :: rt.world_size]
-    answers, values, totals = answer(run, [prompts[i] for i in mine], HELD_OUT + mine, k, terms, tokenizer)
+    answers, values, totals = sample_answers(run, [prompts[i] for i in mine], HELD_OUT + mine, k, terms, tokenizer)
     passed = (values[:, 0] >= 1).reshape(-1, k)
     sums = [totals.sum() / k, passed.sum() / k, passed.any(axis=1).sum(), sum(each.ended for each in answers) / k]
     means = runtime.all_reduce_sum(torch.tensor(sums, dtype=torch.float64), rt) / len(prompts)
-    scores = dict(zip(("val/reward", "pass@1", f"pass@{k}", "ended"), means.tolist()))
-    text = "minus the reward; " + ", ".join(f"{name} {x:.1%}" for name, x in scores.items() if name != "val/reward")
+    reward, *fractions = means.tolist()
+    scores = dict(zip(("pass@1", f"pass@{k}", "ended"), fractions))
+    text = f"reward {reward:.3f}, " + ", ".join(f"{name} {x:.1%}" for name, x in scores.items())
     if questions:
         scores["exact"] = finetune.score_answers(run, questions, tokenizer)["exact"]
         text += f"; {len(questions)} other questions: {scores['exact']:.1%} exact match"
-    return finetune.report(run, dict(val=-scores["val/reward"]) | scores, text, tokenizer)
+    return finetune.report(run, dict(val=-reward) | scores, text, tokenizer)
 
 
 def check_signal(run: Run, stats: dict[str, float], n_constant: int) -> int:
     """The number of steps in a row without signal. Raises ValueError at MAX_CONSTANT, after saving."""
-    if stats["no_signal"] < 1:
-        return 0
-    if n_constant + 1 == MAX_CONSTANT:
+    n_constant = n_constant + 1 if stats["no_signal"] == 1 else 0
+    if n_constant == 1:
+        runtime.print0(f"step {run.step}: no group has different rewards, so the gradient of the rewards is 0")
+    if n_constant == MAX_CONSTANT:
         run.save()
         run.wait_for_writer()
         problem = f"no group had different rewards in {MAX_CONSTANT} steps in a row (mean reward {stats['reward']:g})"
         raise ValueError(f"{problem}: the model always succeeds or always fails; use another --reward or --data")
-    if not n_constant:
-        runtime.print0(f"step {run.step}: no group has different rewards, so the gradient of the rewards is 0")
-    return n_constant + 1
+    return n_constant
 
 
 def main(cfg: Config) -> None:
     """Answer, score, update; evaluate and save in between."""
     finetune.check(cfg)
-    config.require("[1, inf)", prompts_per_step=cfg.prompts_per_step, updates_per_rollout=cfg.updates_per_rollout)
-    config.require("[1, inf)", n_eval_prompts=cfg.n_eval_prompts, n_eval_samples=cfg.n_eval_samples)
+    counts = dict(prompts_per_step=cfg.prompts_per_step, updates_per_rollout=cfg.updates_per_rollout)
+    config.require("[1, inf)", **counts, n_eval_prompts=cfg.n_eval_prompts, n_eval_samples=cfg.n_eval_samples)
     config.require("[2, 65536]", samples_per_prompt=cfg.samples_per_prompt)
     config.require("[0, inf)", kl_beta=cfg.kl_beta)
     config.require("[0, 1)" if cfg.updates_per_rollout == 1 else "(0, 1)", clip=cfg.clip)
@@ -298,14 +268,12 @@ def main(cfg: Config) -> None:
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     run, tokenizer, T = finetune.open_run(cfg, "grpo", ("sft", "dpo"), rt)
     config.require(f"[1, {T // 2}]", answer_tokens=cfg.answer_tokens)
-    rows = chat.read_rows(cfg.data, rt)
-    if cfg.val_data:
-        val_rows = chat.read_rows(cfg.val_data, rt)
-    else:
-        rows, val_rows = chat.split_rows(rows, [*map(chat.whole_prompt, rows)], cfg.val_frac, cfg.seed)
-    prompts = encode_prompts(rows, T - cfg.answer_tokens, tokenizer, cfg.data)
-    val_prompts = encode_prompts(val_rows[: cfg.n_eval_prompts], T - cfg.answer_tokens, tokenizer, "held-out data")
-    questions = chat.read_rows(cfg.eval_questions, rt)[: cfg.n_eval_prompts] if cfg.eval_questions else []
+    rows, val_rows = finetune.read_rows(cfg, rt)
+    prompts = finetune.encode_prompts(rows, T - cfg.answer_tokens, tokenizer, cfg.data)
+    val_prompts = finetune.encode_prompts(
+        val_rows[: cfg.n_eval_prompts], T - cfg.answer_tokens, tokenizer, "held-out data"
+    )
+    questions = chat.read_rows(cfg.eval_questions, rt) if cfg.eval_questions else []
     n = cfg.prompts_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(prompts) / n))
     runtime.print0(f"{len(prompts):,} prompts to train on, {len(val_prompts):,} held out; {max_steps:,} steps of {n}")
@@ -313,7 +281,7 @@ def main(cfg: Config) -> None:
     loss_fn = partial(grpo_loss, cfg=cfg, n_ids=run.raw.config.n_tokens)
     facts = dict(training_data=prompts, validation_data=val_prompts, reward_code=[t.code for t in terms.values()])
     run.identify(**{name: f"{zlib.crc32(repr(value).encode()):08x}" for name, value in facts.items()})
-    run.warm_up(training.Batch(add_log_probs(run, micro_batches([], [], 1, cfg, rt), reference), 0, 0), loss_fn)
+    run.warm_up(add_log_probs(run, training.Batch(micro_batches([], [], 1, cfg, rt), 0, 0), reference), loss_fn)
     lr_at = optim.schedule("wsd", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr, decay_frac=1.0)
     n_constant = 0
     for step in run.steps(max_steps):
@@ -323,16 +291,16 @@ def main(cfg: Config) -> None:
         if run.last:
             break
         started = time.perf_counter()
-        rolled = rollout(run, prompts, terms, tokenizer)
-        n_constant = check_signal(run, rolled.stats, n_constant)
+        batch, stats = rollout(run, prompts, terms, tokenizer)
+        n_constant = check_signal(run, stats, n_constant)
         answered = time.perf_counter()
-        batches = add_log_probs(run, rolled.micro_batches, reference)
+        add_log_probs(run, batch, reference)
         for i in range(cfg.updates_per_rollout):
-            batch = training.Batch(batches, 0 if i else n, int(rolled.n_inputs))
-            run.update(batch, loss_fn, lr=lr_at(step))
+            run.update(batch._replace(n_sequences=0 if i else n), loss_fn, lr=lr_at(step))
         run.read_results(0)
-        speeds = rolled.n_targets / (answered - started), rolled.n_inputs / (time.perf_counter() - answered)
-        run.log.scalars(step, **rolled.stats, **dict(zip(("rollout_speed", "training_speed"), speeds)))
+        stats["rollout_speed"] = stats["length"] * n * cfg.samples_per_prompt / (answered - started)
+        stats["training_speed"] = batch.n_tokens * cfg.updates_per_rollout / (time.perf_counter() - answered)
+        run.log.scalars(step, **stats)
     run.finish()
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,10 +21,11 @@ class Answer(NamedTuple):
 
 
 class Term(NamedTuple):
-    """A reward with its weight in a sum."""
+    """A reward in a sum."""
 
     weight: float
-    function: Callable[[Answer], float]
+    function: Callable[..., float]  # of an Answer and of the arguments
+    arguments: tuple[float | str, ...]
     code: str  # the content of a user's file
 
 
@@ -81,22 +83,15 @@ def load(source: str) -> tuple[Callable, str]:
     """The function that FILE.py:FUNCTION names, and the file's content. Raises ValueError."""
     path, _, name = source.rpartition(":")
     try:
-        code, found = Path(path).expanduser().read_text(encoding="utf-8"), {"__name__": "rewards", "__file__": path}
-        exec(compile(code, path, "exec"), found)
-        return found[name], code
+        file = Path(path).expanduser()
+        return runpy.run_path(str(file))[name], file.read_text(encoding="utf-8")
     except Exception as error:  # the file of a user can raise anything
         raise ValueError(f"cannot load {source}: {type(error).__name__}: {files.one_line(error)}") from error
 
 
-def bind(function: Callable, argument: float | str) -> Callable[[Answer], float]:
-    """The function with its second argument given."""
-    return lambda answer: function(answer, argument)
-
-
 def parse(text: str) -> Terms:
-    """The terms of a sum. A term is FILE.py:FUNCTION or
-    a name of REWARDS, perhaps with a number or a text in double quotes as its argument, and perhaps times a number. The
-    text is only matched, never evaluated. Raises ValueError.
+    """The terms of a sum. A term is a name of REWARDS or FILE.py:FUNCTION, perhaps with a number or a text in double
+    quotes as its argument, and perhaps times a number. Nothing is evaluated. Raises ValueError.
     """
     terms, position = {}, 0
     while position < len(text) or not terms:
@@ -108,24 +103,23 @@ def parse(text: str) -> Terms:
         if name not in REWARDS and ".py:" not in name:
             raise ValueError(f"--reward={text}: unknown {name}, expected {', '.join(REWARDS)} or FILE.py:FUNCTION")
         function, code = (REWARDS[name], "") if name in REWARDS else load(name)
-        if match["number"] or match["text"] is not None:
-            function = bind(function, float(match["number"]) if match["number"] else match["text"])
-        term = re.sub(r"\s", "", match["term"])
+        arguments = [float(match["number"])] * bool(match["number"]) + [match["text"]] * (match["text"] is not None)
+        term = re.sub(r"\s", "_", match["term"])
         if term in terms:
             raise ValueError(f"--reward={text}: {term} occurs twice, add the weights")
-        terms[term] = Term(weight, function, code)
+        terms[term] = Term(weight, function, tuple(arguments), code)
     return terms
 
 
 def score(terms: Terms, answer: Answer) -> list[float]:
     """The value of every term, without its weight. Raises ValueError if a function fails or is not finite."""
     values = []
-    for term, (_, function, _) in terms.items():
+    for name, term in terms.items():
         try:
-            values.append(float(function(answer)))
+            values.append(float(term.function(answer, *term.arguments)))
+            if not math.isfinite(values[-1]):
+                raise ValueError(f"it returned {values[-1]}")
         except Exception as error:  # the function of a user can raise anything
             problem = f"{type(error).__name__}: {files.one_line(error)}"
-            raise ValueError(f"the reward {term} failed for the answer {answer.text!r:.200}: {problem}") from error
-        if not math.isfinite(values[-1]):
-            raise ValueError(f"the reward {term} is {values[-1]} for the answer {answer.text!r:.200}: return a number")
+            raise ValueError(f"the reward {name} failed for the answer {answer.text!r:.200}: {problem}") from error
     return values
