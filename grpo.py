@@ -2,8 +2,7 @@
 
     python grpo.py demo                                  # after `python sft.py demo`: two minutes
     python grpo.py --reward="ends(100) + repetition"     # out/sft on databricks-dolly-15k: answers that come to an end
-    python grpo.py --data=openai/gsm8k:main --reward="gsm8k + 0.1*ends"
-    torchrun --nproc_per_node=8 grpo.py --data=rows.jsonl --reward="exact - 0.5*my_rewards.py:score"
+    torchrun --nproc_per_node=8 grpo.py --data=openai/gsm8k:main --reward="gsm8k + 0.1*my_rewards.py:score"
     python sample.py --checkpoint=out/grpo --chat        # talk to the result
 
 Rows are those of sft.py. In every step the model answers some prompts several times. Rewards (neogpt/rewards.py) score
@@ -32,6 +31,7 @@ from neogpt.run import Run
 
 GAP_TOKENS = 16  # tokens per answer for which the gap is computed
 MAX_CONSTANT = 20  # a run ends after this many steps in a row without signal
+Prompts = list[finetune.Prompt]
 HELD_OUT = 2**40  # number of the first held-out prompt; prompts of training are numbered from 0
 
 
@@ -68,7 +68,7 @@ CONFIGS = {
         out_dir="out/demo-grpo",
         reward="exact",
         B=32,
-        epochs=2.0,
+        max_steps=40,
         max_lr=1e-4,
         n_eval_prompts=160,
         prompts=("Where does Ada live?", "What does Leo like to eat?", "Whom does Rosa like best?"),
@@ -78,12 +78,7 @@ CONFIGS = {
 
 
 def sample_answers(
-    run: Run,
-    prompts: list[finetune.Prompt],
-    numbers: np.ndarray,
-    n: int,
-    terms: rewards.Terms,
-    tokenizer: tiktoken.Encoding,
+    run: Run, prompts: Prompts, numbers: np.ndarray, n: int, terms: rewards.Terms, tokenizer: tiktoken.Encoding
 ) -> tuple[list[rewards.Answer], np.ndarray, np.ndarray]:
     """n sampled answers to each prompt, the values of their reward's terms, (answers, terms), and their rewards,
     (prompts, n), fp64. An answer depends on the weights, the prompt, the seed, the prompt's number and its place in the
@@ -119,7 +114,7 @@ def advantages_of(totals: np.ndarray, scale_by_std: bool) -> np.ndarray:
 
 
 def rollout(
-    run: Run, prompts: list[finetune.Prompt], terms: rewards.Terms, tokenizer: tiktoken.Encoding
+    run: Run, prompts: Prompts, terms: rewards.Terms, tokenizer: tiktoken.Encoding
 ) -> tuple[training.Batch, dict[str, float]]:
     """The data of this step, answered and scored, and its statistics to log. Each rank answers its share of prompts."""
     cfg, rt, n = run.cfg, run.rt, run.cfg.samples_per_prompt
@@ -221,11 +216,7 @@ def grpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config, n_ids: int) ->
 
 
 def evaluate(
-    run: Run,
-    prompts: list[finetune.Prompt],
-    questions: list[chat.Row],
-    terms: rewards.Terms,
-    tokenizer: tiktoken.Encoding,
+    run: Run, prompts: Prompts, questions: list[chat.Row], terms: rewards.Terms, tokenizer: tiktoken.Encoding
 ) -> bool:
     """Evaluate on held-out prompts, log and print the results; return whether the reward is the highest so far."""
     rt, k = run.rt, run.cfg.n_eval_samples
@@ -269,10 +260,9 @@ def main(cfg: Config) -> None:
     run, tokenizer, T = finetune.open_run(cfg, "grpo", ("sft", "dpo"), rt)
     config.require(f"[1, {T // 2}]", answer_tokens=cfg.answer_tokens)
     rows, val_rows = finetune.read_rows(cfg, rt)
-    prompts = finetune.encode_prompts(rows, T - cfg.answer_tokens, tokenizer, cfg.data)
-    val_prompts = finetune.encode_prompts(
-        val_rows[: cfg.n_eval_prompts], T - cfg.answer_tokens, tokenizer, "held-out data"
-    )
+    budget = T - cfg.answer_tokens
+    prompts = finetune.encode_prompts(rows, budget, tokenizer, cfg.data)
+    val_prompts = finetune.encode_prompts(val_rows[: cfg.n_eval_prompts], budget, tokenizer, "held-out data")
     questions = chat.read_rows(cfg.eval_questions, rt) if cfg.eval_questions else []
     n = cfg.prompts_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(prompts) / n))

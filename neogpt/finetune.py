@@ -10,7 +10,6 @@ import torch
 from neogpt import chat, checkpoint, config, data, generate, lora, model, optim, runtime
 from neogpt.run import Run
 
-
 Prompt = tuple[chat.Row, list[int]]  # a row and the ids of its prompt
 
 

@@ -103,11 +103,12 @@ def parse(text: str) -> Terms:
         if name not in REWARDS and ".py:" not in name:
             raise ValueError(f"--reward={text}: unknown {name}, expected {', '.join(REWARDS)} or FILE.py:FUNCTION")
         function, code = (REWARDS[name], "") if name in REWARDS else load(name)
-        arguments = [float(match["number"])] * bool(match["number"]) + [match["text"]] * (match["text"] is not None)
+        number, quoted = match["number"], match["text"]
+        arguments = (float(number),) if number else () if quoted is None else (quoted,)
         term = re.sub(r"\s", "_", match["term"])
         if term in terms:
             raise ValueError(f"--reward={text}: {term} occurs twice, add the weights")
-        terms[term] = Term(weight, function, tuple(arguments), code)
+        terms[term] = Term(weight, function, arguments, code)
     return terms
 
 
