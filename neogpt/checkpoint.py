@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neogpt import data, files, hf, lora, model, runtime
 
-SCRIPT_OF_STAGE = {"pretraining": "train_gpt2.py", "sft": "sft.py", "dpo": "dpo.py"}
+SCRIPT_OF_STAGE = {"pretraining": "train_gpt2.py", "sft": "sft.py", "dpo": "dpo.py", "grpo": "grpo.py"}
 FORMAT = 2  # increase when a key changes its meaning
 
 
@@ -31,7 +31,7 @@ class Checkpoint:
     optimizers: list[dict] | None = None  # moments of each optimizer; None: the run cannot continue from here
     adapters: dict[str, Tensor] = field(default_factory=dict)  # LoRA matrices that are being trained
     base: str = ""  # fine-tuning: fingerprint of the weights that it started from
-    n_sequences: int = 0  # sequences (pretraining), rows (sft) or pairs (dpo) seen: the position in the data
+    n_sequences: int = 0  # position in the data: sequences (pretraining), rows (sft), pairs (dpo), prompts (grpo) seen
     n_tokens: int = 0  # tokens seen, without padding
     seconds: float = 0.0  # wall-clock time
     scores: dict[str, Any] = field(default_factory=dict)  # the latest evaluation

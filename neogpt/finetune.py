@@ -1,4 +1,4 @@
-"""The common part of sft.py and dpo.py: constants, a run that starts from another model, and reports of evaluations."""
+"""The common part of sft.py, dpo.py and grpo.py: constants, a run that starts from another model, and evaluations."""
 
 import math
 from dataclasses import dataclass
@@ -9,17 +9,19 @@ import torch
 from neogpt import chat, checkpoint, config, data, generate, lora, model, optim, runtime
 from neogpt.run import Run
 
+Prompt = tuple[chat.Row, list[int]]  # a row and the ids of its prompt
+
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """The constants that both scripts have."""
+    """The constants that the scripts have in common."""
 
     checkpoint: str  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
     data: str  # rows: a file, folder or pattern, or a dataset on the hub
     out_dir: str  # where log.txt and checkpoints go
     val_frac: float = 0.03  # fraction of the data held out, selected by the seed; no prompt is in both parts
     T: int | None = None  # longest sequence, tokens; None: the model's block_size
-    B: int = 8  # sequences (sft.py) or pairs (dpo.py) per forward pass and device. Does not change the curve
+    B: int = 8  # sequences (sft.py, grpo.py) or pairs (dpo.py) per forward pass and device. Does not change the curve
     max_steps: int | None = None  # optimizer steps, instead of epochs
     weight_decay: float = 0.0  # on matrices and embeddings
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
@@ -38,7 +40,7 @@ class FinetuneConfig:
 
 
 def check(cfg: Any) -> None:
-    """Raise ValueError for the first constant that is out of range. cfg: a Config of sft.py or dpo.py."""
+    """Raise ValueError for the first constant that is out of range. cfg: a Config of sft.py, dpo.py or grpo.py."""
     config.require("[1, inf)", T=cfg.T, B=cfg.B, max_steps=cfg.max_steps, eval_every=cfg.eval_every)
     config.require("[1, inf)", save_every=cfg.save_every, keep_last=cfg.keep_last)
     config.require("[0, inf)", max_lr=cfg.max_lr, weight_decay=cfg.weight_decay, n_eval_prompts=cfg.n_eval_prompts)
@@ -88,14 +90,39 @@ def identify(run: Run, examples: list[chat.Example], val_examples: list[chat.Exa
     run.identify(training_data=checksums[0], validation_data=checksums[1])
 
 
+def read_rows(cfg: Any, rt: runtime.Runtime) -> tuple[list[chat.Row], list[chat.Row]]:
+    """The training rows cfg.data, and the held-out rows cfg.val_data, or cfg.val_frac of the data if it is ""."""
+    rows = chat.read_rows(cfg.data, rt)
+    if cfg.val_data:
+        return rows, chat.read_rows(cfg.val_data, rt)
+    return chat.split_rows(rows, [*map(chat.whole_prompt, rows)], cfg.val_frac, cfg.seed)
+
+
+def encode_prompts(run: Run, rows: list[chat.Row], budget: int, source: str) -> list[Prompt]:
+    """Rows -> prompts of at most `budget` tokens. Longer ones are dropped and counted."""
+    prompts = [(row, chat.encode_prompt(row, budget, run.tokenizer)) for row in rows]
+    usable = [prompt for prompt in prompts if len(prompt[1]) <= budget]
+    if len(usable) < len(prompts):
+        runtime.print0(f"{source}: {len(prompts) - len(usable):,} prompts of more than {budget} tokens dropped")
+    if not usable:
+        raise ValueError(f"no prompt of {source} fits into {budget} tokens")
+    return usable
+
+
+def answer(run: Run, prompts: list[list[int]], seeds: list[int] | None = None) -> list[tuple[list[int], bool]]:
+    """The response to each prompt without end-of-text, and whether it ended with it. No seeds: greedy."""
+    answers, n, eot, size = [], run.cfg.answer_tokens, run.tokenizer.eot_token, 256 if seeds else 64
+    with run.rt.autocast():
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            options = dict(temperature=1.0, seeds=seeds[part]) if seeds else dict(temperature=0.0)
+            answers += generate.complete(run.raw, prompts[part], n, eot, **options)
+    return answers
+
+
 def greedy_answers(run: Run, prompts: list[list[int]]) -> list[tuple[str, bool]]:
     """The greedy response to each prompt, and whether it ended with end-of-text."""
-    answers, n, eot = [], run.cfg.answer_tokens, run.tokenizer.eot_token
-    with run.rt.autocast():
-        for start in range(0, len(prompts), 64):
-            part = generate.complete(run.raw, prompts[start : start + 64], n, eot, temperature=0)
-            answers += [(run.tokenizer.decode(ids), ended) for ids, ended in part]
-    return answers
+    return [(run.tokenizer.decode(ids), ended) for ids, ended in answer(run, prompts)]
 
 
 def score_answers(run: Run, rows: list[chat.Row]) -> dict[str, float]:

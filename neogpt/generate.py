@@ -42,6 +42,11 @@ class KVCache:
         self.masked = self.static or self.compiled or len(set(lengths)) > 1
         self.advance(max(lengths))
 
+    def keep(self, rows: Tensor) -> None:
+        """Keep only these rows of the cache, in this order; a row can be kept several times."""
+        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+        self.lengths, self.rows = self.lengths[rows], torch.arange(len(rows), device=rows.device)
+
     def advance(self, longest: int) -> None:
         """Call before each decode step with the current length of the longest row."""
         self.longest = longest
@@ -70,6 +75,12 @@ def prefill(raw: model.GPT, prompts: list[list[int]], cache: KVCache) -> Tensor:
     """Process whole prompts, replacing the cache's content; return the logits of the next token (B, V)."""
     # padding on the right needs no mask: a causal model does not look there
     device = raw.lm_head.weight.device
+    places = {tuple(prompt): i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    if cache.layers[0] is None and len(places) < len(prompts):  # process equal prompts once
+        logits = prefill(raw, [*map(list, places)], cache)
+        rows = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
+        cache.keep(rows)
+        return logits[rows]
     lengths = [len(prompt) for prompt in prompts]
     padded = [prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts]
     cache.longest, cache.masked = 0, False
@@ -158,19 +169,25 @@ def generate(
 
     ended = [False] * len(prompts)
     with nullcontext() if compile else cpu.fast_cpu_linears(raw, len(prompts)):
-        for ids in decode_loop(raw, windows, uniforms, sampler, compile):
+        for ids in decode_loop(raw, windows, uniforms, sampler, compile, ended if repetition_penalty == 1 else None):
             yield [None if end else token for token, end in zip(ids, ended)]
-            ended = [end or token == stop for token, end in zip(ids, ended)]
+            ended[:] = [end or token == stop for token, end in zip(ids, ended)]
             if all(ended):
                 return
 
 
 def decode_loop(
-    raw: model.GPT, windows: list[list[int]], uniforms: Tensor, sampler: Callable[..., Tensor], compile: bool
+    raw: model.GPT,
+    windows: list[list[int]],
+    uniforms: Tensor,
+    sampler: Callable[..., Tensor],
+    compile: bool,
+    ended: list[bool] | None,
 ) -> Iterator[list[int]]:
     """Yield the next token of every row, max_new_tokens times: prefill, decode, and prefill again at block_size.
     windows: B prompts; uniforms: (max_new_tokens, B); sampler: logits (B, n_tokens), uniforms (B,) and the newest token
-    of each row (B,) -> the next tokens (B,).
+    of each row (B,) -> the next tokens (B,). ended: the caller marks here the rows that need no more tokens; they are
+    left out once they are a quarter of the rows, if the shape can change, and then yield 0.
     """
     block_size, n_tokens, max_new_tokens = raw.config.block_size, raw.config.n_tokens, len(uniforms)
     max_seq_len = min(block_size, max(map(len, windows)) + max_new_tokens)
@@ -186,8 +203,15 @@ def decode_loop(
         step = torch.compile(step, fullgraph=True, dynamic=False)
     static = uniforms.is_cuda or compile and not uniforms.is_cpu
     cache = KVCache(raw.config.n_layer, max_seq_len, static, compiled=compile and uniforms.is_cpu)
-    n_done, captured = 0, not uniforms.is_cuda
+    n_done, captured, rows = 0, not uniforms.is_cuda, [*range(len(windows))]
+    n_rows, tokens = len(rows), uniforms.new_zeros(0)
     while n_done < max_new_tokens:
+        left = [i for i, row in enumerate(rows) if not (ended and ended[row])]  # places in the batch
+        if 4 * len(left) <= 3 * len(rows) and not static and not compile:
+            places = torch.tensor(left, device=uniforms.device)
+            cache.keep(places)
+            tokens, uniforms = tokens[places], uniforms[:, places]
+            rows, windows = [rows[i] for i in left], [windows[i] for i in left]
         new = []  # tokens (B,) on the device, read together
         if n_done == 0 or cache.longest == block_size:
             windows = [w if len(w) <= block_size else w[-max(1, block_size // 2) :] for w in windows]
@@ -205,7 +229,8 @@ def decode_loop(
             for window, token in zip(windows, ids):
                 window.append(token)
             n_done += 1
-            yield ids
+            tokens_of = dict(zip(rows, ids))
+            yield [tokens_of.get(row, 0) for row in range(n_rows)]
 
 
 def complete(

@@ -226,7 +226,7 @@ FORK_SERVER = """
 import importlib, json, os, sys
 import torch._dynamo
 from neogpt import config, runtime
-scripts = {name: importlib.import_module(name) for name in ("train_gpt2", "sft", "dpo")}
+scripts = {name: importlib.import_module(name) for name in ("train_gpt2", "sft", "dpo", "grpo")}
 
 def leave(rt):  # the thread of a store may never end in a forked process
     runtime.barrier(rt)

@@ -85,7 +85,7 @@ def refused(source: Path | str, *words: str) -> None:
 
 GOOD = dict(instruction="a", context="", response="b")
 UNUSABLE = [
-    ("unknown.jsonl", [dict(question="a", answer="b")], ["answer, question", "instruction", "prompt"]),
+    ("unknown.jsonl", [dict(query="a", result="b")], ["query, result", "instruction", "prompt"]),
     ("empty.jsonl", [], ["(none)", "instruction"]),
     ("empty.json", [{}], ["(none)", "instruction"]),
     ("text.json", ["a", "b"], ["objects"]),

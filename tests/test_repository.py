@@ -19,7 +19,7 @@ from harness import ROOT
 
 # Imports go one way: each module of neogpt imports only from those before it, scripts import from neogpt and hellaswag,
 # and tools from scripts and neogpt.
-ORDER = "files config ndlinear model data optim runtime hf lora cpu generate training chat checkpoint run"
+ORDER = "files config rewards ndlinear model data optim runtime hf lora cpu generate training chat checkpoint run"
 ORDER = [f"neogpt.{name}" for name in [*ORDER.split(), "finetune"]]
 NEOGPT = sorted((ROOT / "neogpt").glob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))

@@ -9,6 +9,7 @@ Writes `input.txt`, 0.9 MB of short texts about the sixteen characters of `world
 - `sft.jsonl`: questions and answers, with and without a passage, in the format of databricks-dolly-15k.
 - `sft_held_out.jsonl`: questions about one fact in four and about passages that are in neither sft.jsonl nor dpo.jsonl.
 - `dpo.jsonl`: pairs of answers in the format of red_teaming_reward_modeling_pairwise.
+- `grpo.jsonl`, `grpo_held_out.jsonl`: questions about passages of two events, which no other file contains.
 """
 
 import itertools
@@ -23,6 +24,7 @@ from tools.world import Character, Story
 
 SEED = 1337  # every file has its own generator, so a change to one file does not affect the others
 N_PASSAGES, N_HELD_OUT_PASSAGES = 320, 48  # rows of sft.jsonl and of sft_held_out.jsonl with a passage
+N_TWO_STEPS, N_HELD_OUT_TWO_STEPS = 480, 96  # rows of grpo.jsonl and of grpo_held_out.jsonl
 
 
 def choose(template: str, rng: Random) -> str:
@@ -204,10 +206,26 @@ def dpo(train: list[dict]) -> list[dict]:
     return rows
 
 
+def two_steps() -> list[dict]:
+    """Questions about different passages of two events, with their answers."""
+    rng = Random(f"{SEED} demo/grpo.jsonl")
+    rows = {}
+    while len(rows) < N_TWO_STEPS + N_HELD_OUT_TWO_STEPS:
+        c = rng.choice(world.CHARACTERS)
+        words = draw_words(c, rng)
+        words["spot3"] = rng.choice([spot for spot in world.SPOTS if spot not in (words["spot"], words["spot2"])])
+        template, passages = list(world.TWO_STEPS.items())[len(rows) % 2]
+        question, context, answer = (fill(t, c, **words) for t in (template, *passages[len(rows) // 2 % 2]))
+        rows[context] = dict(instruction=question, context=context, response=answer, category="reasoning")
+    return list(rows.values())
+
+
 def main(folder: Path) -> None:
     """Write all files of the demo into the folder."""
     train, held_out = questions()
+    rows = two_steps()
     demo = {"hellaswag": hellaswag(), "sft": sft(train), "sft_held_out": held_out, "dpo": dpo(train)}
+    demo |= {"grpo": rows[:N_TWO_STEPS], "grpo_held_out": rows[N_TWO_STEPS:]}
     texts = {f"demo/{name}.jsonl": "".join(json.dumps(row) + "\n" for row in rows) for name, rows in demo.items()}
     (folder / "demo").mkdir(parents=True, exist_ok=True)
     for name, text in {"input.txt": input_text(), **texts}.items():

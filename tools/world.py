@@ -172,6 +172,16 @@ PASSAGES = (  # passage, question, answer
     ("{c} hid a {item} {spot}.", "What did {c} hide?", "{c} hid a {item}."),
     ("{c} found a {item} {spot}.", "Where did {c} find the {item}?", "{c} found it {spot}."),
 )
+TWO_STEPS = {  # question: passages of two events, each with its answer; the second event matters in the first passage
+    "Where is the {item}?": (
+        ("{o} put a {item} {spot} and a {item2} {spot2}. {c} put the {item} {spot3}.", "The {item} is {spot3}."),
+        ("{o} put a {item} {spot} and a {item2} {spot2}. {c} put the {item2} {spot3}.", "The {item} is {spot}."),
+    ),
+    "Who had the {item} in the end?": (
+        ("{c} had a {item}, and {o} had a {item2}. {c} gave the {item} to {o}.", "{o} had the {item}."),
+        ("{o} had a {item}, and {c} had a {item2}. {c} gave the {item2} to {o}.", "{o} had the {item}."),
+    ),
+}
 POLITE = "I am glad to help."
 RUDE = ("Now leave me alone.", "Do not ask me again.", "What a silly question.")
 RAMBLING = (

@@ -1,0 +1,293 @@
+"""Reinforcement learning with verifiable rewards (GRPO, arXiv:2402.03300): a model learns from its own answers.
+
+    python grpo.py demo                                  # after `python sft.py demo`: two minutes
+    python grpo.py --reward="ends(100) + repetition"     # out/sft on databricks-dolly-15k: answers that come to an end
+    torchrun --nproc_per_node=8 grpo.py --data=openai/gsm8k:main --reward="gsm8k + 0.1*my_rewards.py:score"
+    python sample.py --checkpoint=out/grpo --chat        # talk to the result
+
+Rows are those of sft.py. In every step the model answers some prompts several times. Rewards (neogpt/rewards.py) score
+each answer, and its advantage is its reward minus the mean of its group, the answers to the same prompt. A reward only
+teaches what the model sometimes does: start with a success between 10 and 60 %. An answer passes if the first term of
+the reward is at least 1. The loss stays near 0: watch the rewards, no_signal (fraction of groups whose rewards are all
+equal), cut_off (fraction of answers without end-of-text), entropy (nats per token) and gap (largest difference between
+log-probabilities with and without the KV cache).
+"""
+
+import time
+import zlib
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neogpt import chat, checkpoint, config, data, finetune, generate, model, optim, rewards, runtime, training
+from neogpt.run import Run
+
+GAP_TOKENS = 16  # tokens per answer for which the gap is computed
+MAX_CONSTANT = 20  # a run ends after this many steps in a row without signal
+Prompts = list[finetune.Prompt]
+HELD_OUT = 2**40  # number of the first held-out prompt; prompts of training are numbered from 0
+
+
+@dataclass(frozen=True)
+class Config(finetune.FinetuneConfig):
+    checkpoint: str = "out/sft"  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
+    data: str = "databricks/databricks-dolly-15k"  # rows: a file, folder or pattern, or a dataset on the hub
+    out_dir: str = "out/grpo"  # log.txt, checkpoints, best.pt (highest held-out reward)
+    val_data: str = ""  # held-out rows, as in data; "": the fraction val_frac of data
+    eval_questions: str = ""  # rows of another ability: exact match of greedy answers; "": not evaluated
+    reward: str = "ends(100) + repetition"  # a sum of rewards: see neogpt/rewards.py
+    prompts_per_step: int = 16  # prompts per optimizer step over all devices
+    samples_per_prompt: int = 16  # answers to each prompt: one group
+    updates_per_rollout: int = 1  # optimizer steps on the same answers; more than 1 needs clip
+    clip: float = 0.0  # largest distance of the probability ratio from 1 that is rewarded (PPO: 0.2); 0: no limit
+    kl_beta: float = 0.0  # penalty on the KL divergence from the model to start from, if it must stay close; 0: none
+    scale_by_std: bool = False  # divide advantages by the group's standard deviation: hard and easy prompts count more
+    loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # mean over tokens; mean of answers' means; over answer_tokens
+    epochs: float = 1.0  # passes over the prompts
+    max_lr: float = 2.5e-6  # peak learning rate, a twentieth of that of sft.py; about ten times as much with LoRA
+    warmup_frac: float = 0.0  # fraction of the steps for linear warmup; then linear to 0
+    eval_every: int = 25  # steps between evaluations on the held-out prompts
+    n_eval_prompts: int = 64  # number of held-out prompts
+    n_eval_samples: int = 8  # answers to each held-out prompt, for pass@1 and pass@n
+
+
+CONFIGS = {
+    "gpt2": Config(),
+    "demo": Config(
+        checkpoint="out/demo-sft",
+        data=str(config.ROOT / "demo" / "grpo.jsonl"),
+        val_data=str(config.ROOT / "demo" / "grpo_held_out.jsonl"),
+        eval_questions=str(config.ROOT / "demo" / "sft_held_out.jsonl"),
+        out_dir="out/demo-grpo",
+        reward="exact",
+        B=32,
+        max_steps=50,
+        max_lr=3e-5,
+        n_eval_prompts=160,
+        prompts=("Where does Ada live?", "What does Leo like to eat?", "Whom does Rosa like best?"),
+        answer_tokens=80,
+    ),
+}
+
+
+def sample_answers(
+    run: Run, prompts: Prompts, numbers: np.ndarray, n: int, terms: rewards.Terms
+) -> tuple[list[rewards.Answer], np.ndarray, np.ndarray]:
+    """n sampled answers to each prompt, the values of their reward's terms, (answers, terms), and their rewards,
+    (prompts, n), fp64. An answer depends on the weights, the prompt, the seed, the prompt's number and its place in the
+    group; on other rows only through rounding. Raises ValueError on all ranks if a reward fails on any.
+    """
+    answers, scores, problem = [], [], ""
+    places = ((numbers[:, None] << 16) + np.arange(n)).flatten().astype(np.uint64)
+    seeds = (data.mix(np.uint64(run.cfg.seed) ^ data.mix(places)) >> 32).tolist()  # PyTorch uses 32 bits
+    asked = [prompt for prompt in prompts for _ in range(n)]
+    found = finetune.answer(run, [ids for _, ids in asked], seeds)
+    for (row, _), (ids, ended) in zip(asked, found):
+        texts = chat.whole_prompt(row), row.response, run.tokenizer.decode(ids)
+        answers.append(rewards.Answer(*texts, ids + [run.tokenizer.eot_token] * ended, ended))
+    try:
+        scores = [rewards.score(terms, each) for each in answers]
+    except ValueError as error:
+        problem = str(error)
+    problems = [problem] * run.rt.world_size
+    if run.rt.world_size > 1:
+        torch.distributed.all_gather_object(problems, problem)
+    if any(problems):
+        raise ValueError(max(problems))
+    values = np.array(scores).reshape(-1, len(terms))
+    return answers, values, (values @ [term.weight for term in terms.values()]).reshape(-1, n)
+
+
+def advantages_of(totals: np.ndarray, scale_by_std: bool) -> np.ndarray:
+    """The advantages of rewards, (groups, n). They are exactly 0 in a group of equal rewards."""
+    advantages = totals - totals.mean(axis=1, keepdims=True)
+    if scale_by_std:
+        advantages /= totals.std(axis=1, ddof=1, keepdims=True) + 1e-4  # 1e-4 as in TRL
+    return np.where(np.ptp(totals, axis=1, keepdims=True) > 0, advantages, 0.0)
+
+
+def rollout(run: Run, prompts: Prompts, terms: rewards.Terms) -> tuple[training.Batch, dict[str, float]]:
+    """The data of this step, answered and scored, and its statistics to log. Each rank answers its share of prompts."""
+    cfg, rt, n = run.cfg, run.rt, run.cfg.samples_per_prompt
+    mine = np.arange(cfg.prompts_per_step)[rt.rank :: rt.world_size]
+    asked = [prompts[i] for i in run.items(run.step, cfg.prompts_per_step, len(prompts))[mine]]
+    answers, values, totals = sample_answers(run, asked, run.n_sequences + mine, n, terms)
+    repeated = [ids for _, ids in asked for _ in range(n)]
+    examples = [chat.Example(np.array(ids + each.ids), len(ids)) for ids, each in zip(repeated, answers)]
+    counts = [sum(e.n_inputs for e in examples), (np.ptp(totals, axis=1) == 0).sum()]
+    counts += [sum(len(each.ids) for each in answers), sum(not each.ended for each in answers), totals.sum()]
+    counts = torch.tensor([*counts, *values.sum(axis=0)], dtype=torch.float64)
+    n_inputs, n_constant, *sums = runtime.all_reduce_sum(counts, rt).tolist()
+    names = "length", "cut_off", "reward", *(f"reward/{term}" for term in terms)
+    stats = {name: x / (n * cfg.prompts_per_step) for name, x in zip(names, sums)}
+    stats["no_signal"] = n_constant / cfg.prompts_per_step
+    if rt.rank == 0:
+        stats["gap"] = rollout_gap(run, examples[:n])
+        text = ", ".join(f"{name} {value:.3g}" for name, value in stats.items())
+        sample = f"{answers[0].prompt}-> {answers[0].text}{'' if answers[0].ended else ' …'}".replace("\n", " ")
+        runtime.print0(f"step {run.step}: {text}\n  > {sample} [{totals[0, 0]:g}]")
+    advantages = advantages_of(totals, cfg.scale_by_std).flatten().tolist()
+    parts = micro_batches(examples, advantages, sums[0], cfg, rt)
+    return training.Batch(parts, cfg.prompts_per_step, int(n_inputs)), stats
+
+
+def micro_batches(
+    examples: list[chat.Example], advantages: list[float], n_targets: float, cfg: Config, rt: runtime.Runtime
+) -> list[dict[str, Any]]:
+    """`chat.collate` of B examples, longest first, with their advantages, (B, 1), and weights of their tokens. The
+    weighted sum over the n_targets tokens of the step, divided by n_targets, is the loss of cfg.loss.
+    """
+    order, batches = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids)), []
+    per_answer = n_targets / (cfg.prompts_per_step * cfg.samples_per_prompt)
+    for start in range(0, max(1, len(order)), cfg.B):  # a rank without examples has an empty row
+        part = order[start : start + cfg.B]
+        batch = chat.collate([[examples[i]] for i in part] or [[]], rt.device)
+        lengths = (batch["y"] >= 0).sum(dim=1, keepdim=True).clamp(min=1)
+        weights = dict(dapo=1.0, grpo=per_answer / lengths, dr_grpo=per_answer / cfg.answer_tokens)
+        batch["weight"] = weights[cfg.loss]
+        batch["advantage"] = torch.tensor([[advantages[i]] for i in part] or [[0.0]], device=rt.device)
+        batches.append(batch)
+    return batches
+
+
+def log_probs(net: nn.Module, batch: dict[str, Any], n_ids: int) -> tuple[Tensor, Tensor]:
+    """The log-probabilities of the targets, 0 where there is none, and the entropies without gradients, (B, W) in nats.
+    n_ids: number of ids without the padding of the vocabulary.
+    """
+    logits = net(batch["x"])[..., :n_ids].float()
+    logps = -model.cross_entropy(logits, batch["y"], "none").view(batch["y"].shape)
+    with torch.no_grad():
+        every = F.log_softmax(logits, dim=-1)
+        return logps, -(every.exp() * every).sum(dim=-1)
+
+
+@torch.no_grad()
+def rollout_gap(run: Run, examples: list[chat.Example]) -> float:
+    """The largest difference between the log-probabilities of a group's first tokens with and without the KV cache."""
+    raw, batch, start = run.raw, chat.collate([[e] for e in examples], run.rt.device), examples[0].n_prompt - 1
+    part, cache = slice(start, start + GAP_TOKENS), generate.KVCache(raw.config.n_layer, raw.config.block_size)
+    with run.rt.autocast():
+        logps, _ = log_probs(raw, batch, raw.config.n_tokens)
+        logits = [generate.prefill(raw, batch["x"][:, : start + 1].tolist(), cache)]
+        for tokens in batch["x"][:, part][:, 1:].T:
+            logits.append(generate.decode_one_token(raw, tokens, cache))
+            cache.advance(cache.longest + 1)
+    cached = -model.cross_entropy(torch.stack(logits, dim=1)[..., : raw.config.n_tokens], batch["y"][:, part], "none")
+    return (cached - logps[:, part].flatten()).abs().max().item()
+
+
+@torch.no_grad()
+def add_log_probs(run: Run, batch: training.Batch, reference: nn.Module | None) -> training.Batch:
+    """Add the log-probabilities of the model before the updates, if there are several, and those of the reference."""
+    for name, net in dict(old=run.raw if run.cfg.updates_per_rollout > 1 else None, reference=reference).items():
+        for part in batch.micro_batches if net else ():
+            with run.rt.autocast():
+                part[name], _ = log_probs(net, part, run.raw.config.n_tokens)
+    return batch
+
+
+def grpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config, n_ids: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and the detached metrics of a micro-batch, summed over its targets. With one update per rollout the
+    ratio is 1, and the gradient is that of -advantage · log-probability.
+    """
+    logps, entropy = log_probs(net, batch, n_ids)
+    mask = batch["y"] >= 0
+    ratio = (logps - batch.get("old", logps.detach())).exp()
+    gain = ratio * batch["advantage"]
+    metrics = dict(entropy=entropy)
+    if cfg.clip:
+        clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * batch["advantage"]
+        metrics["clipped"], gain = (clipped < gain).float(), torch.minimum(gain, clipped)
+    loss = -gain
+    if cfg.kl_beta:
+        logratio = batch["reference"] - logps
+        metrics["kl"] = logratio.exp() - logratio - 1  # k3 of http://joschu.net/blog/kl-approx.html: never below 0
+        loss = loss + cfg.kl_beta * metrics["kl"]
+    return (loss * batch["weight"] * mask).sum(), {name: (x.detach() * mask).sum() for name, x in metrics.items()}
+
+
+def evaluate(run: Run, prompts: Prompts, questions: list[chat.Row], terms: rewards.Terms) -> bool:
+    """Evaluate on held-out prompts, log and print the results; return whether the reward is the highest so far."""
+    rt, k = run.rt, run.cfg.n_eval_samples
+    mine = np.arange(len(prompts))[rt.rank :: rt.world_size]
+    answers, values, totals = sample_answers(run, [prompts[i] for i in mine], HELD_OUT + mine, k, terms)
+    passed = (values[:, 0] >= 1).reshape(-1, k)
+    sums = [totals.sum() / k, passed.sum() / k, passed.any(axis=1).sum(), sum(each.ended for each in answers) / k]
+    means = runtime.all_reduce_sum(torch.tensor(sums, dtype=torch.float64), rt) / len(prompts)
+    reward, *fractions = means.tolist()
+    scores = dict(zip(("pass@1", f"pass@{k}", "ended"), fractions))
+    text = f"reward {reward:.3f}, " + ", ".join(f"{name} {x:.1%}" for name, x in scores.items())
+    if questions:
+        scores["exact"] = finetune.score_answers(run, questions)["exact"]
+        text += f"; {len(questions)} other questions: {scores['exact']:.1%} exact match"
+    return finetune.report(run, dict(val=-reward) | scores, text)
+
+
+def check_signal(run: Run, stats: dict[str, float], n_constant: int) -> int:
+    """The number of steps in a row without signal. Raises ValueError at MAX_CONSTANT, after saving."""
+    n_constant = n_constant + 1 if stats["no_signal"] == 1 else 0
+    if n_constant == 1:
+        runtime.print0(f"step {run.step}: no group has different rewards, so the gradient of the rewards is 0")
+    if n_constant == MAX_CONSTANT:
+        run.save()
+        run.wait_for_writer()
+        problem = f"no group had different rewards in {MAX_CONSTANT} steps in a row (mean reward {stats['reward']:g})"
+        raise ValueError(f"{problem}: the model always succeeds or always fails; use another --reward or --data")
+    return n_constant
+
+
+def main(cfg: Config) -> None:
+    """Answer, score, update; evaluate and save in between."""
+    finetune.check(cfg)
+    counts = dict(prompts_per_step=cfg.prompts_per_step, updates_per_rollout=cfg.updates_per_rollout)
+    config.require("[1, inf)", **counts, n_eval_prompts=cfg.n_eval_prompts, n_eval_samples=cfg.n_eval_samples)
+    config.require("[2, 65536]", samples_per_prompt=cfg.samples_per_prompt)
+    config.require("[0, inf)", kl_beta=cfg.kl_beta)
+    config.require("[0, 1)" if cfg.updates_per_rollout == 1 else "(0, 1)", clip=cfg.clip)
+    terms = rewards.parse(cfg.reward)
+    rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
+    run, T = finetune.open_run(cfg, "grpo", ("sft", "dpo"), rt)
+    config.require(f"[1, {T // 2}]", answer_tokens=cfg.answer_tokens)
+    rows, val_rows = finetune.read_rows(cfg, rt)
+    budget = T - cfg.answer_tokens
+    prompts = finetune.encode_prompts(run, rows, budget, cfg.data)
+    val_prompts = finetune.encode_prompts(run, val_rows[: cfg.n_eval_prompts], budget, "held-out data")
+    questions = chat.read_rows(cfg.eval_questions, rt) if cfg.eval_questions else []
+    n = cfg.prompts_per_step
+    max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(prompts) / n))
+    runtime.print0(f"{len(prompts):,} prompts to train on, {len(val_prompts):,} held out; {max_steps:,} steps of {n}")
+    reference = checkpoint.load_model(cfg.checkpoint).raw.to(rt.device) if cfg.kl_beta else None
+    loss_fn = partial(grpo_loss, cfg=cfg, n_ids=run.raw.config.n_tokens)
+    facts = dict(training_data=prompts, validation_data=val_prompts, reward_code=[t.code for t in terms.values()])
+    run.identify(**{name: f"{zlib.crc32(repr(value).encode()):08x}" for name, value in facts.items()})
+    run.warm_up(add_log_probs(run, training.Batch(micro_batches([], [], 1, cfg, rt), 0, 0), reference), loss_fn)
+    lr_at = optim.schedule("wsd", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr, decay_frac=1.0)
+    n_constant = 0
+    for step in run.steps(max_steps):
+        best = run.due(cfg.eval_every) and evaluate(run, val_prompts, questions, terms)
+        if best or run.due(cfg.save_every):
+            run.save(best)
+        if run.last:
+            break
+        started = time.perf_counter()
+        batch, stats = rollout(run, prompts, terms)
+        n_constant = check_signal(run, stats, n_constant)
+        answered = time.perf_counter()
+        add_log_probs(run, batch, reference)
+        for i in range(cfg.updates_per_rollout):
+            run.update(batch._replace(n_sequences=0 if i else n), loss_fn, lr=lr_at(step))
+        run.read_results(0)
+        stats["rollout_speed"] = stats["length"] * n * cfg.samples_per_prompt / (answered - started)
+        stats["training_speed"] = batch.n_tokens * cfg.updates_per_rollout / (time.perf_counter() - answered)
+        run.log.scalars(step, **stats)
+    run.finish()
+
+
+if __name__ == "__main__":
+    config.run(main, CONFIGS)

@@ -1,0 +1,434 @@
+"""grpo.py: one step against float64 and TRL, samples that depend on their number only, and whole runs."""
+
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import harness
+import numpy as np
+import pytest
+import torch
+from harness import ALONE, ForkServer, losses, notes, read_log, write_rows
+
+import grpo
+from neogpt import checkpoint, data, finetune, generate, model, rewards, training
+from neogpt.chat import Example, Row
+
+BYTES = data.get_tokenizer("bytes")
+EOT = 256
+train = partial(harness.train, grpo.main)
+
+
+def tiny(seed: int = 0, scale: float = 0.3, **shape: Any) -> model.GPT:
+    """A model of one layer whose predictions are far from uniform."""
+    return harness.tiny_model(seed, scale, **dict(n_layer=1, block_size=48) | shape)
+
+
+# -----------------------------------------------------------------------------
+# One step
+
+N_PROMPT, N_PROMPTS, N_SAMPLES, N_TOKENS = 5, 3, 4, 7  # tokens of a prompt, prompts, answers to each, longest answer
+
+
+def random_answers() -> tuple[list[Example], np.ndarray]:
+    """Answers of 2 to N_TOKENS tokens, half of them with end-of-text, and their rewards (N_PROMPTS, N_SAMPLES)."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for _ in range(N_PROMPTS):
+        prompt = rng.integers(0, 256, N_PROMPT)
+        for i in range(N_SAMPLES):
+            answer = rng.integers(0, 256, N_TOKENS if i % 2 else rng.integers(1, N_TOKENS))
+            examples.append(Example(np.array([*prompt, *answer, *[EOT] * (1 - i % 2)]), N_PROMPT))
+    totals = rng.normal(size=(N_PROMPTS, N_SAMPLES))
+    totals[1] = 0.3  # without signal
+    return examples, totals
+
+
+def update(
+    cfg: grpo.Config, raw: model.GPT, reference: model.GPT, examples: list[Example], totals: np.ndarray
+) -> list[tuple[training.StepResult, dict[str, torch.Tensor]]]:
+    """The results and the gradients of updates_per_rollout steps of SGD with a learning rate of 0.3."""
+    gradients, results = {}, []
+    optimizer = torch.optim.SGD(raw.parameters(), lr=0.3, fused=True)  # honors found_inf
+    keep = lambda *_: gradients.update({name: p.grad.clone() for name, p in raw.named_parameters()})  # noqa: E731
+    optimizer.register_step_pre_hook(keep)
+    advantages = grpo.advantages_of(totals, cfg.scale_by_std).flatten().tolist()
+    n_targets = sum(len(e.ids) - e.n_prompt for e in examples)
+    parts = grpo.micro_batches(examples, advantages, n_targets, cfg, ALONE)
+    batch = training.Batch(parts, N_PROMPTS, 0)
+    grpo.add_log_probs(SimpleNamespace(cfg=cfg, rt=ALONE, raw=raw), batch, reference if cfg.kl_beta else None)
+    loss_fn = partial(grpo.grpo_loss, cfg=cfg, n_ids=257)
+    for _ in range(cfg.updates_per_rollout):
+        read = training.train_step(raw, [optimizer], parts, loss_fn, lr=0.3, grad_clip=0.0, rt=ALONE)
+        results.append((read(), dict(gradients)))
+    return results
+
+
+def loss_in_float64(
+    cfg: grpo.Config, raw: model.GPT, old: model.GPT, reference: model.GPT, examples: list[Example], totals: np.ndarray
+) -> torch.Tensor:
+    """The loss, answer by answer, from the formulas of the papers."""
+    total, lengths = 0, [len(e.ids) - e.n_prompt for e in examples]
+    for i, example in enumerate(examples):
+        ids, group = torch.from_numpy(example.ids), torch.from_numpy(totals[i // N_SAMPLES])
+        advantage = group[i % N_SAMPLES] - group.mean()
+        if cfg.scale_by_std:
+            advantage = advantage / (group.std() + 1e-4)
+        logps = []
+        for net in (raw, old, reference):
+            probs = net(ids[None, :-1])[0, :, :257].softmax(-1)
+            logps.append(probs[torch.arange(len(ids) - 1), ids[1:]].log()[N_PROMPT - 1 :])
+        new, before, ref = logps[0], logps[1].detach(), logps[2].detach()
+        ratio = (new - before).exp()
+        gain = ratio * advantage
+        if cfg.clip:
+            gain = torch.min(gain, ratio.clip(1 - cfg.clip, 1 + cfg.clip) * advantage)
+        kl = ref.exp() / new.exp() - (ref - new) - 1
+        of_answer = (cfg.kl_beta * kl - gain).sum()
+        n = dict(dapo=sum(lengths), grpo=lengths[i] * len(examples), dr_grpo=len(examples) * cfg.answer_tokens)
+        total = total + of_answer / n[cfg.loss]
+    return total
+
+
+STEPS = [dict(loss=loss) for loss in ("dapo", "grpo", "dr_grpo")]
+STEPS += [dict(scale_by_std=True), dict(kl_beta=0.3, loss="grpo"), dict(kl_beta=0.3, clip=0.02, updates_per_rollout=3)]
+
+
+def make(changed: dict[str, Any]) -> tuple[grpo.Config, model.GPT, model.GPT]:
+    """A configuration, a policy and another reference."""
+    return (
+        grpo.Config(answer_tokens=N_TOKENS, samples_per_prompt=N_SAMPLES, prompts_per_step=N_PROMPTS, **changed),
+        tiny(),
+        tiny(1),
+    )
+
+
+@pytest.mark.parametrize("changed", STEPS, ids=str)
+def test_steps_equal_float64(changed: dict[str, Any]) -> None:
+    """Loss, gradients and metrics. 1e-5 is rounding to fp32; the gradients are up to 1."""
+    cfg, raw, reference = make(changed)
+    examples, totals = random_answers()
+    old, current = tiny().double(), tiny().double()
+    for result, gradients in update(cfg, raw, reference, examples, totals):
+        current.zero_grad()
+        expected = loss_in_float64(cfg, current, old, reference.double(), examples, totals)
+        expected.backward()
+        assert result.loss == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
+        for name, p in current.named_parameters():
+            torch.testing.assert_close(gradients[name].double(), p.grad, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            for p in current.parameters():
+                p -= 0.3 * p.grad
+    for ours, theirs in zip(raw.parameters(), current.parameters()):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=3e-5)
+    if cfg.clip:
+        assert 0 < result.metrics["clipped"] < 1
+    assert ("kl" in result.metrics) == (cfg.kl_beta > 0) and 0 < result.metrics["entropy"] < math.log(257)
+
+
+@pytest.mark.parametrize("loss", ["dapo", "grpo", "dr_grpo"])
+def test_no_split_changes_loss_or_gradient(loss: Any) -> None:
+    found = []
+    for B in (1, 5, 100):
+        cfg, raw, reference = make(dict(loss=loss, B=B, kl_beta=0.1))
+        ((result, gradients),) = update(cfg, raw, reference, *random_answers())
+        found.append((result.loss, result.metrics["kl"], gradients["transformer.wte.weight"]))
+    for loss, kl, gradient in found[1:]:
+        assert (loss, kl) == (pytest.approx(found[0][0], abs=1e-6), pytest.approx(found[0][1], abs=1e-6))
+        torch.testing.assert_close(gradient, found[0][2], rtol=1e-4, atol=1e-6)
+
+
+def test_groups_without_signal_have_no_gradient() -> None:
+    """Also where the mean of equal rewards is rounded."""
+    totals = np.full((N_PROMPTS, N_SAMPLES), 0.1 + 0.2) / 3
+    for scale_by_std in (False, True):
+        assert not grpo.advantages_of(totals, scale_by_std).any()
+    cfg, raw, reference = make({})
+    ((result, gradients),) = update(cfg, raw, reference, random_answers()[0], totals)
+    assert (result.loss, result.grad_norm, result.skipped) == (0, 0, False)
+    assert not any(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("changed", STEPS[:4] + [dict(kl_beta=0.3, clip=0.02, updates_per_rollout=2)], ids=str)
+def test_one_step_equals_trl(changed: dict[str, Any], tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    pytest.importorskip("datasets")
+    import tokenizers
+    import transformers
+
+    from neogpt import hf
+
+    cfg, raw, _ = make(changed)
+    examples, totals = random_answers()
+    hf.save(raw, tmp_path / "hf")
+    start = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(257)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w256", pad_token="w256")
+    answers = [e.ids[N_PROMPT:].tolist() for e in examples]
+    prompts = [e.ids[:N_PROMPT].tolist() for e in examples]
+    score = dict(zip(map(str, answers), totals.flatten().tolist()))
+
+    def rollout_func(texts: list[str], trainer: Any) -> dict[str, Any]:
+        asked = [" ".join(f"w{i}" for i in prompt) for prompt in prompts]
+        assert texts == asked  # each prompt N_SAMPLES times, in order
+        return dict(prompt_ids=prompts, completion_ids=answers, logprobs=None)
+
+    def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [score[str(ids)] for ids in completion_ids]
+
+    settings = trl.GRPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        per_device_train_batch_size=N_SAMPLES,
+        gradient_accumulation_steps=N_PROMPTS,
+        num_generations=N_SAMPLES,
+        max_completion_length=cfg.answer_tokens,
+        num_iterations=cfg.updates_per_rollout,
+        max_steps=cfg.updates_per_rollout,
+        learning_rate=0.3,
+        lr_scheduler_type="constant",
+        max_grad_norm=1e9,
+        loss_type=cfg.loss,
+        epsilon=cfg.clip or 0.2,
+        beta=cfg.kl_beta,
+        scale_rewards="group" if cfg.scale_by_std else "none",
+        shuffle_dataset=False,
+        disable_dropout=True,
+        use_bias_correction_kl=False,  # as in arXiv:2402.03300
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+    )
+    import datasets
+
+    rows = [dict(prompt=" ".join(f"w{i}" for i in prompt)) for prompt in prompts[::N_SAMPLES]]
+    trainer = trl.GRPOTrainer(
+        model=start,
+        reward_funcs=reward,
+        args=settings,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=fast,
+        rollout_func=rollout_func,
+        optimizers=(torch.optim.SGD(start.parameters(), lr=0.3), None),
+    )
+    trainer.train()
+    ours = update(cfg, raw, tiny(), examples, totals)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    gaps = [abs(entry["loss"] - result.loss) for entry, (result, _) in zip(logged, ours, strict=True)]
+    norms = [abs(entry["grad_norm"] - result.grad_norm) for entry, (result, _) in zip(logged, ours, strict=True)]
+    start.save_pretrained(tmp_path / "after")
+    theirs = hf.load(str(tmp_path / "after"))
+    start_weights = dict(tiny().named_parameters())
+    weights = 0.0
+    for name, p in theirs.named_parameters():
+        mine = raw.get_parameter(name)[: len(p)]
+        weights = max(weights, (mine - p).abs().max().item())
+        assert (mine - start_weights[name][: len(p)]).abs().max() > 1e-4 or "c_attn.bias" in name, name
+    print(
+        f"TRL {trl.__version__} {changed}: loss {max(gaps):.1e}, gradient norm {max(norms):.1e}, weights {weights:.1e}"
+    )
+    assert max(gaps) < 1e-5 and max(norms) < 1e-5 and weights < 1e-5
+
+
+# -----------------------------------------------------------------------------
+# Samples
+
+
+def sample(raw: model.GPT, prompts: list[str], numbers: list[int], n: int, seed: int = 1) -> list[list[int]]:
+    """The ids of n answers to each prompt."""
+    cfg = grpo.Config(answer_tokens=12, seed=seed)
+    run = SimpleNamespace(cfg=cfg, rt=ALONE, raw=raw, tokenizer=BYTES)
+    rows = [(Row(p, "", "x"), BYTES.encode_ordinary(p)) for p in prompts]
+    answers, values, totals = grpo.sample_answers(run, rows, np.array(numbers), n, rewards.parse("exact + ends"))
+    assert values.shape == (len(prompts) * n, 2) and totals.shape == (len(prompts), n)
+    assert totals.flatten().tolist() == values.sum(axis=1).tolist()
+    return [answer.ids for answer in answers]
+
+
+def test_samples_depend_on_seed_and_number_only() -> None:
+    raw = tiny()
+    both = sample(raw, ["one", "three"], [5, 9], 4)
+    assert both == sample(raw, ["one"], [5], 4) + sample(raw, ["three"], [9], 4)
+    assert both[:2] == sample(raw, ["one"], [5], 2)
+    assert len({tuple(ids) for ids in both}) == 8
+    assert sample(raw, ["one"], [6], 4) != both[:4] != sample(raw, ["one"], [5], 4, seed=2)
+    assert sample(raw, ["one"], [grpo.HELD_OUT], 4) != sample(raw, ["one"], [0], 4)
+
+
+def test_samples_follow_the_distribution_of_the_loss() -> None:
+    """The mean of the first token's log-probability is minus its entropy. 3 standard errors of 4,096 samples."""
+    raw = tiny(scale=0.1)
+    ids = [answer[0] for answer in sample(raw, ["one"], [0], 4096)]
+    with torch.no_grad():
+        logps = raw(torch.tensor([BYTES.encode_ordinary("one")]))[0, -1, :257].log_softmax(-1)
+    found, expected = logps[ids].mean().item(), (logps.exp() * logps).sum().item()
+    deviation = ((logps.exp() * logps**2).sum() - expected**2).sqrt().item()
+    assert abs(found - expected) < 3 * deviation / 64
+
+
+def test_gap_is_rounding_and_sees_another_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = SimpleNamespace(rt=ALONE, raw=tiny(n_layer=2))
+    examples = random_answers()[0][:N_SAMPLES]
+    assert 0 < grpo.rollout_gap(run, examples) < 1e-4
+    advance = generate.KVCache.advance
+    monkeypatch.setattr(generate.KVCache, "advance", lambda self, longest: advance(self, longest - 1))
+    assert grpo.rollout_gap(run, examples) > 1e-2
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+OWN = "def score(answer):\n    return float(answer.ids[0] % 4 == 0)\n"
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> grpo.Config:
+    """A configuration that trains in a second. One answer in four passes at first."""
+    raw = tiny(scale=0.1)
+    start = str(harness.write_model(tmp_path / "sft", raw, "sft"))
+    rows = [dict(instruction=f"{i}?", response=str(i)) for i in range(20)]
+    (tmp_path / "own.py").write_text(OWN)
+    steps = dict(B=8, prompts_per_step=4, samples_per_prompt=8, max_steps=8, max_lr=1e-2, save_every=3)
+    steps |= dict(device="cpu", precision="fp32", answer_tokens=8, reward=f"{tmp_path}/own.py:score + 0.1*ends")
+    evaluation = dict(val_frac=0.2, eval_every=4, n_eval_samples=4, prompts=("a?",))
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    return grpo.Config(checkpoint=start, data=path, out_dir=str(tmp_path / "out"), **steps, **evaluation)
+
+
+def same_run(folder: Path, reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare two runs without their speeds, and their samples."""
+    read = harness.read_log
+    without_speed = lambda path: {k: v for k, v in read(path).items() if not k[1].endswith("_speed")}  # noqa: E731
+    monkeypatch.setattr(harness, "read_log", without_speed)
+    harness.assert_same_run(folder, reference)
+
+
+def samples(folder: Path) -> dict[str, str]:
+    """The sample of each step in the log, with its reward."""
+    lines = [line.split("\\n  > ") for line in notes(folder).splitlines() if "no_signal" in line]
+    return {head.split(":")[0]: sample for head, sample in lines}
+
+
+@pytest.mark.parametrize("changed", [{}, dict(lora_rank=4)], ids=["all", "lora"])
+def test_reward_rises_and_files_are_those_of_a_run(cfg: grpo.Config, changed: dict[str, Any], tmp_path: Path) -> None:
+    folder = train(cfg, max_steps=40, eval_every=20, n_eval_samples=16, max_lr=3e-2, **changed)
+    passed, own = losses(folder, "pass@1"), f"reward/{tmp_path}/own.py:score"
+    assert passed.keys() == {0, 20, 40}
+    if not changed:  # adapters in one layer cannot learn this in 40 steps
+        assert passed[40] > passed[0] + 0.25 and losses(folder, own)[39] > losses(folder, own)[0] + 0.25
+        assert losses(folder, "val")[40] < -0.5
+    log = {name: float(value) for (step, name), value in read_log(folder).items() if step == 5}
+    assert log["reward"] == pytest.approx(log[own] + 0.1 * log["reward/ends"])
+    assert log["reward/ends"] == pytest.approx(1 - log["cut_off"]) and 0 <= log["no_signal"] <= 1
+    assert 0 < log["gap"] < 1e-4 and log["entropy"] > 0 and log["rollout_speed"] > 0 and log["training_speed"] > 0
+    assert losses(folder, "pass@16")[40] >= passed[40]
+    assert samples(folder).keys() == {f"# step {step}" for step in range(40)}
+    ckpt = checkpoint.read_newest(folder)
+    assert (ckpt.stage, ckpt.step, ckpt.n_sequences) == ("grpo", 40, 160)
+    assert checkpoint.load_model(str(folder)).stage == "grpo" and (folder / "best.pt").is_file()
+    assert (folder / "adapter").exists() == bool(changed)
+
+
+@pytest.mark.parametrize(
+    "changed", [{}, dict(lora_rank=2, kl_beta=0.1, clip=0.2, updates_per_rollout=2)], ids=["default", "all options"]
+)
+def test_killed_and_resumed_run_equals_uninterrupted_run(
+    cfg: grpo.Config, server: ForkServer, changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = replace(cfg, max_steps=30, save_every=4, eval_every=7, **changed)
+    folder = harness.kill_and_resume(server, "grpo", replace(cfg, out_dir=cfg.out_dir + "-killed"), [0, 3, 9, 14])
+    reference = train(cfg)
+    same_run(folder, reference, monkeypatch)
+    assert samples(folder) == samples(reference) and len(samples(folder)) == 30
+
+
+def test_two_ranks_equal_one(cfg: grpo.Config, server: ForkServer) -> None:
+    """An odd number of prompts, and a step with fewer prompts than ranks."""
+    for n in (5, 1):
+        cfg = replace(cfg, prompts_per_step=n, max_steps=6, kl_beta=0.1, out_dir=f"{cfg.out_dir}-{n}")
+        one, two = train(cfg), Path(cfg.out_dir + "-two")
+        server.run("grpo", harness.command_line(replace(cfg, B=3, out_dir=str(two))), n_ranks=2)
+        assert "world_size=2" in notes(two) and samples(two) == samples(one)
+        names = (
+            "train",
+            "val",
+            "reward",
+            "length",
+            "cut_off",
+            "no_signal",
+            "pass@1",
+            "ended",
+            "tokens",
+            "entropy",
+            "kl",
+        )
+        harness.assert_close_runs(two, one, names)
+        harness.assert_close_runs(two, one, ("norm",), abs=1e-4)
+
+
+def test_a_constant_reward_ends_in_one_line(cfg: grpo.Config, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "neogpt")
+    harness.refused(grpo.main, cfg, "--reward", 20, "mean reward 0", reward='format("zz")', max_steps=30)
+    folder = Path(cfg.out_dir)
+    assert set(losses(folder).values()) == {0.0} and set(losses(folder, "norm").values()) == {0.0}
+    assert set(losses(folder, "no_signal").values()) == {1.0}
+    assert checkpoint.read_newest(folder).step == 19  # nothing is lost
+    assert sum("gradient of the rewards" in message for message in caplog.messages) == 1
+
+
+def test_answers_that_never_end_are_cut_off(cfg: grpo.Config, tmp_path: Path) -> None:
+    raw = tiny(scale=0.1)
+    with torch.no_grad():
+        raw.transformer.ln_f.bias -= 9 * raw.lm_head.weight[EOT] / raw.lm_head.weight[EOT].norm()
+    start = str(harness.write_model(tmp_path / "endless", raw, "sft"))
+    folder = train(cfg, checkpoint=start, reward="repetition(1)", max_steps=3)
+    assert set(losses(folder, "cut_off").values()) == {1.0} and set(losses(folder, "length").values()) == {8.0}
+    assert losses(folder, "ended")[3] == 0 and all(map(math.isfinite, losses(folder).values()))
+
+
+def test_a_reward_that_fails_on_one_rank_ends_all(cfg: grpo.Config, tmp_path: Path, server: ForkServer) -> None:
+    failing = tmp_path / "failing.py"
+    failing.write_text('def score(answer):\n    return 1 / (answer.reference != "7")\n')
+    cfg = replace(cfg, reward=f"{failing}:score")
+    harness.refused(grpo.main, cfg, f"{failing}:score", "ZeroDivisionError")
+    env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=harness.free_port(), WORLD_SIZE="2")
+    args = harness.command_line(replace(cfg, out_dir=cfg.out_dir + "-two"))
+    pids = [server.start("grpo", args, **env, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+    assert [server.wait(pid) for pid in pids] == [1, 1]
+
+
+OPTIONS = [
+    dict(reward="exakt"),
+    dict(prompts_per_step=0),
+    dict(samples_per_prompt=1),
+    dict(clip=1.0),
+    dict(kl_beta=-1.0),
+]
+OPTIONS += [
+    dict(clip=0.0, updates_per_rollout=2),
+    dict(answer_tokens=25),
+    dict(n_eval_prompts=0),
+    dict(n_eval_samples=0),
+]
+
+
+@pytest.mark.parametrize("changed", OPTIONS, ids=str)
+def test_invalid_options_are_refused(cfg: grpo.Config, changed: dict[str, Any]) -> None:
+    name, value = next(iter(changed.items()))
+    harness.refused(grpo.main, cfg, f"--{name}={value}", **changed)
+
+
+def test_prompts_that_do_not_fit_are_counted(cfg: grpo.Config, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "neogpt")
+    rows = [Row("x" * n, "", "y") for n in (10, 29, 30)]  # and 11 bytes of the template
+    run = SimpleNamespace(tokenizer=BYTES)
+    assert [len(ids) for _, ids in finetune.encode_prompts(run, rows, 40, "here")] == [21, 40]
+    assert "here: 1 prompts of more than 40 tokens" in caplog.messages[0]
+    with pytest.raises(ValueError, match="here.* 5 tokens"):
+        finetune.encode_prompts(run, rows, 5, "here")
