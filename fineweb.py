@@ -148,11 +148,10 @@ def read_file(path: Path, field: str) -> Iterator[list[bytes | None]]:
                 raise ValueError(f"{path} has no column {field!r}, only {', '.join(names)}: use --field")
             n_bytes = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
             n_rows = max(1, file.metadata.num_rows * CHUNK_BYTES // max(1, n_bytes))
-            kind = file.schema_arrow.field(field).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_binary(kind)):
-                raise ValueError(f"{path}: the column {field!r} holds {kind}, not text: use --field")
             for batch in file.iter_batches(n_rows, columns=[field]):
                 yield batch.column(0).cast(pa.large_binary()).to_pylist()  # bytes: it need not be valid UTF-8
+    except pa.ArrowNotImplementedError as error:  # of cast
+        raise ValueError(f"{path}: the column {field!r} holds no text: use --field") from error
     except (OSError, EOFError, json.JSONDecodeError, UnicodeDecodeError, RecursionError, pa.ArrowException) as error:
         raise OSError(f"cannot read {path} ({files.one_line(error)}): replace it and run again") from error
 
@@ -286,19 +285,6 @@ def write_shards(documents: Iterable[tuple[int, int, np.ndarray]], folder: Path,
     files.write_json(folder / data.MANIFEST, manifest)
 
 
-def read_manifest(folder: Path) -> dict | None:
-    """The manifest of a folder, None without one. Raises ValueError unless a run can continue from it."""
-    counts = dict(n_tokens=0, n_documents=0, n_skipped=0)
-    keys = data.MANIFEST_KEYS | counts | dict(source=dict(data="", files=[dict(name="", size=0)]))
-    manifest = data.read_manifest(folder, keys)
-    if manifest:
-        n_files, following = len(manifest["source"]["files"]), manifest.get("next")
-        can_continue = files.matches(following, dict(file=0, document=0, token=0)) and following["file"] < n_files
-        if not (len(manifest["shards"]) > 1 if manifest["complete"] else can_continue):
-            raise ValueError(f"{folder / data.MANIFEST} is damaged: restore it, or use another --out_dir")
-    return manifest
-
-
 def write_missing(cfg: Config, folder: Path, manifest: dict, paths: list[Path]) -> None:
     """Write the shards that are missing. `paths`: the source files, [] if they are on the hub."""
     sizes = [entry["size"] for entry in manifest["source"]["files"]]
@@ -329,11 +315,11 @@ def main(cfg: Config) -> None:
     config.require("[1, inf)", workers=cfg.workers)
     data.get_tokenizer(cfg.tokenizer)  # raises if it cannot be downloaded
     folder = Path(cfg.out_dir)
-    manifest = read_manifest(folder)
+    manifest = data.read_manifest(folder)
     source, paths = find_source(cfg.data, folder, manifest)
     settings = dict(tokenizer=cfg.tokenizer, shard_size=cfg.shard_size, max_tokens=cfg.max_tokens or 0)
     settings |= dict(source=source, field=cfg.field)
-    empty = dict(n_tokens=0, n_documents=0, n_skipped=0, shards=[], next=dict(file=0, document=0, token=0))
+    empty = dict(n_tokens=0, n_documents=0, n_skipped=0, shards=[], next=data.NEXT)
     manifest = manifest or dict(complete=False) | settings | empty
     manifest.setdefault("field", "text")  # an old manifest has none
     for name, value in settings.items():

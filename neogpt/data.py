@@ -23,7 +23,10 @@ from neogpt import config, files
 
 EOT = "<|endoftext|>"  # the first token of every document; in a text file it separates documents
 MANIFEST = "manifest.json"
-MANIFEST_KEYS = dict(tokenizer="", complete=True, shards=[dict(file="", n_tokens=0, crc32=0)])  # for files.matches
+# what manifest.json has, for files.matches; "next" is where an incomplete one continues
+MANIFEST_KEYS = dict(tokenizer="", complete=True, n_tokens=0, n_documents=0, n_skipped=0)
+MANIFEST_KEYS |= dict(shards=[dict(file="", n_tokens=0, crc32=0)], source=dict(data="", files=[dict(name="", size=0)]))
+NEXT = dict(file=0, document=0, token=0)
 Item = TypeVar("Item")
 
 
@@ -91,17 +94,24 @@ def open_shard(path: Path) -> Shard:
     return Shard(path, n_tokens, offset)
 
 
-def read_manifest(folder: str | Path, keys: dict = MANIFEST_KEYS) -> dict | None:
-    """The manifest.json that fineweb.py wrote; None if there is none, as with shards of other tools. keys: as in
-    `files.matches`. Raises ValueError if the manifest does not have them.
+def read_manifest(folder: str | Path) -> dict | None:
+    """The manifest.json that fineweb.py wrote; None if there is none, as with shards of other tools. Raises ValueError
+    if it is damaged.
     """
     path = Path(folder) / MANIFEST
     if not path.exists():
         return None
     with contextlib.suppress(ValueError, RecursionError):  # not JSON
         manifest = json.loads(path.read_bytes())
+        valid = files.matches(manifest, MANIFEST_KEYS)
         # a name is not a path: shards are read from this folder only
-        if files.matches(manifest, keys) and all(Path(e["file"]).name == e["file"] for e in manifest["shards"]):
+        valid = valid and all(Path(entry["file"]).name == entry["file"] for entry in manifest["shards"])
+        if valid and manifest["complete"]:
+            valid = len(manifest["shards"]) > 1
+        elif valid:
+            valid = files.matches(manifest.get("next"), NEXT)
+            valid = valid and manifest["next"]["file"] < len(manifest["source"]["files"])
+        if valid:
             return manifest
     raise ValueError(f"cannot use {path}: it is damaged; restore it, or remove it to use the shards unchecked")
 

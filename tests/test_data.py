@@ -27,6 +27,10 @@ def tokens_of(n: int, seed: int, high: int = 256) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, high, n).astype(np.uint16)
 
 
+WHOLE = dict(tokenizer="bytes", complete=True, n_tokens=9, n_documents=2, n_skipped=0)
+WHOLE |= dict(source=dict(data="x", files=[dict(name="x", size=3)]), next=dict(file=0, document=1, token=2))
+
+
 def write_folder(folder: Path, shards: dict[str, np.ndarray], **manifest: object) -> Path:
     """A folder of shards; with keywords, also a correct manifest with these keys replaced."""
     folder.mkdir(exist_ok=True)
@@ -34,7 +38,7 @@ def write_folder(folder: Path, shards: dict[str, np.ndarray], **manifest: object
         np.save(folder / name, tokens)
     if manifest:
         listed = [dict(file=name, n_tokens=len(tokens), crc32=zlib.crc32(tokens)) for name, tokens in shards.items()]
-        manifest = dict(tokenizer="bytes", complete=True, shards=listed) | manifest
+        manifest = WHOLE | dict(shards=listed) | manifest
         (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -202,16 +206,21 @@ def test_damaged_manifest_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", two_shards())
     shard = dict(file="train_000001.npy", n_tokens=300, crc32=5)
     wrong = [dict(file=3), dict(file="../x.npy"), dict(n_tokens=-1), dict(n_tokens="300"), dict(crc32=1.5)]
-    valid = dict(tokenizer="bytes", complete=True)
-    values = [valid | dict(shards=[shard | change]) for change in wrong]
-    values += [valid | dict(shards=shards) for shards in ({}, None, [None], [[]], [{}], 3)]
-    values += [valid | dict(shards=[shard]) | change for change in (dict(tokenizer=None), dict(complete=1))]
+    valid = WHOLE | dict(shards=[shard, shard])
+    values = [valid | dict(shards=[shard, shard | change]) for change in wrong]
+    values += [valid | dict(shards=shards) for shards in ({}, None, [None], [[]], [{}], 3, [shard])]
+    incomplete = valid | dict(complete=False, shards=[])
+    values += [incomplete | dict(next=following) for following in (None, {}, dict(file=1, document=0, token=0))]
+    values += [
+        valid | change for change in (dict(tokenizer=None), dict(complete=1), dict(source={}), dict(n_skipped=-1))
+    ]
     texts = ["", "{", "[]", "null", "{}", '"x"', "[" * 10**5, "\xff", *map(json.dumps, values)]
     for text in texts:
         (folder / "manifest.json").write_bytes(text.encode("latin-1"))
         refused(folder, str(folder / "manifest.json"))
-    (folder / "manifest.json").write_text(json.dumps(valid | dict(shards=[shard])))
-    assert data.read_manifest(folder)["shards"] == [shard]
+    for manifest in (valid, incomplete):
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert data.read_manifest(folder) == manifest
 
 
 def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_unreadable_sources(source: SimpleNamespace, tmp_path: Path) -> None:
     for content in (path.read_bytes()[:-5], b""):
         path.write_bytes(content)
         refused(config(path, out), path)
-    for column, value, word in (("content", "a", "content"), ("text", 1, "int64")):
+    for column, value, word in (("content", "a", "content"), ("text", 1, "'text'")):
         pq.write_table(pa.table({column: [value]}), path)
         refused(config(path, out), path, word, "--field")
     write_parquet(path, ["", None, "  "])
