@@ -19,7 +19,7 @@ from harness import ROOT
 
 # Imports go one way: each module of neogpt imports only from those before it, scripts import from neogpt and hellaswag,
 # and tools from scripts and neogpt.
-ORDER = "files config ndlinear model data optim runtime hf lora cpu generate training chat checkpoint run"
+ORDER = "files config track ndlinear model data optim runtime hf lora cpu generate training chat checkpoint run"
 ORDER = [f"neogpt.{name}" for name in [*ORDER.split(), "finetune"]]
 NEOGPT = sorted((ROOT / "neogpt").glob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -81,7 +81,7 @@ def test_every_import_is_named_in_the_requirements() -> None:
     text = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-dev.txt").read_text()
     required = {re.split("[=<>]", line)[0] for line in text.splitlines() if line and line[0] not in "#-"}
     ours = {"neogpt", "tools"} | {path.stem for path in SCRIPTS}
-    optional = {"awkward"}  # installed with gigatoken
+    optional = {"awkward", "gguf"}  # installed with gigatoken; for export.py --format=gguf
     used = {name.split(".")[0] for path in PRODUCT for name in imported(tree(path))}
     assert used - set(sys.stdlib_module_names) - ours - required - optional == set()
     for name in re.findall(r"^(\w+)==", (ROOT / "requirements.txt").read_text(), re.M):
