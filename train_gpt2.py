@@ -60,6 +60,7 @@ class Config:
     prompt: str = "Hello, I'm a language model,"  # what the samples continue
     save_every: int = 250  # steps between checkpoints
     keep_last: int = 2  # number of newest checkpoints to keep; one of gpt2 takes 1.5 GB
+    track: Literal["", "tensorboard", "wandb", "trackio"] = ""  # show the values of log.txt there too; "": nowhere
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
     compile: bool | None = None  # torch.compile the training step; None: on CUDA
@@ -224,7 +225,7 @@ def warn_if_slow(cfg: Config, raw: model.GPT, rt: runtime.Runtime) -> None:
 
 
 def results_table(cfg: Config, run: Run) -> str:
-    """The results of this run and, for GPT-2's tokenizer and all HellaSwag rows, of GPT-2 124M and GPT-3 124M."""
+    """The results of this run and, for GPT-2's tokenizer and all HellaSwag rows, of published models; how to plot."""
     scores = [f"{run.scores[name]:.4f}" if name in run.scores else "-" for name in ("val", "hella")]
     cost = f"{run.n_tokens:,}", f"{run.seconds / 3600:.2f}", f"{run.n_tokens / run.seconds:,.0f}"
     rows = [["", "validation loss", "HellaSwag", "parameters", "tokens", "hours", "tok/s"]]
@@ -232,7 +233,7 @@ def results_table(cfg: Config, run: Run) -> str:
     if cfg.tokenizer == "gpt2" and not (cfg.hellaswag_data or cfg.hellaswag_rows):
         rows.append(["GPT-2 124M on FineWeb-Edu", "3.2924", "0.2955", "124,439,808", "-", "-", "-"])
         rows.append(["GPT-3 124M", "-", "0.3370", "125,000,000", "300,000,000,000", "-", "-"])
-    return config.format_table(rows)
+    return f"{config.format_table(rows)}\ncurves: python -m tools.plot --runs {cfg.out_dir} --out_dir={cfg.out_dir}"
 
 
 def main(cfg: Config) -> None:
@@ -292,7 +293,6 @@ def main(cfg: Config) -> None:
         run.update(next(batches), loss_fn, lr=lr_at(step))
     if not run.stopped:
         runtime.print0(results_table(cfg, run))
-        runtime.print0(f"curves: python -m tools.plot --runs {cfg.out_dir} --out_dir={cfg.out_dir}")
     run.finish()
 
 

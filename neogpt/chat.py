@@ -194,6 +194,19 @@ def prompt_text(instruction: str, context: str = "") -> str:
     return f"{instruction}\nContext:\n{context}\nResponse:\n" if context else f"{instruction}\nResponse:\n"
 
 
+# `parse_turns` and `encode_prompt` in Jinja, for export.py; a user's message can have a context beside its content
+TEMPLATE = r"""
+{%- set ns = namespace(prompt='') -%} {%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- ns.prompt + '\nResponse:\n' + message['content'] + eos_token -}} {%- set ns.prompt = '' -%}
+{%- else -%} {%- set text = message['content'] | trim -%}
+{%- set text = text + '\nContext:\n' + message['context'] | trim if message['context'] else text -%}
+{%- set ns.prompt = ns.prompt + '\n\n' + text if ns.prompt and text else ns.prompt + text -%}
+{%- endif -%} {%- endfor -%}
+{{- ns.prompt + '\nResponse:\n' if ns.prompt and add_generation_prompt else ns.prompt -}}
+"""
+
+
 def whole_prompt(row: Row) -> str:
     """The text of the earlier turns and the prompt."""
     turns = [prompt_text(prompt) + response for prompt, response in row.history]

@@ -224,10 +224,11 @@ def load_model(source: str, stages: tuple[str, ...] = ()) -> Loaded:
     is_local = path.exists() or path.suffix == ".pt" or source.startswith(("out/", "/", "."))
     is_hf = (path / "config.json").is_file() or not is_local
     ckpt = None if is_adapter or is_hf else read_newest(path, SCRIPT_OF_STAGE[stages[0] if stages else "pretraining"])
-    if ckpt and stages and ckpt.stage not in stages:
-        expected = " or ".join(f"{stage} ({SCRIPT_OF_STAGE[stage]})" for stage in stages)
-        raise ValueError(f"the checkpoint in {source} is of stage {ckpt.stage}: expected {expected}")
     try:
+        stage, step = (ckpt.stage, ckpt.step) if ckpt else ("", 0) if is_adapter else hf.read_origin(source)
+        if stage and stages and stage not in stages:
+            expected = " or ".join(f"{stage} ({SCRIPT_OF_STAGE[stage]})" for stage in stages)
+            raise ValueError(f"it is of stage {stage}, expected {expected}")
         if is_adapter:
             base, _, _ = lora.read_adapter_config(path)
             if Path(base).resolve() == path.resolve():
@@ -237,7 +238,7 @@ def load_model(source: str, stages: tuple[str, ...] = ()) -> Loaded:
         if is_hf:
             raw = hf.load(source)
             name = {50257: "gpt2", 257: "bytes"}.get(raw.config.n_tokens, f"of {raw.config.n_tokens} ids")
-            return Loaded(raw, data.get_tokenizer(name), "pretraining", 0)
+            return Loaded(raw, data.get_tokenizer(name), stage or "pretraining", step)
         raw = to_model(ckpt)
         tokenizer = data.get_tokenizer(ckpt.tokenizer)
         if tokenizer.n_vocab != raw.config.n_tokens:

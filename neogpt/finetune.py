@@ -34,6 +34,7 @@ class FinetuneConfig:
     answer_tokens: int = 128  # longest answer, tokens
     save_every: int = 500  # steps between checkpoints
     keep_last: int = 2  # number of newest checkpoints to keep
+    track: Literal["", "tensorboard", "wandb", "trackio"] = ""  # show the values of log.txt there too; "": nowhere
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
     deterministic: bool = True  # CUDA kernels that give the same bits every time: a resumed run is exact

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
+import tiktoken
 import torch
 
 from neogpt import files, model
@@ -78,21 +79,78 @@ def read_weights(name: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def save(raw: model.GPT, folder: str | Path) -> None:
-    """Write config.json and model.safetensors for transformers' GPT2LMHeadModel, without padded vocabulary rows."""
-    config, weights = raw.config, raw.state_dict()
-    if config.mlp != "dense":
-        raise ValueError(f"Hugging Face's GPT-2 has no mlp={config.mlp!r}")
-    del weights["lm_head.weight"]  # tied: stored once
-    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][: config.n_tokens]
+def read_origin(name: str) -> tuple[str, int]:
+    """The stage and the step of a model that export.py wrote; ("", 0) for other models."""
+    origin = json.loads(find_file(name, "config.json").read_text()).get("neogpt", {})
+    return str(origin.get("stage", "")), int(origin.get("step", 0))
+
+
+def gpt2_weights(raw: model.GPT) -> dict[str, torch.Tensor]:
+    """The weights without the tied head and the padded vocabulary rows, so that every id has a token, or ValueError."""
+    if raw.config.mlp != "dense":
+        raise ValueError(f"mlp={raw.config.mlp!r} cannot be exported: GPT-2 elsewhere has only dense MLPs")
+    weights = {name: tensor for name, tensor in raw.state_dict().items() if name != "lm_head.weight"}
+    return weights | {"transformer.wte.weight": weights["transformer.wte.weight"][: raw.config.n_tokens]}
+
+
+def save(raw: model.GPT, folder: str | Path, dtype: torch.dtype = torch.float32, **origin: str | int) -> None:
+    """Write config.json, generation_config.json and model.safetensors for transformers. origin: for `read_origin`."""
+    config, weights = raw.config, gpt2_weights(raw)
     for name, tensor in weights.items():
-        weights[name] = (tensor.t() if name.endswith(CONV1D) else tensor).cpu().contiguous()
+        weights[name] = (tensor.t() if name.endswith(CONV1D) else tensor).to("cpu", dtype).contiguous()
     eot = config.n_tokens - 1  # end-of-text is the last id of both tokenizers
+    ends = dict(bos_token_id=eot, eos_token_id=eot)
     hf = dict(architectures=["GPT2LMHeadModel"], model_type="gpt2", activation_function=HF_GELU[config.gelu])
     hf |= dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd, n_positions=config.block_size)
-    hf |= dict(vocab_size=config.n_tokens, bos_token_id=eot, eos_token_id=eot)
-    hf |= dict(layer_norm_epsilon=1e-5, tie_word_embeddings=True)
+    hf |= dict(vocab_size=config.n_tokens, n_ctx=config.block_size, torch_dtype=str(dtype).removeprefix("torch."))
+    hf |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # transformers' default for training is 0.1
+    hf |= dict(layer_norm_epsilon=1e-5, tie_word_embeddings=True, **ends, neogpt=origin)
     folder = files.make_folder(folder)
+    (folder / "config.json").unlink(missing_ok=True)  # without it, loaders refuse a folder that is half replaced
+    files.write_json(folder / "generation_config.json", ends | dict(pad_token_id=eot))
     with files.atomic_write(folder / "model.safetensors") as temporary:
         safetensors.torch.save_file(weights, temporary, metadata={"format": "pt"})
+        temporary.chmod((folder / "generation_config.json").stat().st_mode)  # safetensors lets only the owner read
     files.write_json(folder / "config.json", hf)
+
+
+def vocabulary(tokenizer: tiktoken.Encoding) -> tuple[list[str], list[str]]:
+    """The tokens by id, and the merges in order, with GPT-2's printable character for each byte. tiktoken stores only
+    ranks: a token is the merge of the two parts in which byte pair encoding with the tokens of lower rank ends.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    tokens = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.eot_token)]
+    ranks, merges = {token: rank for rank, token in enumerate(tokens)}, []
+    for rank, token in enumerate(tokens):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            lowest, i = min((ranks.get(a + b, rank), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+            assert lowest < rank, f"the token {token!r} is no merge of tokens of lower rank"
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(" ".join("".join(letters[byte] for byte in part) for part in parts))
+    return ["".join(letters[byte] for byte in token) for token in tokens] + [tokenizer.decode([len(tokens)])], merges
+
+
+def save_tokenizer(tokenizer: tiktoken.Encoding, folder: Path, block_size: int, template: str = "") -> None:
+    """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt. template: for chats, in Jinja; it needs
+    the text <|endoftext|> to become end-of-text. With `split_special_tokens=True` it stays text, as in this repository.
+    """
+    tokens, merges = vocabulary(tokenizer)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    added = [dict(id=tokenizer.eot_token, content=tokens[-1], **special)]
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)  # GPT-2's pattern
+    bpe = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="")
+    bpe |= dict(fuse_unk=False, byte_fallback=False, vocab=vocab, merges=merges)
+    whole = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None, model=bpe)
+    settings = dict(tokenizer_class="GPT2Tokenizer", model_max_length=block_size, add_prefix_space=False)
+    settings |= dict(clean_up_tokenization_spaces=False) | dict.fromkeys(("bos_token", "eos_token"), tokens[-1])
+    settings |= dict(unk_token=tokens[-1]) | (dict(chat_template=template) if template else {})
+    files.write_json(folder / "tokenizer.json", whole | dict(pre_tokenizer=level, post_processor=level, decoder=level))
+    files.write_json(folder / "tokenizer_config.json", settings)
+    files.write_json(folder / "vocab.json", vocab)
+    with files.atomic_write(folder / "merges.txt") as temporary:
+        temporary.write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")

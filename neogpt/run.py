@@ -24,7 +24,7 @@ import torch
 import torch.distributed
 from torch.optim import Optimizer
 
-from neogpt import checkpoint, data, files, lora, model, optim, runtime, training
+from neogpt import checkpoint, data, files, lora, model, optim, runtime, track, training
 
 LAG = {"cuda": 1}  # by device: read losses this many steps late, so that the GPU queue never drains
 MAX_NONFINITE = 10  # a run ends after this many steps in a row with a loss or gradient that is not finite
@@ -82,7 +82,7 @@ class Run:
     """The state of a run. Only rank 0 writes files."""
 
     def __init__(self, cfg: Any, stage: str, tokenizer: tiktoken.Encoding, rt: runtime.Runtime) -> None:
-        """cfg: a script's Config with out_dir, keep_last, grad_clip and seed. stage: as in checkpoint.Checkpoint."""
+        """cfg: a Config with out_dir, keep_last, grad_clip, seed and track. stage: as in checkpoint.Checkpoint."""
         self.cfg, self.stage, self.tokenizer, self.rt = cfg, stage, tokenizer, rt
         self.out_dir = files.make_folder(cfg.out_dir)
         has_log = (self.out_dir / "log.txt").exists()
@@ -106,6 +106,7 @@ class Run:
         self.stop_requested = lambda: False  # until the first step a signal ends the program at once
         self.pending = deque()  # steps whose losses are not read: (step, lr, n_tokens, function that reads them, end)
         self.writer, self.writing = ThreadPoolExecutor(1), None  # writing: the Future of the last checkpoint
+        self.tracker = track.start(cfg.track if rt.rank == 0 else "", self.out_dir, self.step, asdict(cfg))
         if self.resumed:
             changed = checkpoint.differences(start.config, asdict(cfg)) or "nothing"
             runtime.print0(f"continuing {self.out_dir} from step {self.step}; changed: {changed}")
@@ -270,4 +271,5 @@ class Run:
         stopped = f"stopped at step {self.step}; the same command continues"
         runtime.print0(stopped if self.stopped else f"done: {self.out_dir}")
         runtime.logger.removeHandler(self.log)
+        track.stop(self.tracker)
         runtime.cleanup(self.rt)

@@ -19,7 +19,7 @@ from harness import ROOT
 
 # Imports go one way: each module of neogpt imports only from those before it, scripts import from neogpt and hellaswag,
 # and tools from scripts and neogpt.
-ORDER = "files config rewards ndlinear model data optim runtime hf lora cpu generate training chat checkpoint run"
+ORDER = "files config rewards track ndlinear model data optim runtime hf lora cpu generate training chat checkpoint run"
 ORDER = [f"neogpt.{name}" for name in [*ORDER.split(), "finetune"]]
 NEOGPT = sorted((ROOT / "neogpt").glob("*.py"))
 SCRIPTS = sorted(ROOT.glob("*.py"))
@@ -66,14 +66,14 @@ def test_imports_go_one_way() -> None:
 
 def test_the_size_of_the_repository() -> None:
     lines = {path: path.read_text(encoding="utf-8").count("\n") for path in PRODUCT}
-    assert sum(lines.values()) <= 5570  # the goal is 5,150
+    assert sum(lines.values()) <= 6380  # the goal is 6,220
     for path, n in lines.items():
         assert n <= (350 if path.name == "fineweb.py" else 300), f"{path.name} has {n} lines"
         for node in tree(path).body:
             if isinstance(node, ast.FunctionDef) and node.name == "main":
                 assert node.end_lineno - node.lineno < 70, f"main of {path.name}"
-    assert len(SCRIPTS) <= 9 and len(NEOGPT) <= 18
-    assert sum(path.read_text(encoding="utf-8").count("\n") for path in ROOT.glob("tests/*.py")) <= 7100
+    assert len(SCRIPTS) <= 9 and len(NEOGPT) <= 18 + 1  # and the empty __init__.py
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in ROOT.glob("tests/*.py")) <= 8200
     assert (ROOT / "README.md").read_text(encoding="utf-8").count("\n") <= 170
 
 
@@ -81,7 +81,7 @@ def test_every_import_is_named_in_the_requirements() -> None:
     text = (ROOT / "requirements.txt").read_text() + (ROOT / "requirements-dev.txt").read_text()
     required = {re.split("[=<>]", line)[0] for line in text.splitlines() if line and line[0] not in "#-"}
     ours = {"neogpt", "tools"} | {path.stem for path in SCRIPTS}
-    optional = {"awkward"}  # installed with gigatoken
+    optional = {"awkward", "gguf"}  # installed with gigatoken; for export.py --format=gguf
     used = {name.split(".")[0] for path in PRODUCT for name in imported(tree(path))}
     assert used - set(sys.stdlib_module_names) - ours - required - optional == set()
     for name in re.findall(r"^(\w+)==", (ROOT / "requirements.txt").read_text(), re.M):
@@ -189,7 +189,7 @@ def test_the_demo_data_can_be_generated_again(tmp_path: Path) -> None:
     args = [sys.executable, "-m", "tools.make_demo", str(tmp_path)]
     subprocess.run(args, check=True, env=env, cwd=ROOT, capture_output=True)
     made = {f.relative_to(tmp_path): f.read_bytes() for f in tmp_path.rglob("*.*")}
-    assert len(made) == 5
+    assert len(made) == 7
     for name, content in made.items():  # hashes, because a difference would print a megabyte
         kept = (ROOT / name).read_bytes()
         assert hashlib.sha256(content).hexdigest() == hashlib.sha256(kept).hexdigest(), name
@@ -201,7 +201,7 @@ def test_the_demo_data_can_be_generated_again(tmp_path: Path) -> None:
 def test_held_out_demo_data_appears_nowhere_else() -> None:
     rows = {
         name: [json.loads(line) for line in (ROOT / "demo" / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("hellaswag", "sft", "sft_held_out", "dpo")
+        for name in ("hellaswag", "sft", "sft_held_out", "dpo", "grpo", "grpo_held_out")
     }
     text = (ROOT / "input.txt").read_text()
     endings = [row["ctx"] + " " + row["endings"][row["label"]] for row in rows["hellaswag"]]
@@ -222,6 +222,9 @@ def test_held_out_demo_data_appears_nowhere_else() -> None:
     assert held_out.isdisjoint(told)
     asked = [row["context"] for row in rows["sft"]] + [row["prompt"].split("\n")[-1] for row in rows["dpo"]]
     assert passages.isdisjoint(asked)
+    new, held_out_new = ({row["context"] for row in rows[name]} for name in ("grpo", "grpo_held_out"))
+    assert new.isdisjoint([*asked, *passages, *held_out_new]) and held_out_new.isdisjoint([*asked, *passages])
+    assert not [context for context in new | held_out_new if context in text]
     for answer in held_out:  # but input.txt states it
         assert text.count(answer + ".") + text.count(answer + ",") > 10, answer
 

@@ -26,6 +26,7 @@ class Config:
     keep_last: int = 2
     grad_clip: float = 1.0
     seed: int = 3
+    track: str = ""
     prompt: str = "a\nb"
 
 

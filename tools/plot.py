@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from neogpt import config, files
+from neogpt import config, files, track
 
 # Validation loss on the first shard; HellaSwag "per token" in completion style (GPT-3: its appendix H).
 REFERENCES = {"val": {"GPT-2 124M on FineWeb-Edu": 3.2924}, "hella": {"GPT-2 124M": 0.2955, "GPT-3 124M": 0.337}}
@@ -29,6 +29,7 @@ class Config:
     runs: tuple[str, ...] = ("out/gpt2",)  # out_dirs or log files, one curve each
     x: Literal["steps", "tokens", "seconds"] = "steps"  # horizontal axis
     out_dir: str = "Images"  # folder of Loss.png and Hellaswag.png
+    tensorboard: bool = False  # instead of drawing, write all values beside each log for TensorBoard
 
 
 CONFIGS = {"gpt2": Config(), "demo": Config(runs=("out/demo",))}
@@ -124,9 +125,15 @@ def draw(runs: list[Run], folder: str | Path, x: str = "steps") -> list[Path]:
 
 
 def main(cfg: Config) -> None:
-    """Read the logs and draw the figures."""
-    for path in draw([read_log(path) for path in cfg.runs], cfg.out_dir, cfg.x):
-        print(path)
+    """Read the logs and draw the figures, or convert the logs."""
+    if not cfg.tensorboard:
+        return print(*draw([read_log(path) for path in cfg.runs], cfg.out_dir, cfg.x), sep="\n")
+    for path, run in [(Path(path), read_log(path)) for path in cfg.runs]:
+        send, close = track.connect("tensorboard", path if path.is_dir() else path.parent, 0, "", {})
+        for name, curve in run.curves.items():
+            for step, value in zip(*curve):
+                send(int(step), {name: value})
+        close()
 
 
 if __name__ == "__main__":
