@@ -86,7 +86,7 @@ def read_origin(name: str) -> tuple[str, int]:
 
 
 def gpt2_weights(raw: model.GPT) -> dict[str, torch.Tensor]:
-    """The weights without the tied head and the padded vocabulary rows, so that every id has a token, or ValueError."""
+    """The weights without the tied head and padded rows, so that every id has a token. Raises ValueError."""
     if raw.config.mlp != "dense":
         raise ValueError(f"mlp={raw.config.mlp!r} cannot be exported: GPT-2 elsewhere has only dense MLPs")
     weights = {name: tensor for name, tensor in raw.state_dict().items() if name != "lm_head.weight"}
