@@ -14,7 +14,7 @@ import torch
 from harness import ALONE, ForkServer, losses, notes, read_log, write_rows
 
 import grpo
-from neogpt import checkpoint, data, finetune, generate, model, rewards, training
+from neogpt import checkpoint, data, finetune, generate, model, rewards, runtime, training
 from neogpt.chat import Example, Row
 
 BYTES = data.get_tokenizer("bytes")
@@ -57,7 +57,8 @@ def update(
     optimizer.register_step_pre_hook(keep)
     advantages = grpo.advantages_of(totals, cfg.scale_by_std).flatten().tolist()
     n_targets = sum(len(e.ids) - e.n_prompt for e in examples)
-    parts = grpo.micro_batches(examples, advantages, n_targets, cfg, ALONE)
+    n_trained = sum(len(e.ids) - e.n_prompt for e, a in zip(examples, advantages) if a or cfg.kl_beta)
+    parts = grpo.micro_batches(examples, advantages, n_trained, n_targets, cfg, ALONE)
     batch = training.Batch(parts, N_PROMPTS, 0)
     grpo.add_log_probs(SimpleNamespace(cfg=cfg, rt=ALONE, raw=raw), batch, reference if cfg.kl_beta else None)
     loss_fn = partial(grpo.grpo_loss, cfg=cfg, n_ids=257)
@@ -143,9 +144,9 @@ def test_no_split_changes_loss_or_gradient(loss: Any) -> None:
 
 def test_groups_without_signal_have_no_gradient() -> None:
     """Also where the mean of equal rewards is rounded."""
-    totals = np.full((N_PROMPTS, N_SAMPLES), 0.1 + 0.2) / 3
-    for scale_by_std in (False, True):
-        assert not grpo.advantages_of(totals, scale_by_std).any()
+    totals = np.full((N_PROMPTS, N_SAMPLES), 0.1)
+    unequal = totals[:, :3] - totals[:, :3].mean(axis=1, keepdims=True)
+    assert unequal.any() and not grpo.advantages_of(totals[:, :3], False).any()
     cfg, raw, reference = make({})
     ((result, gradients),) = update(cfg, raw, reference, random_answers()[0], totals)
     assert (result.loss, result.grad_norm, result.skipped) == (0, 0, False)
@@ -392,15 +393,21 @@ def test_answers_that_never_end_are_cut_off(cfg: grpo.Config, tmp_path: Path) ->
     assert losses(folder, "ended")[3] == 0 and all(map(math.isfinite, losses(folder).values()))
 
 
-def test_a_reward_that_fails_on_one_rank_ends_all(cfg: grpo.Config, tmp_path: Path, server: ForkServer) -> None:
-    failing = tmp_path / "failing.py"
-    failing.write_text('def score(answer):\n    return 1 / (answer.reference != "7")\n')
-    cfg = replace(cfg, reward=f"{failing}:score")
-    harness.refused(grpo.main, cfg, f"{failing}:score", "ZeroDivisionError")
-    env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=harness.free_port(), WORLD_SIZE="2")
-    args = harness.command_line(replace(cfg, out_dir=cfg.out_dir + "-two"))
-    pids = [server.start("grpo", args, **env, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-    assert [server.wait(pid) for pid in pids] == [1, 1]
+def fail_on_one_rank(rt: runtime.Runtime) -> str:
+    """The message of a reward that fails for the answers of rank 1 only."""
+    run = SimpleNamespace(cfg=grpo.Config(answer_tokens=4), rt=rt, raw=tiny())
+    terms = dict(own=rewards.Term(1.0, lambda answer: 1 / (answer.reference != "1"), (), ""))
+    rows = [(Row("a", "", str(rt.rank)), BYTES.encode_ordinary("a"))]
+    with pytest.raises(ValueError) as error:
+        grpo.sample_answers(run, rows, np.array([rt.rank]), 2, terms, BYTES)
+    return str(error.value)
+
+
+def test_a_reward_that_fails_on_one_rank_ends_all(cfg: grpo.Config, tmp_path: Path) -> None:
+    one, two = harness.on_ranks(tmp_path, fail_on_one_rank)
+    assert one == two and "own" in one and "ZeroDivisionError" in one
+    (tmp_path / "own.py").write_text("def score(answer):\n    raise OSError('gone')\n")
+    harness.refused(grpo.main, cfg, f"{tmp_path}/own.py:score", "OSError: gone")
 
 
 OPTIONS = [
