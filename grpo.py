@@ -135,33 +135,28 @@ def rollout(run: Run, prompts: Prompts, terms: rewards.Terms) -> tuple[training.
         text = ", ".join(f"{name} {value:.3g}" for name, value in stats.items())
         sample = f"{answers[0].prompt}-> {answers[0].text}{'' if answers[0].ended else ' …'}".replace("\n", " ")
         runtime.print0(f"step {run.step}: {text}\n  > {sample} [{totals[0, 0]:g}]")
-    parts = micro_batches(examples, advantages, n_trained, sums[0], cfg, rt)
+    parts = micro_batches(run, examples, advantages, n_trained, sums[0])
     return training.Batch(parts, cfg.prompts_per_step, int(n_inputs)), stats
 
 
 def micro_batches(
-    examples: list[chat.Example],
-    advantages: list[float],
-    n_trained: float,
-    n_targets: float,
-    cfg: Config,
-    rt: runtime.Runtime,
+    run: Run, examples: list[chat.Example], advantages: list[float], n_trained: float, n_targets: float
 ) -> list[dict[str, Any]]:
     """`chat.collate` of B examples, longest first, with their advantages, (B, 1), and weights of their tokens. Examples
     without gradient are left out, unless n_trained is 0. n_trained, n_targets: tokens of the other and of all answers
     of the step. The weighted sum, divided by n_trained, is the loss of cfg.loss.
     """
-    keep_all, n_trained, batches = cfg.kl_beta or not n_trained, n_trained or n_targets, []
+    cfg, keep_all, n_trained, batches = run.cfg, run.cfg.kl_beta or not n_trained, n_trained or n_targets, []
     order = [i for i, advantage in enumerate(advantages) if advantage or keep_all]
     order.sort(key=lambda i: -len(examples[i].ids))
     per_answer = n_trained / (cfg.prompts_per_step * cfg.samples_per_prompt)
     for start in range(0, max(1, len(order)), cfg.B):  # a rank without examples has an empty row
         part = order[start : start + cfg.B]
-        batch = chat.collate([[examples[i]] for i in part] or [[]], rt.device)
+        batch = chat.collate([[examples[i]] for i in part] or [[]], run.rt.device)
         lengths = (batch["y"] >= 0).sum(dim=1, keepdim=True).clamp(min=1)
         weights = dict(dapo=n_trained / n_targets, grpo=per_answer / lengths, dr_grpo=per_answer / cfg.answer_tokens)
         batch["weight"] = weights[cfg.loss]
-        batch["advantage"] = torch.tensor([[advantages[i]] for i in part] or [[0.0]], device=rt.device)
+        batch["advantage"] = torch.tensor([[advantages[i]] for i in part] or [[0.0]], device=run.rt.device)
         batches.append(batch)
     return batches
 
@@ -276,7 +271,7 @@ def main(cfg: Config) -> None:
     loss_fn = partial(grpo_loss, cfg=cfg, n_ids=run.raw.config.n_tokens)
     facts = dict(training_data=prompts, validation_data=val_prompts, reward_code=[t.code for t in terms.values()])
     run.identify(**{name: f"{zlib.crc32(repr(value).encode()):08x}" for name, value in facts.items()})
-    run.warm_up(add_log_probs(run, training.Batch(micro_batches([], [], 1, 1, cfg, rt), 0, 0), reference), loss_fn)
+    run.warm_up(add_log_probs(run, training.Batch(micro_batches(run, [], [], 1, 1), 0, 0), reference), loss_fn)
     lr_at = optim.schedule("wsd", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr, decay_frac=1.0)
     n_constant = 0
     for step in run.steps(max_steps):

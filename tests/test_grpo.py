@@ -58,7 +58,7 @@ def update(
     advantages = grpo.advantages_of(totals, cfg.scale_by_std).flatten().tolist()
     n_targets = sum(len(e.ids) - e.n_prompt for e in examples)
     n_trained = sum(len(e.ids) - e.n_prompt for e, a in zip(examples, advantages) if a or cfg.kl_beta)
-    parts = grpo.micro_batches(examples, advantages, n_trained, n_targets, cfg, ALONE)
+    parts = grpo.micro_batches(SimpleNamespace(cfg=cfg, rt=ALONE), examples, advantages, n_trained, n_targets)
     batch = training.Batch(parts, N_PROMPTS, 0)
     grpo.add_log_probs(SimpleNamespace(cfg=cfg, rt=ALONE, raw=raw), batch, reference if cfg.kl_beta else None)
     loss_fn = partial(grpo.grpo_loss, cfg=cfg, n_ids=257)
