@@ -9,8 +9,8 @@ Rows are those of sft.py. In every step the model answers some prompts several t
 each answer, and its advantage is its reward minus the mean of its group, the answers to the same prompt. A reward only
 teaches what the model sometimes does: start with a success between 10 and 60 %. An answer passes if the first term of
 the reward is at least 1. The loss stays near 0: watch the rewards, no_signal (fraction of groups whose rewards are all
-equal), cut_off (fraction of answers without end-of-text), entropy (nats per token) and gap (largest difference between
-log-probabilities with and without the KV cache).
+equal), cut_off (fraction of answers without end-of-text), entropy (nats per trained token) and gap (largest difference
+between log-probabilities with and without the KV cache).
 """
 
 import time
@@ -123,13 +123,12 @@ def rollout(run: Run, prompts: Prompts, terms: rewards.Terms) -> tuple[training.
     advantages = advantages_of(totals, cfg.scale_by_std).flatten().tolist()
     trained = [e for e, advantage in zip(examples, advantages) if advantage or cfg.kl_beta]  # the others: no gradient
     counts = [sum(len(e.ids) - e.n_prompt for e in trained), sum(e.n_inputs for e in trained)]
-    counts += [(np.ptp(totals, axis=1) == 0).sum()]
-    counts += [sum(len(each.ids) for each in answers), sum(not each.ended for each in answers), totals.sum()]
-    counts = torch.tensor([*counts, *values.sum(axis=0)], dtype=torch.float64)
-    n_trained, n_inputs, n_constant, *sums = runtime.all_reduce_sum(counts, rt).tolist()
+    counts += [(np.ptp(totals, axis=1) == 0).sum(), sum(len(each.ids) for each in answers)]
+    counts += [sum(not each.ended for each in answers), totals.sum(), *values.sum(axis=0)]
+    counts = runtime.all_reduce_sum(torch.tensor(counts, dtype=torch.float64), rt).tolist()
+    (n_trained, n_inputs, n_constant, *sums), n_answers = counts, n * cfg.prompts_per_step
     names = "length", "cut_off", "reward", *(f"reward/{term}" for term in terms)
-    stats = {name: x / (n * cfg.prompts_per_step) for name, x in zip(names, sums)}
-    stats["no_signal"] = n_constant / cfg.prompts_per_step
+    stats = dict(no_signal=n_constant * n / n_answers) | {name: x / n_answers for name, x in zip(names, sums)}
     if rt.rank == 0:
         stats["gap"] = rollout_gap(run, examples[:n])
         text = ", ".join(f"{name} {value:.3g}" for name, value in stats.items())
@@ -142,11 +141,11 @@ def rollout(run: Run, prompts: Prompts, terms: rewards.Terms) -> tuple[training.
 def micro_batches(
     run: Run, examples: list[chat.Example], advantages: list[float], n_trained: float, n_targets: float
 ) -> list[dict[str, Any]]:
-    """`chat.collate` of B examples, longest first, with their advantages, (B, 1), and weights of their tokens. Examples
-    without gradient are left out, unless n_trained is 0. n_trained, n_targets: tokens of the other and of all answers
-    of the step. The weighted sum, divided by n_trained, is the loss of cfg.loss.
+    """`chat.collate` of B examples, longest first, with their advantages, (B, 1), and weights of their tokens. Those
+    without gradient are left out, unless n_trained is 0. n_trained, n_targets: tokens of the others and of all in the
+    step, over all ranks. The weighted sum, divided by n_trained, is the loss of cfg.loss.
     """
-    cfg, keep_all, n_trained, batches = run.cfg, run.cfg.kl_beta or not n_trained, n_trained or n_targets, []
+    cfg, batches, keep_all, n_trained = run.cfg, [], run.cfg.kl_beta or not n_trained, n_trained or n_targets
     order = [i for i, advantage in enumerate(advantages) if advantage or keep_all]
     order.sort(key=lambda i: -len(examples[i].ids))
     per_answer = n_trained / (cfg.prompts_per_step * cfg.samples_per_prompt)
@@ -209,12 +208,11 @@ def grpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config, n_ids: int) ->
     if cfg.clip:
         clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * batch["advantage"]
         metrics["clipped"], gain = (clipped < gain).float(), torch.minimum(gain, clipped)
-    loss = -gain
     if cfg.kl_beta:
         logratio = batch["reference"] - logps
         metrics["kl"] = logratio.exp() - logratio - 1  # k3 of http://joschu.net/blog/kl-approx.html: never below 0
-        loss = loss + cfg.kl_beta * metrics["kl"]
-    return (loss * batch["weight"] * mask).sum(), {name: (x.detach() * mask).sum() for name, x in metrics.items()}
+        gain = gain - cfg.kl_beta * metrics["kl"]
+    return -(gain * batch["weight"] * mask).sum(), {name: (x.detach() * mask).sum() for name, x in metrics.items()}
 
 
 def evaluate(run: Run, prompts: Prompts, questions: list[chat.Row], terms: rewards.Terms) -> bool:
@@ -224,8 +222,7 @@ def evaluate(run: Run, prompts: Prompts, questions: list[chat.Row], terms: rewar
     answers, values, totals = sample_answers(run, [prompts[i] for i in mine], HELD_OUT + mine, k, terms)
     passed = (values[:, 0] >= 1).reshape(-1, k)
     sums = [totals.sum() / k, passed.sum() / k, passed.any(axis=1).sum(), sum(each.ended for each in answers) / k]
-    means = runtime.all_reduce_sum(torch.tensor(sums, dtype=torch.float64), rt) / len(prompts)
-    reward, *fractions = means.tolist()
+    reward, *fractions = runtime.all_reduce_sum(torch.tensor(sums, dtype=torch.float64) / len(prompts), rt).tolist()
     scores = dict(zip(("pass@1", f"pass@{k}", "ended"), fractions))
     text = f"reward {reward:.3f}, " + ", ".join(f"{name} {x:.1%}" for name, x in scores.items())
     if questions:

@@ -58,9 +58,10 @@ def update(
     advantages = grpo.advantages_of(totals, cfg.scale_by_std).flatten().tolist()
     n_targets = sum(len(e.ids) - e.n_prompt for e in examples)
     n_trained = sum(len(e.ids) - e.n_prompt for e, a in zip(examples, advantages) if a or cfg.kl_beta)
-    parts = grpo.micro_batches(SimpleNamespace(cfg=cfg, rt=ALONE), examples, advantages, n_trained, n_targets)
+    run = SimpleNamespace(cfg=cfg, rt=ALONE, raw=raw)
+    parts = grpo.micro_batches(run, examples, advantages, n_trained, n_targets)
     batch = training.Batch(parts, N_PROMPTS, 0)
-    grpo.add_log_probs(SimpleNamespace(cfg=cfg, rt=ALONE, raw=raw), batch, reference if cfg.kl_beta else None)
+    grpo.add_log_probs(run, batch, reference if cfg.kl_beta else None)
     loss_fn = partial(grpo.grpo_loss, cfg=cfg, n_ids=257)
     for _ in range(cfg.updates_per_rollout):
         read = training.train_step(raw, [optimizer], parts, loss_fn, lr=0.3, grad_clip=0.0, rt=ALONE)
@@ -395,11 +396,11 @@ def test_answers_that_never_end_are_cut_off(cfg: grpo.Config, tmp_path: Path) ->
 
 def fail_on_one_rank(rt: runtime.Runtime) -> str:
     """The message of a reward that fails for the answers of rank 1 only."""
-    run = SimpleNamespace(cfg=grpo.Config(answer_tokens=4), rt=rt, raw=tiny())
+    run = SimpleNamespace(cfg=grpo.Config(answer_tokens=4), rt=rt, raw=tiny(), tokenizer=BYTES)
     terms = dict(own=rewards.Term(1.0, lambda answer: 1 / (answer.reference != "1"), (), ""))
     rows = [(Row("a", "", str(rt.rank)), BYTES.encode_ordinary("a"))]
     with pytest.raises(ValueError) as error:
-        grpo.sample_answers(run, rows, np.array([rt.rank]), 2, terms, BYTES)
+        grpo.sample_answers(run, rows, np.array([rt.rank]), 2, terms)
     return str(error.value)
 
 
