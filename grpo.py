@@ -52,7 +52,7 @@ class Config(finetune.FinetuneConfig):
     epochs: float = 1.0  # passes over the prompts
     max_lr: float = 2.5e-6  # peak learning rate, a twentieth of that of sft.py; about ten times as much with LoRA
     warmup_frac: float = 0.0  # fraction of the steps for linear warmup; then linear to 0
-    eval_every: int = 25  # steps between evaluations on the held-out prompts
+    eval_every: int = 20  # steps between evaluations on the held-out prompts
     n_eval_prompts: int = 64  # number of held-out prompts
     n_eval_samples: int = 8  # answers to each held-out prompt, for pass@1 and pass@n
 
@@ -67,7 +67,7 @@ CONFIGS = {
         out_dir="out/demo-grpo",
         reward="exact",
         B=32,
-        max_steps=50,
+        max_steps=40,
         max_lr=3e-5,
         n_eval_prompts=160,
         prompts=("Where does Ada live?", "What does Leo like to eat?", "Whom does Rosa like best?"),
