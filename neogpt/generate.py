@@ -157,10 +157,10 @@ def generate(
     windows = [list(prompt[-block_size:]) for prompt in prompts]
     # all random numbers come from the CPU up front: equal on every device, and independent of the other rows
     uniforms = [torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    uniforms = torch.stack(uniforms, dim=1).to(device)  # (max_new_tokens, B)
-    seen = torch.zeros(len(prompts), n_tokens, dtype=torch.bool, device=device)
-    for row, prompt in zip(seen, prompts):
+    seen = torch.zeros(len(prompts), n_tokens, dtype=torch.bool)
+    for row, prompt in zip(seen, prompts if repetition_penalty != 1 else ()):
         row[list(prompt)] = True
+    uniforms, seen = torch.stack(uniforms, dim=1).to(device), seen.to(device)  # (max_new_tokens, B), (B, n_tokens)
 
     def sampler(logits: Tensor, u: Tensor, newest: Tensor) -> Tensor:
         if repetition_penalty != 1:
