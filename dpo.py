@@ -262,6 +262,7 @@ def main(cfg: Config) -> None:
     config.require(smoothing, label_smoothing=cfg.label_smoothing)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     run, T = finetune.open_run(cfg, "dpo", ("sft",), rt)
+    rt = run.rt
     texts = read_pairs(cfg.data, rt)
     splits = chat.split_rows(texts, [chat.whole_prompt(row) for row, _ in texts], cfg.val_frac, cfg.seed)
     train, val = (tokenize_pairs(split, T, run.tokenizer, cfg.data) for split in splits)

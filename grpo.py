@@ -255,6 +255,7 @@ def main(cfg: Config) -> None:
     terms = rewards.parse(cfg.reward)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     run, T = finetune.open_run(cfg, "grpo", ("sft", "dpo"), rt)
+    rt = run.rt
     config.require(f"[1, {T // 2}]", answer_tokens=cfg.answer_tokens)
     rows, val_rows = finetune.read_rows(cfg, rt)
     budget = T - cfg.answer_tokens

@@ -107,6 +107,7 @@ def main(cfg: Config) -> None:
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     compiled = cfg.packing and rt.device.type == "cuda" if cfg.compile is None else cfg.compile
     run, T = finetune.open_run(cfg, "sft", ("pretraining", "sft"), rt, compiled, dynamic=not cfg.packing)
+    rt = run.rt
     rows, val_rows = finetune.read_rows(cfg, rt)
     examples = make_examples(rows, T, run.tokenizer, cfg.data)
     val_examples = make_examples(val_rows, T, run.tokenizer, cfg.val_data or "the held-out part")

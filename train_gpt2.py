@@ -247,6 +247,7 @@ def main(cfg: Config) -> None:
         data.check_shards(cfg.data, tokenizer.n_vocab, rt.rank, rt.world_size, partial(runtime.barrier, rt))
     train, val = (data.Windows(part, cfg.T, tokenizer.n_vocab) for part in data.open_data(cfg.data, tokenizer))
     run = Run(cfg, "pretraining", tokenizer, rt)
+    rt = run.rt
     raw = build_model(cfg, tokenizer, run.resumed).to(rt.device)
     settings = dict(weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, momentum=cfg.momentum)
     compiled = rt.device.type == "cuda" if cfg.compile is None else cfg.compile

@@ -85,6 +85,10 @@ class Cache(Protocol):
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+# In bf16 on a CPU, PyTorch's fused kernels are slower than `manual_attention` up to this many tokens.
+MAX_MANUAL = 512
+
+
 def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(Q Kᵀ / √hs) V, (B, nh, T, hs), from q (B, nh, T, hs) and k, v (B, nh, S, hs). mask: broadcasts to
     (B, nh, T, S), True where a query attends; None: causal, and the queries are the last T of the S positions.
@@ -92,13 +96,15 @@ def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     T, S, hs = q.size(-2), k.size(-2), q.size(-1)
     if mask is None:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    scores = q @ k.transpose(-2, -1) / math.sqrt(hs)  # (B, nh, T, S)
-    weights = F.softmax(scores.masked_fill(~mask, float("-inf")), dim=-1)
-    return weights @ v  # (B, nh, T, hs)
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
+    scores = torch.add(bias, q @ k.transpose(-2, -1), alpha=1 / math.sqrt(hs))  # (B, nh, T, S)
+    return F.softmax(scores, dim=-1) @ v  # (B, nh, T, hs)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """`manual_attention` with PyTorch's fused kernels. Without a mask, T must be S, or 1 (one new token)."""
+    if q.is_cpu and q.dtype == torch.bfloat16 and mask is None and 1 < q.size(-2) <= MAX_MANUAL:
+        return manual_attention(q, k, v)
     # is_causal aligns the triangle to the top left, which for one query would hide all keys but the first
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(-2) > 1)
 

@@ -82,7 +82,9 @@ class Run:
     """The state of a run. Only rank 0 writes files."""
 
     def __init__(self, cfg: Any, stage: str, tokenizer: tiktoken.Encoding, rt: runtime.Runtime) -> None:
-        """cfg: a Config with out_dir, keep_last, grad_clip, seed and track. stage: as in checkpoint.Checkpoint."""
+        """cfg: a Config with out_dir, keep_last, grad_clip, seed, precision and track. stage: as in Checkpoint. A resumed
+        run keeps the precision that was selected where it began: use self.rt.
+        """
         self.cfg, self.stage, self.tokenizer, self.rt = cfg, stage, tokenizer, rt
         self.out_dir = files.make_folder(cfg.out_dir)
         has_log = (self.out_dir / "log.txt").exists()
@@ -91,6 +93,11 @@ class Run:
         self.resumed = checkpoint.find_resume(self.out_dir, rt)
         if self.resumed and (self.resumed.stage != stage or self.resumed.optimizers is None):
             raise ValueError(f"the checkpoint in {self.out_dir} is not of a {stage} run: use another --out_dir")
+        old = self.resumed.facts if self.resumed else {}
+        kept = old.get("precision", rt.precision) if old.get("device") == rt.device.type else rt.precision
+        if cfg.precision == "auto" and kept != rt.precision:
+            runtime.print0(f"the run keeps its precision {kept}; the choice for this processor is {rt.precision}")
+            rt = self.rt = rt._replace(precision=kept)
         self.facts = dict(code=code_revision(), torch=str(torch.__version__), world_size=str(rt.world_size))
         self.facts |= dict(device=rt.device.type, precision=rt.precision)  # completed by `identify`
         self.log.header(**self.facts, python=platform.python_version(), tokenizer=tokenizer.name)

@@ -27,6 +27,7 @@ class Config:
     grad_clip: float = 1.0
     seed: int = 3
     track: str = ""
+    precision: str = "auto"
     prompt: str = "a\nb"
 
 
@@ -37,9 +38,9 @@ def isolate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime.logger, "handlers", [])
 
 
-def open_run(folder: Path, **constants: Any) -> run.Run:
-    """A run of a tiny model, new or resumed."""
-    opened = run.Run(Config(str(folder), **constants), "pretraining", BYTES, runtime.setup("cpu", "fp32"))
+def open_run(folder: Path, selected: str = "fp32", **constants: Any) -> run.Run:
+    """A run of a tiny model, new or resumed. selected: the precision of the Runtime."""
+    opened = run.Run(Config(str(folder), **constants), "pretraining", BYTES, runtime.setup("cpu", selected))
     raw = harness.tiny_model(n_layer=1)
     if opened.resumed:
         raw = model.GPT.from_weights(raw.config, opened.resumed.model)
@@ -73,6 +74,19 @@ def train(opened: run.Run, max_steps: int, save_every: int = 2, bad: tuple[int, 
 def log_lines(folder: Path) -> list[str]:
     with open(folder / "log.txt", encoding="utf-8") as file:  # as in most readers, \n, \r\n and \r end a line
         return file.readlines()
+
+
+@pytest.mark.parametrize("began", ["fp32", "bf16"])
+def test_a_resumed_run_keeps_the_precision_that_was_selected(began: str, tmp_path: Path) -> None:
+    """On a processor for which another one would be selected; an explicit --precision is obeyed."""
+    other = dict(fp32="bf16", bf16="fp32")[began]
+    folder = train(open_run(tmp_path, began), 2)
+    resumed = open_run(folder, other)
+    assert resumed.rt.precision == resumed.facts["precision"] == began
+    assert f"keeps its precision {began}" in harness.notes(folder)
+    train(resumed, 4)
+    resumed = open_run(folder, other, precision=other)
+    assert resumed.rt.precision == resumed.facts["precision"] == other
 
 
 def test_log_is_appended_at_once_with_all_digits(tmp_path: Path) -> None:

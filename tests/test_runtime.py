@@ -18,8 +18,9 @@ from neogpt import model, runtime, training
 
 def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     dtypes = dict(bf16=torch.bfloat16, fp32=torch.float32)
-    for has_amx, auto in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_amx=has_amx: has_amx)
+    for amx, avx512, auto in ((True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx512=avx512: avx512)
         for precision, expected in (("auto", auto), ("bf16", "bf16"), ("fp32", "fp32")):
             rt = runtime.setup("cpu", precision)
             assert rt == runtime.Runtime(0, 1, torch.device("cpu"), expected)
