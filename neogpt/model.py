@@ -85,10 +85,6 @@ class Cache(Protocol):
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
-# In bf16 on a CPU, PyTorch's fused kernels are slower than `manual_attention` up to this many tokens.
-MAX_MANUAL = 512
-
-
 def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(Q Kᵀ / √hs) V, (B, nh, T, hs), from q (B, nh, T, hs) and k, v (B, nh, S, hs). mask: broadcasts to
     (B, nh, T, S), True where a query attends; None: causal, and the queries are the last T of the S positions.
@@ -101,9 +97,14 @@ def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     return F.softmax(scores, dim=-1) @ v  # (B, nh, T, hs)
 
 
+def is_short(T: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether T tokens are few enough that `manual_attention` is faster than the fused kernels: in bf16 on a CPU."""
+    return device.type == "cpu" and dtype == torch.bfloat16 and T <= 512
+
+
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """`manual_attention` with PyTorch's fused kernels. Without a mask, T must be S, or 1 (one new token)."""
-    if q.is_cpu and q.dtype == torch.bfloat16 and mask is None and 1 < q.size(-2) <= MAX_MANUAL:
+    if mask is None and q.size(-2) > 1 and is_short(q.size(-2), q.device, q.dtype):
         return manual_attention(q, k, v)
     # is_causal aligns the triangle to the top left, which for one query would hide all keys but the first
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(-2) > 1)

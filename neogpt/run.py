@@ -82,8 +82,8 @@ class Run:
     """The state of a run. Only rank 0 writes files."""
 
     def __init__(self, cfg: Any, stage: str, tokenizer: tiktoken.Encoding, rt: runtime.Runtime) -> None:
-        """cfg: a Config with out_dir, keep_last, grad_clip, seed, precision and track. stage: as in Checkpoint. A resumed
-        run keeps the precision that was selected where it began: use self.rt.
+        """cfg: a Config with out_dir, keep_last, grad_clip, seed, precision and track. stage: as in Checkpoint. Use
+        self.rt: a resumed run keeps the precision that was selected where it began.
         """
         self.cfg, self.stage, self.tokenizer, self.rt = cfg, stage, tokenizer, rt
         self.out_dir = files.make_folder(cfg.out_dir)

@@ -120,7 +120,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 def processor(device: torch.device) -> str:
     """The GPU's name, or the CPU's instruction set."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability() + " with bf16" * cpu_has_bf16()
 
 
 def barrier(rt: Runtime) -> None:
@@ -187,9 +189,11 @@ def single_shape_attention() -> Iterator[None]:
 
 def attention_kernel(config: model.GPTConfig, B: int, T: int, rt: Runtime) -> str:
     """The attention kernel in training, which PyTorch selects by device, dtype, head size and versions."""
-    if config.attention == "manual" or rt.device.type == "mps":
-        return f"{config.attention} attention"
     dtype = torch.bfloat16 if rt.precision == "bf16" else torch.float32
+    if config.attention == "manual" or model.is_short(T, rt.device, dtype):
+        return "manual attention"
+    if rt.device.type == "mps":
+        return "flash attention"
     shape = B, config.n_head, T, config.n_embd // config.n_head
     with strict_determinism(), single_shape_attention():
         q = torch.empty(shape, device=rt.device, dtype=dtype, requires_grad=True)
