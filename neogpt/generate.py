@@ -60,10 +60,12 @@ class KVCache:
         B, nh, T, hs = k.shape
         if self.layers[layer] is None:
             shape = B, nh, self.max_seq_len, hs
-            self.layers[layer] = k.new_zeros(shape), v.new_zeros(shape)
+            # on a CPU attention reads fp32: see model.flash_attention
+            dtype = torch.promote_types(k.dtype, torch.float32) if k.is_cpu else k.dtype
+            self.layers[layer] = k.new_zeros(shape, dtype=dtype), v.new_zeros(shape, dtype=dtype)
         for stored, new in zip(self.layers[layer], (k, v)):
             if self.masked:
-                stored[self.rows, :, self.lengths] = new[:, :, 0]
+                stored[self.rows, :, self.lengths] = new[:, :, 0].to(stored.dtype)
             else:
                 stored[:, :, self.longest : self.longest + T] = new
         keys, values = self.layers[layer]

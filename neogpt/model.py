@@ -97,17 +97,24 @@ def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     return F.softmax(scores, dim=-1) @ v  # (B, nh, T, hs)
 
 
-def is_short(T: int, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether T tokens are few enough that `manual_attention` is faster than the fused kernels: in bf16 on a CPU."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and T <= 512
+MAX_MANUAL = 512  # longest sequence for which `manual_attention` is faster in bf16 on a CPU
+
+
+def is_slow_on_cpu(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's fused kernels are slow: in bf16 on a CPU."""
+    return device.type == "cpu" and dtype == torch.bfloat16
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """`manual_attention` with PyTorch's fused kernels. Without a mask, T must be S, or 1 (one new token)."""
-    if mask is None and q.size(-2) > 1 and is_short(q.size(-2), q.device, q.dtype):
-        return manual_attention(q, k, v)
     # is_causal aligns the triangle to the top left, which for one query would hide all keys but the first
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and q.size(-2) > 1)
+    T, is_causal = q.size(-2), mask is None and q.size(-2) > 1
+    if not is_slow_on_cpu(q.device, q.dtype):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
+    if 1 < T <= MAX_MANUAL:
+        return manual_attention(q, k.to(q.dtype), v.to(q.dtype), mask)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=is_causal)
 
 
 class CausalSelfAttention(nn.Module):
