@@ -206,7 +206,7 @@ def find_folders(source: str) -> list[Path]:
         if not (found := {Path(path) for path in glob.glob(pattern) if os.path.isdir(path)}):
             raise OSError(f"no data in {pattern}: run `python fineweb.py` to write shards, or use --data=FILE.txt")
         folders |= found
-    manifests = filter(None, map(read_manifest, folders))
+    manifests = filter(None, map(read_manifest, sorted(folders)))
     parts = Counter((str(m["source"].get("whole")), m["part"]["n"], m["part"]["k"]) for m in manifests)
     for whole, n, _ in parts:
         for k in range(1, n + 1):
