@@ -97,7 +97,7 @@ def find_source(url: str, k: int, n: int, manifest: dict | None) -> tuple[dict, 
         if others:
             print(f"files that are not read: {', '.join(path.name for path in others)}")
     if len(found) < n:
-        problem = f"{len(found)} {', '.join(SUFFIXES)} files in --data={url} for {n} parts"
+        problem = f"{len(found)} {', '.join(SUFFIXES)} files in --data={url}, too few for --part={k}/{n}"
         raise ValueError(f"{problem}: give a path, {HUB}OWNER/NAME/FOLDER, or fewer parts")
     share = slice(len(found) * (k - 1) // n, len(found) * k // n)
     entries = [{"name": name, "size": size} for name, size in found[share]]
