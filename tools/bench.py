@@ -42,7 +42,7 @@ class Config:
     data: str = str(config.ROOT / "input.txt")  # text or shards; hellaswag: rows; tokenize: parquet or text files
     tokenizer: Literal["gpt2", "bytes"] = "bytes"  # of the data
     n_tokens: int | None = None  # vocabulary of the model; None: that of the tokenizer
-    models: tuple[str, ...] = ("demo",)  # names of model.SIZES, overview: two; the weights are random
+    models: tuple[str, ...] = ("demo",)  # names of model.SIZES; the weights are random
     T: int = 256  # sequence length, tokens
     B: tuple[int, ...] = (8,)  # sequences per forward pass
     total_batch_size: int = 8 * 256  # tokens per optimizer step
@@ -50,7 +50,6 @@ class Config:
     steps: int = 10  # optimizer steps per repeat
     repeats: int = 7  # the first one warms up and is not counted
     new_tokens: int = 512  # sample: generated after each prompt
-    prompt_tokens: int = 16  # sample: length of the prompts, of random ids
     uncached_stride: int = 64  # sample: without a cache, measure only every uncached_stride-th length
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
@@ -64,16 +63,14 @@ class Config:
 
 
 CONFIGS = {
-    "overview": Config(models=("demo", "gpt2"), repeats=6, steps=5, new_tokens=128, rows=100),
+    "overview": Config(models=("demo", "gpt2"), repeats=6, steps=5, new_tokens=128, rows=60, plain_precision="fp32"),
     "train": Config(bench="train"),
     "choices": Config(bench="choices", repeats=4),
     "sample": Config(bench="sample", models=("gpt2",), B=(1, 8), repeats=4),
     "hellaswag": Config(bench="hellaswag", data="", tokenizer="gpt2", models=("gpt2",), repeats=4),
     "tokenize": Config(bench="tokenize", data="*.parquet", tokenizer="gpt2", repeats=4),
 }
-
-
-COPIES = 24  # of the text, 1 MB, that the overview tokenizes: the start of the workers must not count
+COPIES = 12  # of the text, 1 MB, that the overview tokenizes: the start of the workers must not count
 
 
 def build_model(cfg: Config, name: str, **changes: Any) -> tuple:
@@ -81,16 +78,14 @@ def build_model(cfg: Config, name: str, **changes: Any) -> tuple:
     if name not in model.SIZES:
         raise ValueError(f"--models {name}: expected names of {', '.join(model.SIZES)}")
     rt, tokenizer = runtime.setup(cfg.device, cfg.precision), data.get_tokenizer(cfg.tokenizer)
-    n_tokens = cfg.n_tokens or tokenizer.n_vocab
-    vocabulary = dict(n_tokens=n_tokens, vocab_size=model.pad_vocab(n_tokens))
+    vocabulary = dict(n_tokens=(n := cfg.n_tokens or tokenizer.n_vocab), vocab_size=model.pad_vocab(n))
     torch.manual_seed(0)
     return model.GPT(model.GPTConfig(**model.SIZES[name] | vocabulary | changes)).to(rt.device), tokenizer, rt
 
 
 def training_loops(cfg: Config, name: str, B: int, deterministic: bool = True, **changes: Any) -> tuple:
-    """A GPT, the Runtime, a plain training loop and NeoGPT's. Both loops train this one model, because the speed of two
-    copies can differ by 5 %, and return the number of tokens. B: sequences per forward pass. deterministic: of CUDA
-    kernels. name, changes: as in `build_model`.
+    """A GPT, the Runtime, a plain training loop and NeoGPT's. Both train this model, as the speed of two copies can
+    differ by 5 %, and return the number of tokens. B: sequences per forward pass. name, changes: as in `build_model`.
     """
     raw, tokenizer, rt = build_model(cfg, name, block_size=cfg.T, **changes)
     n, is_cuda = cfg.total_batch_size // cfg.T, rt.device.type == "cuda"  # n: sequences per step
@@ -117,13 +112,12 @@ def training_loops(cfg: Config, name: str, B: int, deterministic: bool = True, *
 
     def neogpt() -> int:  # prefetched batches; losses are read one step late, as in a run on CUDA
         runtime.set_determinism(deterministic and is_cuda)
-        settings, result = dict(lr=1e-4, grad_clip=1.0, rt=rt), None
+        settings, read_loss = dict(lr=1e-4, grad_clip=1.0, rt=rt), int
         for batch in data.prefetch(read, 0, cfg.steps):
-            previous = result
-            result = training.train_step(net, optimizers, batch.micro_batches, train_gpt2.loss_fn, **settings)
-            if previous:
-                previous()
-        result()
+            step = training.train_step(net, optimizers, batch.micro_batches, train_gpt2.loss_fn, **settings)
+            read_loss()
+            read_loss = step
+        read_loss()
         return cfg.steps * batch.n_tokens
 
     return raw, rt, plain, neogpt
@@ -136,11 +130,9 @@ def bench_train(cfg: Config, name: str, B: int) -> list[dict]:
     raw, rt, plain, neogpt = training_loops(cfg, name, B)
     variants = {f"plain PyTorch {cfg.plain_precision}".strip(): plain, "NeoGPT": neogpt}
     rows = timing.run_alternating(variants, cfg.repeats, "tok/s")
-    peak, flops = runtime.peak_flops(rt.device), raw.flops_per_token(cfg.T)
-    n_tokens = cfg.total_batch_size // cfg.T * cfg.T  # per step
-    for row in rows:
-        row |= dict(ms=1e3 * n_tokens / row["median"], mfu=flops * row["median"] / peak if peak else None)
-    rows[1] |= dict(peak_gb=torch.cuda.max_memory_allocated() / 1e9)
+    rate, peak = rows[1]["median"], runtime.peak_flops(rt.device)
+    rows[1] |= dict(ms=1e3 * cfg.total_batch_size / rate, peak_gb=torch.cuda.max_memory_allocated() / 1e9)
+    rows[1] |= dict(mfu=raw.flops_per_token(cfg.T) * rate / peak if peak else None)
     print(", ".join(f"{key} {rows[1][key]:,.3g}" for key in ("ms", "mfu", "peak_gb") if rows[1][key]), flush=True)
     if cfg.profile:
         with torch.profiler.profile() as profiler:
@@ -164,7 +156,6 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
         "heads of 128": (cfg, dict(n_head=max(1, model.SIZES[name]["n_embd"] // 128))),
         "manual attention": (cfg, dict(attention="manual")),
         "GELU tanh": (cfg, dict(gelu="tanh")),
-        "GELU erf": (cfg, dict(gelu="erf")),
         precision: (replace(cfg, precision=precision), {}),
         "not compiled" if compile else "compiled": (replace(cfg, compile=not compile), {}),
     }
@@ -183,7 +174,7 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     if rt.precision == "bf16":
         generate.cast_linears(raw, torch.bfloat16)
     ids = torch.randint(raw.config.n_tokens, (B, raw.config.block_size)).tolist()
-    prompts, long_prompts = [row[: cfg.prompt_tokens] for row in ids], [row[:512] for row in ids]
+    prompts, long_prompts = [row[:16] for row in ids], [row[:512] for row in ids]
 
     def decode(compile: bool) -> tuple[int, float]:
         start, steps = timing.clock(), generate.generate(raw, prompts, cfg.new_tokens, temperature=0, compile=compile)
@@ -196,7 +187,7 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     @torch.no_grad()
     def uncached() -> int:
         window = torch.tensor(ids, device=rt.device)
-        lengths = range(cfg.prompt_tokens, cfg.prompt_tokens + cfg.new_tokens, cfg.uncached_stride)
+        lengths = range(16, 16 + cfg.new_tokens, cfg.uncached_stride)
         with rt.autocast():
             for length in lengths:
                 raw.lm_head(raw.trunk(window[:, :length])[:, -1]).argmax(-1).tolist()
@@ -212,8 +203,7 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     if importlib.util.find_spec("transformers"):
         variants["transformers"] = timing.transformers_decoder(raw, prompts, cfg.new_tokens, rt)
     variants |= {"cache": lambda: decode(False), "cache, compiled": lambda: decode(True), "prefill": prefill}
-    variants = {name: run for name, run in variants.items() if not cfg.only or name in cfg.only}
-    return timing.run_alternating(variants, cfg.repeats, "tok/s")
+    return timing.run_alternating(variants, cfg.repeats, "tok/s", cfg.only)
 
 
 def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
@@ -247,8 +237,7 @@ def bench_tokenize(cfg: Config) -> list[dict]:
     paths = sorted(glob.glob(cfg.data))
     if not paths:
         raise ValueError(f"--data={cfg.data}: no such files; give a pattern of parquet files")
-    chunks = itertools.chain.from_iterable(fineweb.read_file(Path(path), "text") for path in paths)
-    texts = [document.decode() for chunk in chunks for document in chunk if document]
+    texts = [t.decode() for path in paths for part in fineweb.read_file(Path(path), "text") for t in part if t]
 
     def plain() -> int:
         with multiprocessing.Pool(cfg.workers) as pool:
@@ -269,30 +258,21 @@ def bench_tokenize(cfg: Config) -> list[dict]:
 
 def bench_overview(cfg: Config) -> list[dict]:
     """Every stage with default options, against plain PyTorch in fp32, transformers, tiktoken, or one row at a time."""
-    (small, large), rt, rows = cfg.models, runtime.setup(cfg.device, cfg.precision), []
-    muon = replace(cfg, optimizer="muon", plain_precision="fp32")
-    gpt2 = replace(cfg, n_tokens=50257, T=1024, total_batch_size=1024, steps=1, plain_precision="fp32")
-    gpt2 = replace(gpt2, only=("transformers", "cache"))
-    questions = replace(cfg, data=str(config.ROOT / "demo" / "hellaswag.jsonl"))
+    small, large, questions = cfg.models[0], cfg.models[-1], f"{config.ROOT}/demo/hellaswag.jsonl"
+    rt = runtime.setup(cfg.device, cfg.precision)
+    gpt2 = replace(cfg, n_tokens=50257, T=1024, total_batch_size=1024, steps=1, only=("transformers", "cache"))
     with tempfile.TemporaryDirectory() as folder:
         (text := Path(folder, "texts.txt")).write_bytes(Path(cfg.data).read_bytes() * COPIES)
         measurements = {
             "tokenizing": lambda: bench_tokenize(replace(cfg, data=str(text))),  # first: it forks
-            f"training {small}, Muon": lambda: bench_train(muon, small, 8),
+            f"training {small}, Muon": lambda: bench_train(replace(cfg, optimizer="muon"), small, 8),
             f"training {large}, T = 1,024": lambda: bench_train(gpt2, large, 1),
             f"decoding {large}, fp32": lambda: bench_sample(replace(gpt2, precision="fp32"), large, 1),
             f"decoding {large}, {rt.precision}": lambda: bench_sample(gpt2, large, 1),  # instead, if it is fp32
             f"decoding {large}, {rt.precision}, 8 streams": lambda: bench_sample(gpt2, large, 8),
-            f"HellaSwag, {small}": lambda: bench_hellaswag(questions, small, 1),
+            f"HellaSwag, {small}": lambda: bench_hellaswag(replace(cfg, data=questions), small, 1),
         }
-        for what, measure in measurements.items():
-            print(what)
-            try:
-                rows += [row | dict(what=what) for row in measure()]
-            except OSError as error:  # no network for GPT-2's vocabulary
-                print(f"left out: {error}")
-    timing.summarize(rows, rt, Path(cfg.out_dir) / "overview.png")
-    return rows
+        return timing.overview(measurements, rt, Path(cfg.out_dir) / "overview.png")
 
 
 PER_MODEL = dict(train=bench_train, choices=bench_choices, sample=bench_sample, hellaswag=bench_hellaswag)
@@ -301,7 +281,7 @@ PER_MODEL = dict(train=bench_train, choices=bench_choices, sample=bench_sample, 
 def main(cfg: Config) -> None:
     """Run one measurement and write its results."""
     config.require("[1, inf)", T=cfg.T, B=min(cfg.B, default=0), steps=cfg.steps, rows=cfg.rows, workers=cfg.workers)
-    config.require("[1, inf)", prompt_tokens=cfg.prompt_tokens, uncached_stride=cfg.uncached_stride)
+    config.require("[1, inf)", uncached_stride=cfg.uncached_stride, n_tokens=cfg.n_tokens)
     config.require("[2, inf)", repeats=cfg.repeats)
     config.require("[17, inf)", new_tokens=cfg.new_tokens)  # the first tokens are not timed
     config.require(f"[{cfg.T}, inf)", total_batch_size=cfg.total_batch_size)
