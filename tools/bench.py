@@ -148,7 +148,7 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
     rt = runtime.setup(cfg.device, cfg.precision)
     compile = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
     precision = "fp32" if rt.precision == "bf16" else "bf16"
-    choices = {  # Config, and arguments of training_loops
+    choices = {  # Config, and options of training_loops
         "default": (cfg, {}),
         "not deterministic": (cfg, dict(deterministic=False)),
         "bf16 residual": (cfg, dict(residual="bf16")),
@@ -161,10 +161,8 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
     }
     if unknown := set(cfg.only) - set(choices):
         raise ValueError(f"--only {unknown.pop()!r}: expected some of {', '.join(choices)}")
-    variants = {}
-    for choice, (changed, arguments) in choices.items():
-        if not cfg.only or choice in ("default", *cfg.only):
-            *_, variants[choice] = training_loops(changed, name, B, **arguments)
+    chosen = {choice: choices[choice] for choice in ("default", *(cfg.only or choices))}
+    variants = {choice: training_loops(c, name, B, **options)[-1] for choice, (c, options) in chosen.items()}
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
 
 
