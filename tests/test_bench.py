@@ -66,6 +66,13 @@ def test_train(optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert "aten::mm" in capsys.readouterr().out  # one of the operators that take longest
 
 
+def test_the_plain_loop_can_have_another_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, backward = [], bench.training.backward
+    monkeypatch.setattr(bench.training, "backward", lambda *args: seen.append(args[-1].precision) or backward(*args))
+    results("train", tmp_path, repeats=2, steps=1, precision="fp32", plain_precision="bf16")
+    assert seen == ["bf16", "bf16", "fp32", "fp32", "fp32", "fp32", "bf16", "bf16"]  # two micro-batches per step
+
+
 def test_other_measurements(tmp_path: Path) -> None:
     assert results("choices", tmp_path).keys() >= {"default", "manual attention", "bf16", "compiled"}
     found = results("choices", tmp_path, only=("bf16 residual", "heads of 128"))
