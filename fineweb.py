@@ -1,25 +1,26 @@
 """Tokenize FineWeb-Edu, or other parquet, json or text files, into shards of token ids for train_gpt2.py.
 
     python fineweb.py                                           # FineWeb-Edu sample-10BT -> edu_fineweb10B
-    python fineweb.py sample-100BT --out_dir=/big/disk/edu100B  # another configuration, another folder
     python fineweb.py --max_tokens=1000000000                   # only the first billion tokens
     python fineweb.py --data='books-*.parquet' --out_dir=books  # local files: a file, a folder or a pattern
     python fineweb.py --data=hf://datasets/OWNER/NAME/FOLDER --out_dir=NAME  # another dataset of the hub
+    python fineweb.py sample-100BT --out_dir=/big/disk/edu100B --part=3/16  # one of 16 machines: edu100B-03-of-16
     pip install gigatoken                                       # optional: two to five times as fast, same shards
 
 Reads parquet, jsonl, json (a list) and txt (documents separated by <|endoftext|>), also .gz and .zst. Documents without
 text are skipped. Every document begins with end-of-text. Writes val_000000.npy (validation), train_000001.npy, …
-(training), uint16, and manifest.json, which lists them, into out_dir.
+(training), uint16, and manifest.json, which lists them, into out_dir. Of several parts only the first has a validation
+shard, with the same tokens as without parts: validation losses are comparable, and the others are all for training.
 
-After an interruption the same command continues after the last finished shard. The shards do not depend on the number
-of workers. Needs 2 bytes of disk per token and space for two files of the hub, which are deleted after they are read
-(sample-10BT: 20 GB and twice 2.2 GB).
+After an interruption the same command continues after the last finished shard. Needs 2 bytes of disk per token and
+space for two files of the hub, which are deleted after they are read (sample-10BT: 20 GB and twice 2.2 GB).
 """
 
 import functools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import tempfile
@@ -49,10 +50,11 @@ HUB = "hf://datasets/"
 class Config:
     data: str = HUB + "HuggingFaceFW/fineweb-edu/sample/10BT"  # hub folder; or local file, folder or pattern
     out_dir: str = "edu_fineweb10B"  # folder for the shards
+    part: str = "1/1"  # of the source files; 3/16: the third of 16 shares, into the folder <out_dir>-03-of-16
     field: str = "text"  # column of parquet or field of json
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: 50257 ids; bytes: 257 ids, needs no download
     shard_size: int = 10**8  # tokens per shard; the first shard is validation
-    max_tokens: int | None = None  # stop after this many tokens; None: everything
+    max_tokens: int | None = None  # stop after this many tokens (of the part); None: everything
     workers: int | None = None  # processes that tokenize; None: one per core
     encoder: Literal["auto", "tiktoken", "gigatoken"] = "auto"  # auto: gigatoken if it is installed
 
@@ -74,8 +76,8 @@ def ask_hub(call: Callable[..., Any], *args: str, **options: object) -> Any:
         raise OSError(f"cannot get {'/'.join(args)} from the hub: {files.one_line(error)}; try again") from error
 
 
-def find_source(url: str, out_dir: Path, manifest: dict | None) -> tuple[dict, list[Path]]:
-    """(manifest entry `source`, paths) of the files of --data; the paths are [] if the files are on the hub."""
+def find_source(url: str, k: int, n: int, manifest: dict | None) -> tuple[dict, list[Path]]:
+    """(manifest entry `source`, paths) of the files in part k/n of --data; the paths are [] if they are on the hub."""
     paths, revision = [], None
     if url.startswith(HUB):
         if manifest and manifest["source"]["data"] == url:
@@ -90,14 +92,19 @@ def find_source(url: str, out_dir: Path, manifest: dict | None) -> tuple[dict, l
         found = sorted((entry.path, entry.size) for entry in tree if files.has_suffix(entry.path, SUFFIXES[:2]))
     else:
         paths, others = files.find_files(url, SUFFIXES)
-        paths = [path for path in paths if out_dir.resolve() not in path.resolve().parents]
+        paths = [path for path in paths if path.name not in (data.MANIFEST, data.CHECKED)]  # of an out_dir inside
         found = [(path.name, path.stat().st_size) for path in paths]
         if others:
             print(f"files that are not read: {', '.join(path.name for path in others)}")
-    if not found:
-        raise ValueError(f"no {', '.join(SUFFIXES)} file in --data={url}: give a path or {HUB}OWNER/NAME/FOLDER")
-    entries = [{"name": name, "size": size} for name, size in found]
-    return {"data": url if url.startswith(HUB) else Path(url).name, "revision": revision, "files": entries}, paths
+    if len(found) < n:
+        problem = f"{len(found)} {', '.join(SUFFIXES)} files in --data={url}, too few for --part={k}/{n}"
+        raise ValueError(f"{problem}: give a path, {HUB}OWNER/NAME/FOLDER, or fewer parts")
+    share = slice(len(found) * (k - 1) // n, len(found) * k // n)
+    entries = [{"name": name, "size": size} for name, size in found[share]]
+    source = {"data": url if url.startswith(HUB) else Path(url).name, "revision": revision, "files": entries}
+    if n > 1:  # equal for all parts of the same files
+        source["whole"] = f"{source['data']} (checksum {zlib.crc32(repr((revision, found)).encode()):08x})"
+    return source, paths[share]
 
 
 def iter_downloads(source: dict, start: int, folder: Path) -> Iterator[Path]:
@@ -106,13 +113,12 @@ def iter_downloads(source: dict, start: int, folder: Path) -> Iterator[Path]:
 
     repo = "/".join(source["data"].removeprefix(HUB).split("/")[:2])
     options = {"revision": source["revision"], "repo_type": "dataset", "local_dir": folder}
-    download = functools.partial(ask_hub, hf_hub_download, repo, **options)
     pool = ThreadPool(1)  # a daemon thread: the program can exit during a download
-    downloads = (pool.apply_async(download, [entry["name"]]) for entry in source["files"][start:])
-    ahead = next(downloads, None)
+    started = (pool.apply_async(ask_hub, (hf_hub_download, repo, e["name"]), options) for e in source["files"][start:])
+    ahead = next(started, None)
     while ahead:
         path = Path(ahead.get())
-        ahead = next(downloads, None)  # starts the next download
+        ahead = next(started, None)  # starts the next download
         yield path
         path.unlink()
 
@@ -132,8 +138,7 @@ def read_file(path: Path, field: str) -> Iterator[list[bytes | None]]:
         if not files.has_suffix(path, (".parquet",)):
             with files.open_binary(path) as file:
                 if files.has_suffix(path, (".jsonl",)):
-                    while lines := file.readlines(CHUNK_BYTES):
-                        yield lines
+                    yield from iter(lambda: file.readlines(CHUNK_BYTES), [])
                     return
                 is_json, content = files.has_suffix(path, (".json",)), file.read()
             rows = json.loads(content) if is_json else []
@@ -242,7 +247,7 @@ def tokenize_all(chunks: Iterator[Chunk], cfg: Config, pool: Executor) -> Iterat
 def write_shard(folder: Path, manifest: dict, tokens: np.ndarray) -> None:
     """Write token ids, (n,) uint16, as the next shard, atomically, and list it in the manifest in memory."""
     number = len(manifest["shards"])
-    name = f"{'train' if number else 'val'}_{number:06d}.npy"
+    name = f"{'train' if number or manifest['part']['k'] > 1 else 'val'}_{number:06d}.npy"
     with files.atomic_write(folder / name) as temporary, open(temporary, "wb") as file:
         np.save(file, tokens)
     manifest["shards"].append({"file": name, "n_tokens": len(tokens), "crc32": zlib.crc32(tokens)})
@@ -275,7 +280,7 @@ def write_shards(documents: Iterable[tuple[int, int, np.ndarray]], folder: Path,
             break
     if not filled:
         raise ValueError(f"no text in {manifest['source']['data']}: {manifest['n_skipped']:,} documents skipped")
-    if not manifest["shards"]:
+    if not manifest["shards"] and manifest["part"]["k"] == 1:
         n_val = max(1, filled // 10)
         write_shard(folder, manifest, shard[:n_val])
         shard, filled = shard[n_val:], filled - n_val
@@ -313,15 +318,17 @@ def main(cfg: Config) -> None:
     """Write the missing shards and print a summary."""
     config.require("[2, inf)", shard_size=cfg.shard_size, max_tokens=cfg.max_tokens)
     config.require("[1, inf)", workers=cfg.workers)
+    k, n = map(int, cfg.part.split("/") if re.fullmatch(r"[1-9]\d{0,5}/[1-9]\d{0,5}", cfg.part) else (1, 0))
+    if k > n:
+        raise ValueError(f"--part={cfg.part}: expected K/N with K from 1 to N, such as 3/16")
     data.get_tokenizer(cfg.tokenizer)  # raises if it cannot be downloaded
-    folder = Path(cfg.out_dir)
+    folder = Path(cfg.out_dir if n == 1 else f"{Path(cfg.out_dir)}-{k:0{len(str(n))}}-of-{n}")
     manifest = data.read_manifest(folder)
-    source, paths = find_source(cfg.data, folder, manifest)
+    source, paths = find_source(cfg.data, k, n, manifest)
     settings = dict(tokenizer=cfg.tokenizer, shard_size=cfg.shard_size, max_tokens=cfg.max_tokens or 0)
-    settings |= dict(source=source, field=cfg.field)
+    settings |= dict(source=source, field=cfg.field, part=dict(k=k, n=n))
     empty = dict(n_tokens=0, n_documents=0, n_skipped=0, shards=[], next=data.NEXT)
     manifest = manifest or dict(complete=False) | settings | empty
-    manifest.setdefault("field", "text")  # an old manifest has none
     for name, value in settings.items():
         if (old := manifest.get(name)) != value:
             raise ValueError(f"{folder} was begun with {name}={old}, not {value}: change --out_dir")
@@ -329,13 +336,14 @@ def main(cfg: Config) -> None:
         data.open_shard(folder / entry["file"])  # raises if it is missing or truncated
     if not manifest["complete"]:
         write_missing(cfg, folder, manifest, paths)
-    n_val, *n_train = [entry["n_tokens"] for entry in manifest["shards"]]
+    n_val, n_last = (0 if k > 1 else manifest["shards"][0]["n_tokens"]), manifest["shards"][-1]["n_tokens"]
+    n_train = manifest["n_tokens"] - n_val
     print(f"{folder}: {manifest['n_documents']:,} documents; {manifest['n_skipped']:,} without text in UTF-8 skipped")
-    print(f"tokens: {n_val:,} for validation, {sum(n_train):,} for training, {n_train[-1]:,} of them in the last shard")
-    small = sum(n_train) < 2**19  # tokens per step of the default configuration of train_gpt2.py
+    print(f"tokens: {n_val:,} for validation, {n_train:,} for training, {n_last:,} of them in the last shard")
+    small = n == 1 and n_train < 2**19  # tokens per step of the default configuration of train_gpt2.py
     command = f"train_gpt2.py demo --out_dir=out/{folder.name}" if small else "train_gpt2.py"
-    command = f"next: python {command} --data={folder} --tokenizer={cfg.tokenizer}"
-    print(command if n_val > 256 else f"{n_val} tokens are too few for validation: the demo needs 257")
+    shards = folder if n == 1 else f"'{Path(cfg.out_dir)}-*-of-{n}'"  # all parts
+    print(f"next: python {command} --data={shards} --tokenizer={cfg.tokenizer}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Writes a checkpoint that every script reads, and report.json with the metrics of
 
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import tiktoken
@@ -29,7 +28,7 @@ from neogpt import checkpoint, config, data, files, model, runtime, training
 class EvalConfig:
     """Constants of calibration and evaluation, also for tools/compare.py."""
 
-    data: str = "edu_fineweb10B"  # calibration and validation text: folder of token shards, or one .txt file
+    data: str = "edu_fineweb10B"  # calibration and validation text: as in train_gpt2.py
     n_sequences: int = 128  # calibration sequences (16 are nearly as good: arXiv:2306.11695, figure 2)
     B: int = 8  # sequences per forward pass
     seed: int = 1337  # selects the calibration sequences
@@ -120,8 +119,6 @@ def load_data(
     cfg: EvalConfig, T: int, tokenizer: tiktoken.Encoding, rt: runtime.Runtime
 ) -> tuple[Tensor, data.Windows, hellaswag.Questions | None]:
     """Calibration tokens (n_sequences, T) from the training split, the validation windows, and HellaSwag."""
-    if Path(cfg.data).is_dir():
-        data.check_shards(cfg.data, tokenizer.n_vocab)
     train, val = (data.Windows(shards, T) for shards in data.open_data(cfg.data, tokenizer))
     if len(train) < cfg.n_sequences:
         found = f"{len(train)}, the number of training sequences of {T} tokens in {cfg.data}"

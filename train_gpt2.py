@@ -11,7 +11,6 @@ losses, bit for bit; on another number of devices it sees the same batches.
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import tiktoken
@@ -25,7 +24,7 @@ from neogpt.run import Run
 
 @dataclass(frozen=True)
 class Config:
-    data: str = "edu_fineweb10B"  # folder of token shards (python fineweb.py), or one .txt file
+    data: str = "edu_fineweb10B"  # folder of token shards (fineweb.py), several ('edu-*' or A,B), or one .txt file
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # of the shards, or for the .txt file
     out_dir: str = "out/gpt2"  # where log.txt and checkpoints go
     init_from: str = ""  # start from the weights of this checkpoint; "": random weights
@@ -243,9 +242,8 @@ def main(cfg: Config) -> None:
     n = cfg.total_batch_size // cfg.T  # sequences per step
     per_rank = n // rt.world_size
     tokenizer = data.get_tokenizer(cfg.tokenizer)
-    if Path(cfg.data).is_dir():
-        data.check_shards(cfg.data, tokenizer.n_vocab, rt.rank, rt.world_size, partial(runtime.barrier, rt))
-    train, val = (data.Windows(part, cfg.T, tokenizer.n_vocab) for part in data.open_data(cfg.data, tokenizer))
+    splits = data.open_data(cfg.data, tokenizer, rt.rank, rt.world_size, partial(runtime.barrier, rt))
+    train, val = (data.Windows(shards, cfg.T, tokenizer.n_vocab) for shards in splits)
     run = Run(cfg, "pretraining", tokenizer, rt)
     rt = run.rt
     raw = build_model(cfg, tokenizer, run.resumed).to(rt.device)

@@ -1,16 +1,17 @@
 """Tokenizers, token shards on disk, and the order in which training reads them.
 
 A data folder holds shards of uint16 token ids, `*train*` and `*val*`: `.npy` files of fineweb.py or build-nanogpt, or
-llm.c's `.bin`. A text file can take the place of a folder. The order depends on the seed and on the position, which
-counts sequences, but not on the number of devices or the micro-batch size.
+llm.c's `.bin`. A text file or several folders can take the place of a folder. The order depends on the seed and on the
+position, which counts sequences, but not on the number of devices or the micro-batch size.
 """
 
 import contextlib
+import glob
 import json
 import os
 import re
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,9 +23,10 @@ import tiktoken
 from neogpt import config, files
 
 EOT = "<|endoftext|>"  # the first token of every document; in a text file it separates documents
-MANIFEST = "manifest.json"
+MANIFEST, CHECKED = "manifest.json", "checked.json"  # what fineweb.py wrote; the latest successful check
 # what manifest.json has, for files.matches; "next" is where an incomplete one continues
-MANIFEST_KEYS = dict(tokenizer="", complete=True, n_tokens=0, n_documents=0, n_skipped=0)
+OLD_MANIFEST = dict(field="text", part=dict(k=1, n=1))  # keys that an old one lacks
+MANIFEST_KEYS = OLD_MANIFEST | dict(tokenizer="", complete=True, n_tokens=0, n_documents=0, n_skipped=0)
 MANIFEST_KEYS |= dict(shards=[dict(file="", n_tokens=0, crc32=0)], source=dict(data="", files=[dict(name="", size=0)]))
 NEXT = dict(file=0, document=0, token=0)
 Item = TypeVar("Item")
@@ -33,12 +35,9 @@ Item = TypeVar("Item")
 def get_tokenizer(name: str) -> tiktoken.Encoding:
     """The tokenizer "gpt2" (50257 ids, end-of-text 50256) or "bytes" (257 ids, end-of-text 256, no download)."""
     if name == "bytes":
-        return tiktoken.Encoding(
-            name="bytes",
-            pat_str=r"(?s:.{1,400})",  # short pieces: a piece of several MB would take GBs of memory
-            mergeable_ranks={bytes([byte]): byte for byte in range(256)},
-            special_tokens={EOT: 256},
-        )
+        pattern = r"(?s:.{1,400})"  # short pieces: a piece of several MB would take GBs of memory
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return tiktoken.Encoding(name="bytes", pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: 256})
     if name != "gpt2":
         raise ValueError(f"unknown tokenizer {name!r}: expected 'gpt2' or 'bytes'")
     folder = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(config.ROOT / ".cache" / "tiktoken"))
@@ -50,10 +49,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # requests and tiktoken raise many kinds
-        raise OSError(
-            f"cannot download the GPT-2 vocabulary: copy {names[0]} (vocab.bpe) and {names[1]} (encoder.json) from "
-            f"another machine's cache into {folder}"
-        ) from error
+        problem = f"cannot download the GPT-2 vocabulary ({names[0]}, vocab.bpe, and {names[1]}, encoder.json)"
+        raise OSError(f"{problem}: copy both files from another machine's cache into {folder}") from error
 
 
 def encode_document(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:
@@ -69,6 +66,9 @@ class Shard(NamedTuple):
     n_tokens: int
     offset: int = 0
     tokens: np.ndarray | None = None
+
+
+Splits = tuple[list[Shard], list[Shard]]  # training, validation
 
 
 def open_shard(path: Path) -> Shard:
@@ -95,34 +95,19 @@ def open_shard(path: Path) -> Shard:
 
 
 def read_manifest(folder: str | Path) -> dict | None:
-    """The manifest.json that fineweb.py wrote; None if there is none, as with shards of other tools. Raises ValueError
-    if it is damaged.
-    """
+    """The manifest.json of fineweb.py; None if there is none, as with other shards. Raises ValueError if damaged."""
     path = Path(folder) / MANIFEST
     if not path.exists():
         return None
-    with contextlib.suppress(ValueError, RecursionError):  # not JSON
-        manifest = json.loads(path.read_bytes())
-        valid = files.matches(manifest, MANIFEST_KEYS)
+    with contextlib.suppress(ValueError, RecursionError, LookupError, TypeError):  # not JSON, or not a manifest
+        manifest = OLD_MANIFEST | json.loads(path.read_bytes())
+        valid = files.matches(manifest, MANIFEST_KEYS | ({} if manifest["complete"] else dict(next=NEXT)))
         # a name is not a path: shards are read from this folder only
         valid = valid and all(Path(entry["file"]).name == entry["file"] for entry in manifest["shards"])
-        if valid and manifest["complete"]:
-            valid = len(manifest["shards"]) > 1
-        elif valid:
-            valid = files.matches(manifest.get("next"), NEXT)
-            valid = valid and manifest["next"]["file"] < len(manifest["source"]["files"])
-        if valid:
+        valid = valid and (manifest["complete"] or manifest["next"]["file"] < len(manifest["source"]["files"]))
+        if valid and len(manifest["shards"]) >= manifest["complete"]:
             return manifest
     raise ValueError(f"cannot use {path}: it is damaged; restore it, or remove it to use the shards unchecked")
-
-
-def list_shards(folder: Path) -> tuple[list[Shard], list[Shard]]:
-    """The training and the validation shards of a folder, sorted by name; headers and sizes are checked."""
-    paths = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".bin"))
-    train, val = ([open_shard(p) for p in paths if split in p.name] for split in ("train", "val"))
-    if not train or not val:
-        raise ValueError(f"{folder} has {len(train)} training and {len(val)} validation shards: run python fineweb.py")
-    return train, val
 
 
 def read_tokens(shard: Shard) -> np.ndarray:
@@ -153,16 +138,18 @@ def scan_shard(shard: Shard) -> tuple[int, int]:
     return zlib.crc32(tokens), int(tokens.max(initial=0))
 
 
-def check_shards(
-    folder: str | Path, n_tokens: int, rank: int = 0, world_size: int = 1, barrier: Callable[[], None] = lambda: None
-) -> None:
-    """Check every shard; each rank reads its share. Raises ValueError or OSError if a shard is missing, differs from
-    the manifest, or has an id >= n_tokens. `checked.json` stores the sizes and modification times of a successful check
-    of all ranks; until they change, nothing is read. barrier: waits for the other ranks.
+def open_folder(folder: Path, tokenizer: tiktoken.Encoding, rank: int, world_size: int, barrier: Callable) -> Splits:
+    """The (training, validation) shards of a folder, sorted by name. Each rank reads its share of them, and raises
+    ValueError or OSError if a shard is missing, differs from the manifest, or has an id that the tokenizer has not.
+    `checked.json` stores the sizes and modification times of a successful check of all ranks; until they change,
+    nothing is read. barrier: waits for the other ranks.
     """
-    folder, cache = Path(folder), Path(folder) / "checked.json"
-    shards = {shard.path.name: shard for split in list_shards(folder) for shard in split}
-    manifest = read_manifest(folder) or {"complete": True, "shards": []}
+    paths = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".bin"))
+    train, val = ([open_shard(p) for p in paths if split in p.name] for split in ("train", "val"))
+    shards, n_tokens, cache = {shard.path.name: shard for shard in train + val}, tokenizer.n_vocab, folder / CHECKED
+    manifest = read_manifest(folder) or {"complete": True, "shards": [], "tokenizer": tokenizer.name}
+    if manifest["tokenizer"] != tokenizer.name:
+        raise ValueError(f"{folder} was written with --tokenizer={manifest['tokenizer']}, not {tokenizer.name}")
     if not manifest["complete"]:
         raise ValueError(f"{folder} is incomplete: run the same `python fineweb.py` command again to continue")
     listed = {entry["file"]: (entry["n_tokens"], entry["crc32"]) for entry in manifest["shards"]}
@@ -185,6 +172,7 @@ def check_shards(
     if rank == 0 and unchecked:
         with contextlib.suppress(OSError):  # the folder can be read-only
             files.write_json(cache, state)
+    return train, val
 
 
 def split_documents(text: bytes) -> list[bytes]:
@@ -192,7 +180,7 @@ def split_documents(text: bytes) -> list[bytes]:
     return [part for part in re.split(rb"\n?" + re.escape(EOT.encode()) + rb"\n?", text) if part]
 
 
-def read_text(path: Path, tokenizer: tiktoken.Encoding) -> tuple[list[Shard], list[Shard]]:
+def read_text(path: Path, tokenizer: tiktoken.Encoding) -> Splits:
     """Tokenize a text file into a training and a validation shard in memory: the last 10 % of the documents are for
     validation. A single document is split by characters.
     """
@@ -204,23 +192,40 @@ def read_text(path: Path, tokenizer: tiktoken.Encoding) -> tuple[list[Shard], li
     if len(documents) < 2:
         text = "".join(documents)
         documents = [text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]]
-    n = int(0.9 * len(documents))
-    encoded = [encode_document(tokenizer, document) for document in documents]
+    encoded, n = [encode_document(tokenizer, document) for document in documents], int(0.9 * len(documents))
     train, val = np.concatenate(encoded[:n]), np.concatenate(encoded[n:])
     return [Shard(path, len(train), 0, train)], [Shard(path, len(val), 0, val)]
 
 
-def open_data(path: str | Path, tokenizer: tiktoken.Encoding) -> tuple[list[Shard], list[Shard]]:
-    """The (training, validation) shards of a folder or a text file. Call `check_shards` on a folder first."""
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no data in {path}: run `python fineweb.py` to write shards, or use --data=FILE.txt")
-    if path.is_file():
-        return read_text(path, tokenizer)
-    manifest = read_manifest(path)
-    if manifest and manifest["tokenizer"] != tokenizer.name:
-        raise ValueError(f"{path} was written with --tokenizer={manifest['tokenizer']}, not {tokenizer.name}")
-    return list_shards(path)
+def find_folders(source: str) -> list[Path]:
+    """The folders that `source` names, sorted by name: one path, or patterns separated by commas. Raises OSError for a
+    pattern without folders, and ValueError if a part that `fineweb.py --part` writes is missing or there twice.
+    """
+    folders = set()
+    for pattern in [glob.escape(source)] if os.path.exists(source) else source.split(","):
+        if not (found := {Path(path) for path in glob.glob(pattern) if os.path.isdir(path)}):
+            raise OSError(f"no data in {pattern}: run `python fineweb.py` to write shards, or use --data=FILE.txt")
+        folders |= found
+    manifests = filter(None, map(read_manifest, sorted(folders)))
+    parts = Counter((str(m["source"].get("whole")), m["part"]["n"], m["part"]["k"]) for m in manifests)
+    for whole, n, _ in parts:
+        for k in range(1, n + 1):
+            if n > 1 and (count := parts[whole, n, k]) != 1:
+                raise ValueError(f"{count} folders of --data={source} hold part {k}/{n} of {whole}: expected one")
+    return sorted(folders, key=lambda folder: (folder.name, folder))
+
+
+def open_data(
+    source: str, tokenizer: tiktoken.Encoding, rank: int = 0, world_size: int = 1, barrier: Callable = lambda: None
+) -> Splits:
+    """The (training, validation) shards of a text file, or of all folders of `find_folders`, folder by folder."""
+    if os.path.isfile(source):
+        return read_text(Path(source), tokenizer)
+    folders = [open_folder(folder, tokenizer, rank, world_size, barrier) for folder in find_folders(source)]
+    train, val = (sum(shards, []) for shards in zip(*folders))
+    if not train or not val:
+        raise ValueError(f"{source} has {len(train)} training and {len(val)} validation shards: run python fineweb.py")
+    return train, val
 
 
 class Windows:

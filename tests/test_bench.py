@@ -3,8 +3,10 @@
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import harness
 import pyarrow as pa
@@ -15,6 +17,7 @@ import torch
 from neogpt import config, data, model
 from tools import bench, timing
 
+ROW = dict(name="NeoGPT", unit="tok/s", median=3.0, min=2.0, max=4.0, ratio=1.0)
 SETTINGS = dict(models=("tiny",), T=16, B=(2,), total_batch_size=64, steps=2, repeats=3, device="cpu")
 
 
@@ -63,6 +66,13 @@ def test_train(optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert "aten::mm" in capsys.readouterr().out  # one of the operators that take longest
 
 
+def test_the_plain_loop_can_have_another_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, backward = [], bench.training.backward
+    monkeypatch.setattr(bench.training, "backward", lambda *args: seen.append(args[-1].precision) or backward(*args))
+    results("train", tmp_path, repeats=2, steps=1, precision="fp32", plain_precision="bf16")
+    assert seen == ["bf16", "bf16", "fp32", "fp32", "fp32", "fp32", "bf16", "bf16"]  # two micro-batches per step
+
+
 def test_other_measurements(tmp_path: Path) -> None:
     assert results("choices", tmp_path).keys() >= {"default", "manual attention", "bf16", "compiled"}
     found = results("choices", tmp_path, only=("bf16 residual", "heads of 128"))
@@ -70,9 +80,61 @@ def test_other_measurements(tmp_path: Path) -> None:
     rows = str(config.ROOT / "demo" / "hellaswag.jsonl")
     found = results("hellaswag", tmp_path, data=rows, tokenizer="bytes", rows=3, repeats=2)
     assert found.keys() == {"one row at a time", "NeoGPT"}
-    for compile, cache in ((None, {"cache", "cache, compiled"}), (False, {"cache"})):
-        options = dict(new_tokens=20, uncached_stride=3, compile=compile, tokenizer="bytes", B=(1, 3))
-        assert results("sample", tmp_path, **options).keys() == {"no cache", "prefill"} | cache
+    options, ours = (
+        dict(new_tokens=20, uncached_stride=3, B=(1, 3)),
+        {"no cache", "cache", "cache, compiled", "prefill"},
+    )
+    assert results("sample", tmp_path, **options).keys() - {"transformers"} == ours
+    assert results("sample", tmp_path, **options, only=("cache",)).keys() == {"cache"}
+
+
+def shape(text: bytes) -> tuple[int, int]:
+    """Width and height of a PNG file."""
+    assert text[:8] == b"\x89PNG\r\n\x1a\n"
+    return int.from_bytes(text[16:20]), int.from_bytes(text[20:24])
+
+
+@pytest.mark.parametrize("network", [True, False])
+def test_overview(network: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Without a network and without transformers, what needs them is left out."""
+    monkeypatch.setattr(bench, "COPIES", 1)
+    if network:
+        monkeypatch.setattr(bench, "bench_tokenize", lambda cfg: [dict(ROW, name="pool"), dict(ROW, ratio=2.0)])
+        pytest.importorskip("transformers")
+    else:
+        monkeypatch.setattr(bench, "bench_tokenize", mock.Mock(side_effect=OSError("no vocabulary")))
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    out, options = tmp_path / "bench", dict(repeats=2, steps=1, new_tokens=20, rows=2, device="cpu", precision="fp32")
+    bench.main(replace(bench.CONFIGS["overview"], models=("tiny",), out_dir=str(out), **options))
+    rows, found = json.loads((out / "overview.json").read_text())["results"], {}
+    for row in rows:
+        found.setdefault(row["what"], []).append(row["name"])
+    plain, decoders = ["plain PyTorch fp32", "NeoGPT"], ["transformers", "cache"] if network else ["cache"]
+    expected = {"training tiny, Muon": plain, "training tiny, T = 1,024": plain, "decoding tiny, fp32": decoders}
+    expected |= {"decoding tiny, fp32, 8 streams": decoders, "HellaSwag, tiny": ["one row at a time", "NeoGPT"]}
+    assert found == expected | ({"tokenizing": ["pool", "NeoGPT"]} if network else {})
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed and ("left out: no vocabulary" in printed) != network
+    assert min(shape((out / "overview.png").read_bytes())) > 300
+
+
+def test_the_default_precision_is_that_of_the_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = harness.ALONE._replace(precision="bf16")
+    setup = bench.runtime.setup
+
+    def on_a_processor_with_bf16(device: str, precision: str) -> Any:
+        return chosen if precision == "auto" else setup(device, precision)
+
+    seen = []
+    monkeypatch.setattr(bench.runtime, "setup", on_a_processor_with_bf16)
+    monkeypatch.setattr(bench, "COPIES", 1)
+    monkeypatch.setattr(timing, "overview", lambda measurements, rt, path: seen.append((list(measurements), rt)) or [])
+    bench.main(replace(bench.CONFIGS["overview"], device="cpu", out_dir=str(tmp_path)))
+    bench.main(replace(bench.CONFIGS["overview"], device="cpu", out_dir=str(tmp_path), precision="fp32"))
+    decoding = [[name for name in names if "decoding" in name] for names, _ in seen]
+    both = ["decoding gpt2, fp32", "decoding gpt2, bf16", "decoding gpt2, bf16, 8 streams"]
+    assert decoding == [both, ["decoding gpt2, fp32", "decoding gpt2, fp32, 8 streams"]]
+    assert [rt.precision for _, rt in seen] == ["bf16", "fp32"]
 
 
 def test_tokenize(tmp_path: Path) -> None:
@@ -94,10 +156,11 @@ def test_workers_do_not_import_torch() -> None:
 
 
 def test_invalid_options(tmp_path: Path) -> None:
-    cfg = bench.Config(**SETTINGS, out_dir=str(tmp_path))
+    cfg = bench.Config(bench="train", **SETTINGS, out_dir=str(tmp_path))
     harness.refused(bench.main, cfg, "nosuch", "gpt2", models=("nosuch",))
     harness.refused(bench.main, cfg, "repeats", 1, repeats=1)
     harness.refused(bench.main, cfg, "--B=0", B=())
     harness.refused(bench.main, cfg, "total_batch_size", total_batch_size=8)
     harness.refused(bench.main, cfg, "nosuch", "bf16 residual", bench="choices", only=("nosuch",))
+    harness.refused(bench.main, cfg, "--only", "no cache", bench="sample", new_tokens=20, only=("nosuch",))
     harness.refused(bench.main, cfg, "nothing*", bench="tokenize", data=str(tmp_path / "nothing*"))

@@ -11,6 +11,8 @@ import time
 import zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -19,7 +21,7 @@ import tiktoken
 from harness import ENV, ROOT
 
 from neogpt import data
-from neogpt.data import EOT, Shard, Windows, check_shards, get_tokenizer, open_data, open_shard, permute
+from neogpt.data import EOT, Shard, Windows, get_tokenizer, open_data, open_shard, permute
 
 
 def tokens_of(n: int, seed: int, high: int = 256) -> np.ndarray:
@@ -27,7 +29,7 @@ def tokens_of(n: int, seed: int, high: int = 256) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, high, n).astype(np.uint16)
 
 
-WHOLE = dict(tokenizer="bytes", complete=True, n_tokens=9, n_documents=2, n_skipped=0)
+WHOLE = data.OLD_MANIFEST | dict(tokenizer="bytes", complete=True, n_tokens=9, n_documents=2, n_skipped=0)
 WHOLE |= dict(source=dict(data="x", files=[dict(name="x", size=3)]), next=dict(file=0, document=1, token=2))
 
 
@@ -53,6 +55,12 @@ def contents(shard: Shard) -> np.ndarray:
     if shard.tokens is not None:
         return shard.tokens
     return np.frombuffer(shard.path.read_bytes()[shard.offset :], dtype="<u2")
+
+
+def check_shards(folder: Path, n_tokens: int = 257, rank: int = 0, world_size: int = 1, wait: Any = int) -> None:
+    """data.open_data with a tokenizer of n_tokens ids."""
+    tokenizer = SimpleNamespace(name="bytes", n_vocab=n_tokens)
+    data.open_data(str(folder), tokenizer, rank, world_size, wait)
 
 
 def refused(folder: Path, *words: str, n_tokens: int = 257) -> None:
@@ -143,7 +151,7 @@ def test_shards_of_build_nanogpt_and_llmc(tmp_path: Path) -> None:
     made = {name: tokens_of(50 + i, i, 50257) for i, name in enumerate(names)}
     for name in reversed(names):
         (tmp_path / name).write_bytes(npy(made[name]) if name.endswith(".npy") else llmc(made[name]))
-    train, val = data.list_shards(tmp_path)
+    train, val = open_data(str(tmp_path), SimpleNamespace(name="gpt2", n_vocab=50257))
     assert [[shard.path.name for shard in shards] for shards in (train, val)] == [names[:3], names[3:]]
     for shard in train + val:
         assert np.array_equal(contents(shard), made[shard.path.name])
@@ -195,8 +203,8 @@ def test_every_damaged_header_is_refused_or_harmless(tmp_path: Path) -> None:
 def test_manifest_decides_what_is_accepted(tmp_path: Path) -> None:
     shards = two_shards() | {"train_000002.npy": tokens_of(30, 3)}
     folder = write_folder(tmp_path / "d", shards, complete=True)
-    check_shards(folder, 257)
-    train, val = open_data(folder, get_tokenizer("bytes"))
+    check_shards(folder)
+    train, val = open_data(str(folder), get_tokenizer("bytes"))
     assert [shard.n_tokens for shard in train + val] == [300, 30, 100]
     np.save(folder / "train_000007.npy", tokens_of(300, 99))  # not listed
     refused(folder, "train_000007.npy")
@@ -207,7 +215,65 @@ def test_manifest_decides_what_is_accepted(tmp_path: Path) -> None:
     refused(write_folder(tmp_path / "train", {"train_000001.npy": tokens_of(300, 2)}), "validation")
     folder = write_folder(tmp_path / "gpt2", two_shards(), tokenizer="gpt2")
     with pytest.raises(ValueError, match="gpt2.*bytes"):
-        open_data(folder, get_tokenizer("bytes"))
+        open_data(str(folder), get_tokenizer("bytes"))
+
+
+def test_several_folders_are_read_as_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    everything, names = {"train": [], "val": []}, ["edu-10", "edu-2", "other"]  # in the order of reading
+    for name, where in zip(names, ("b", "a", ".")):  # the parent folder does not change the order
+        (tmp_path / where).mkdir(exist_ok=True)
+        shards = {f"train_{i:06d}.npy": tokens_of(int(rng.integers(20, 90)), int(rng.integers(99))) for i in range(3)}
+        shards |= {"val_000000.npy": tokens_of(40, 7)} if name == "other" else {}
+        write_folder(tmp_path / where / name, shards)
+        for file, tokens in sorted(shards.items()):
+            everything[file.split("_")[0]].append(tokens)
+    one = write_folder(
+        tmp_path / "one", {f"{split}_{i:06d}.npy": t for split, part in everything.items() for i, t in enumerate(part)}
+    )
+    tokenizer = get_tokenizer("bytes")
+    expected = [Windows(shards, 8) for shards in open_data(str(one), tokenizer)]
+    order = data.windows_at(5, 60, len(expected[0]), 3)
+    for source in (f"{tmp_path}/?/edu-*,{tmp_path}/other", f"{tmp_path}/other,{tmp_path}/./a/*,{tmp_path}/[ab]/edu*"):
+        found = [Windows(shards, 8) for shards in open_data(source, tokenizer)]
+        for a, b in zip(found, expected):
+            assert len(a) == len(b) and data.fingerprint(a.shards) == data.fingerprint(b.shards)
+        assert np.array_equal(found[0].read(order), expected[0].read(order))
+
+
+def test_folders_that_do_not_belong_together(tmp_path: Path) -> None:
+    def write(name: str, k: int, n: int = 3, **changes: object) -> None:
+        shards = two_shards() if k == 1 else {"train_000000.npy": tokens_of(30, k)}
+        source = WHOLE["source"] | dict(whole="x (checksum 1)")
+        write_folder(tmp_path / name, shards, **dict(part=dict(k=k, n=n), source=source) | changes)
+
+    def refused_data(source: str, *words: str) -> None:
+        with pytest.raises((ValueError, OSError)) as error:
+            open_data(source, get_tokenizer("bytes"))
+        assert [word for word in words if word not in str(error.value)] == [], error.value
+
+    for k in (1, 2, 3):
+        write(f"p-{k}", k)
+    pattern = str(tmp_path / "p-*")
+    train, val = open_data(pattern, get_tokenizer("bytes"))
+    assert (len(train), len(val)) == (3, 1)
+    refused_data(f"{pattern},{tmp_path}/nothing*", "no data in", "nothing*")
+    refused_data(str(tmp_path / "p-1"), "0 folders", "part 2/3")
+    write("p-copy", 2)
+    refused_data(pattern, "2 folders", "part 2/3 of x")
+    write("p-copy", 3, n=2**40)  # a damaged manifest
+    refused_data(pattern, f"part 1/{2**40}")
+    write("p-copy", 1, n=1, tokenizer="gpt2")
+    refused_data(pattern, "p-copy", "gpt2", "bytes")
+    write("p-copy", 1, n=1, complete=False)
+    refused_data(pattern, "p-copy", "incomplete")
+    for part in (dict(k=1), dict(k=1, n=-1), [1, 3], "1/3"):
+        write("p-copy", 1, part=part)
+        refused_data(pattern, "p-copy", "manifest.json")
+    (tmp_path / "p-copy" / "manifest.json").unlink()
+    open_data(pattern, get_tokenizer("bytes"))
+    (tmp_path / "file.txt").write_text("text")
+    refused_data(str(tmp_path / "file*"), "no data in", "file*")
 
 
 def test_damaged_manifest_is_named(tmp_path: Path) -> None:
@@ -216,7 +282,7 @@ def test_damaged_manifest_is_named(tmp_path: Path) -> None:
     wrong = [dict(file=3), dict(file="../x.npy"), dict(n_tokens=-1), dict(n_tokens="300"), dict(crc32=1.5)]
     valid = WHOLE | dict(shards=[shard, shard])
     values = [valid | dict(shards=[shard, shard | change]) for change in wrong]
-    values += [valid | dict(shards=shards) for shards in ({}, None, [None], [[]], [{}], 3, [shard])]
+    values += [valid | dict(shards=shards) for shards in ({}, None, [None], [[]], [{}], 3, [])]
     incomplete = valid | dict(complete=False, shards=[])
     values += [incomplete | dict(next=following) for following in (None, {}, dict(file=1, document=0, token=0))]
     values += [
@@ -235,17 +301,17 @@ def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     shards = two_shards()
     shards["train_000001.npy"][-1] = 256  # the largest id of the tokenizer
     folder = write_folder(tmp_path / "d", shards)
-    check_shards(folder, 257)
+    check_shards(folder)
     refused(folder, "train_000001.npy", "256", n_tokens=256)  # also from the cache of results
 
 
 def test_checked_shards_are_read_again_only_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path / "d", two_shards(), complete=True)
-    check_shards(folder, 257)
+    check_shards(folder)
     read = []
     scan = data.scan_shard
     monkeypatch.setattr(data, "scan_shard", lambda shard: read.append(shard.path.name) or scan(shard))
-    check_shards(folder, 257)
+    check_shards(folder)
     assert read == []
 
     path = folder / "train_000001.npy"
@@ -287,10 +353,10 @@ def test_cache_of_checks_can_be_damaged_or_read_only(tmp_path: Path, monkeypatch
     folder = write_folder(tmp_path / "d", two_shards(), complete=True)
     for junk in ("", "{", "[]", "null", '{"train_000001.npy": 3}', '{"train_000001.npy": []}'):
         (folder / "checked.json").write_text(junk)
-        check_shards(folder, 257)
+        check_shards(folder)
     (folder / "checked.json").unlink()
     monkeypatch.setattr(data.files, "atomic_write", mock.Mock(side_effect=OSError("Read-only file system")))
-    check_shards(folder, 257)
+    check_shards(folder)
     assert not (folder / "checked.json").exists()
 
 
@@ -327,7 +393,7 @@ def test_fingerprint_depends_on_sizes_and_ends() -> None:
 def test_shards_of_nanogpt(tmp_path: Path) -> None:
     for name, tokens in (("train.bin", TOKENS), ("val.bin", TOKENS[:50])):
         tokens.tofile(tmp_path / name)
-    (train,), (val,) = open_data(tmp_path, get_tokenizer("bytes"))
+    (train,), (val,) = open_data(str(tmp_path), get_tokenizer("bytes"))
     assert (train.n_tokens, val.n_tokens) == (len(TOKENS), 50)
     assert Windows([train], 9).read(np.array([3]))[0].tolist() == TOKENS[27:37].tolist()
     (tmp_path / "train.bin").write_bytes(llmc(TOKENS))  # llm.c's format under this name
@@ -337,7 +403,7 @@ def test_shards_of_nanogpt(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text, train, val", TEXTS, ids=repr)
 def test_documents_of_a_text_file(tmp_path: Path, text: str, train: list[str], val: list[str]) -> None:
     (tmp_path / "a.txt").write_bytes(text.encode("utf-8"))
-    shards = open_data(tmp_path / "a.txt", get_tokenizer("bytes"))
+    shards = open_data(str(tmp_path / "a.txt"), get_tokenizer("bytes"))
     for (shard,), documents in zip(shards, (train, val)):
         assert shard.n_tokens == len(shard.tokens) and shard.tokens.dtype == np.uint16
         assert shard.tokens.tolist() == [i for document in documents for i in [256, *document.encode("utf-8")]]
@@ -348,7 +414,7 @@ def test_missing_and_undecodable_data_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     for name, word in (("missing", "fineweb.py"), ("empty", "fineweb.py"), ("latin.txt", "UTF-8")):
         with pytest.raises((ValueError, OSError), match=word) as error:
-            open_data(tmp_path / name, get_tokenizer("bytes"))
+            open_data(str(tmp_path / name), get_tokenizer("bytes"))
         assert str(tmp_path / name) in str(error.value)
 
 

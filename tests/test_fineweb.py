@@ -81,7 +81,7 @@ def run_and_check(cfg: Config, documents: list[str | None]) -> dict:
     assert manifest["complete"] and manifest["tokenizer"] == "bytes" and manifest["n_tokens"] == len(tokens)
     assert [entry["file"] for entry in manifest["shards"]] == list(shards)
     assert manifest["n_documents"] == sum(map(bool, rows)) == len(rows) - manifest["n_skipped"]
-    data.check_shards(folder, 257)  # sizes and checksums
+    data.open_data(cfg.out_dir, data.get_tokenizer("bytes"))  # checks sizes and checksums
     (folder / "checked.json").unlink()
     return manifest
 
@@ -150,6 +150,57 @@ def test_documents_that_are_not_text_are_skipped(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": values}), tmp_path / "c.parquet")
     expected = [*[None] * len(lines), *documents, None, "no newline", "good", None, "fine"]
     run_and_check(config(tmp_path, tmp_path / "out"), expected)
+
+
+def read_tokens(paths: list[Path]) -> np.ndarray:
+    """The tokens of shards, one after the other."""
+    return np.concatenate([np.load(path) for path in paths])
+
+
+def test_parts_together_equal_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    (tmp_path / "in").mkdir()
+    for i, n in enumerate((150, 1, 220, 80, 90, 200, 120)):
+        write_parquet(tmp_path / "in" / f"{i}.parquet", make_documents(n, seed=i))
+    cfg = config(tmp_path / "in", tmp_path / "edu", shard_size=7000)
+    main(cfg)
+    for k in (2, 3, 1):
+        with monkeypatch.context() as interrupted:  # at the second shard, after the first
+            interrupted.setattr(np, "save", mock.Mock(wraps=np.save, side_effect=[mock.DEFAULT, OSError(28, "full")]))
+            refused(replace(cfg, part=f"{k}/3"), f"edu-{k}-of-3/train_", "full")
+            assert len([*(tmp_path / f"edu-{k}-of-3").glob("*.npy")]) == 1
+        main(replace(cfg, part=f"{k}/3"))
+    folders = [tmp_path / f"edu-{k}-of-3" for k in (1, 2, 3)]
+    manifests = [data.read_manifest(folder) for folder in folders]
+    names = [[entry["name"] for entry in manifest["source"]["files"]] for manifest in manifests]
+    assert names == [["0.parquet", "1.parquet"], ["2.parquet", "3.parquet"], [f"{i}.parquet" for i in (4, 5, 6)]]
+    assert sum(m["n_documents"] for m in manifests) == data.read_manifest(cfg.out_dir)["n_documents"]
+    # in order the parts have the tokens, and therefore the documents, of one run, and the first its validation shard
+    shards = [path for folder in folders for path in [*folder.glob("val*"), *sorted(folder.glob("train*"))]]
+    assert np.array_equal(read_tokens(shards), read_ids(cfg))
+    assert [path.parent for path in shards if path.name.startswith("val")] == folders[:1]
+    assert np.array_equal(np.load(shards[0]), np.load(tmp_path / "edu" / "val_000000.npy"))
+    assert len({manifest["source"]["whole"] for manifest in manifests}) == 1
+    # the command that is printed trains on all parts, if all are there
+    source = capsys.readouterr().out.strip().splitlines()[-1].split("--data=")[1].split()[0].strip("'")
+    train, val = data.open_data(source, data.get_tokenizer("bytes"))
+    assert [shard.path for shard in val + train] == shards
+    shutil.rmtree(folders[1])
+    with pytest.raises(ValueError, match="0 folders .* part 2/3"):
+        data.open_data(source, data.get_tokenizer("bytes"))
+    write_parquet(tmp_path / "in" / "7.parquet", ["new"])
+    main(replace(cfg, part="2/3"))  # of other files
+    with pytest.raises(ValueError, match="part 2/3"):
+        data.open_data(source, data.get_tokenizer("bytes"))
+    for part, words in (("0/3", "K/N"), ("4/3", "K/N"), ("1", "K/N"), ("1/", "K/N"), ("9/9", "8 ")):
+        refused(replace(cfg, part=part), f"{part}", words)
+
+
+def test_parts_of_a_source_that_holds_their_folders(tmp_path: Path) -> None:
+    for i in range(2):
+        (tmp_path / f"{i}.json").write_text(json.dumps([{"text": f"document {i}"}]))
+    for k in (1, 2):
+        main(config(tmp_path, tmp_path / "out", part=f"{k}/2"))
+    assert bytes(np.load(tmp_path / "out-2-of-2" / "train_000000.npy")[1:].astype(np.uint8)) == b"document 1"
 
 
 @pytest.mark.parametrize("n", [2, 59, 60, 61, 120])

@@ -1,13 +1,14 @@
-"""Measure speed: NeoGPT against plain PyTorch or tiktoken code, in alternating repeats.
+"""Measure speed: NeoGPT against plain PyTorch, transformers or tiktoken code, in alternating repeats.
 
+    python -m tools.bench             # an overview of this machine in about five minutes, with a figure
     python -m tools.bench train       # the training step against a plain PyTorch loop; --profile: also the kernels
     python -m tools.bench choices     # the training step with one choice changed at a time
-    python -m tools.bench sample      # prefill, and decoding with and without a KV cache
+    python -m tools.bench sample      # prefill; decoding without a KV cache, by transformers, with a cache
     python -m tools.bench hellaswag   # against scoring one row at a time
     python -m tools.bench tokenize --data='books-*.parquet'    # fineweb.py against a pool of tiktoken processes
 
-Prints a table and writes <out_dir>/<bench>.json with the command, hardware and versions. Rates are the median, smallest
-and largest of all repeats but the first. Our results are in bench/RESULTS.md.
+Prints a table and writes <out_dir>/<bench>.json with the command, hardware and versions (overview: and a PNG figure).
+Rates are the median, smallest and largest of all repeats but the first. Our results are in bench/RESULTS.md.
 """
 
 import contextlib
@@ -26,7 +27,6 @@ from neogpt import config, data, files
 
 if multiprocessing.parent_process() is None:  # the workers of `tokenize` import this file too, but need no torch
     import numpy as np
-    import pyarrow.parquet
     import torch
 
     import fineweb
@@ -38,9 +38,10 @@ if multiprocessing.parent_process() is None:  # the workers of `tokenize` import
 
 @dataclass(frozen=True)
 class Config:
-    bench: Literal["train", "choices", "sample", "hellaswag", "tokenize"] = "train"  # what to measure
-    data: str = str(config.ROOT / "input.txt")  # text or shards; hellaswag: rows; tokenize: parquet files
+    bench: Literal["overview", "train", "choices", "sample", "hellaswag", "tokenize"] = "overview"  # what to measure
+    data: str = str(config.ROOT / "input.txt")  # text or shards; hellaswag: rows; tokenize: parquet or text files
     tokenizer: Literal["gpt2", "bytes"] = "bytes"  # of the data
+    n_tokens: int | None = None  # vocabulary of the model; None: that of the tokenizer
     models: tuple[str, ...] = ("demo",)  # names of model.SIZES; the weights are random
     T: int = 256  # sequence length, tokens
     B: tuple[int, ...] = (8,)  # sequences per forward pass
@@ -49,47 +50,49 @@ class Config:
     steps: int = 10  # optimizer steps per repeat
     repeats: int = 7  # the first one warms up and is not counted
     new_tokens: int = 512  # sample: generated after each prompt
-    prompt_tokens: int = 16  # sample: length of the prompts, of random ids
     uncached_stride: int = 64  # sample: without a cache, measure only every uncached_stride-th length
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
-    compile: bool | None = None  # None: as in train_gpt2.py; sample: both with and without
+    plain_precision: Literal["", "bf16", "fp32"] = ""  # train: of the plain loop; "": as NeoGPT
+    compile: bool | None = None  # None: as in train_gpt2.py
     profile: bool = False  # train: in one more repeat, print the 30 kernels (on a CPU: operators) that take longest
-    only: tuple[str, ...] = ()  # choices: only these, besides the default
+    only: tuple[str, ...] = ()  # choices: only these, besides the default; sample: only these
     workers: int | None = None  # tokenize: processes; None: one per core
     rows: int = 40  # hellaswag: rows per repeat, evenly spaced in the file
     out_dir: str = "out/bench"  # folder of <bench>.json
 
 
 CONFIGS = {
-    "train": Config(),
+    "overview": Config(models=("demo", "gpt2"), repeats=6, steps=5, new_tokens=128, rows=60, plain_precision="fp32"),
+    "train": Config(bench="train"),
     "choices": Config(bench="choices", repeats=4),
     "sample": Config(bench="sample", models=("gpt2",), B=(1, 8), repeats=4),
     "hellaswag": Config(bench="hellaswag", data="", tokenizer="gpt2", models=("gpt2",), repeats=4),
     "tokenize": Config(bench="tokenize", data="*.parquet", tokenizer="gpt2", repeats=4),
 }
+COPIES = 12  # of the text, 1 MB, that the overview tokenizes: the start of the workers must not count
 
 
 def build_model(cfg: Config, name: str, **changes: Any) -> tuple:
-    """A GPT on the device, its tokenizer, and the Runtime. changes: to the GPTConfig."""
+    """A GPT on the device, the tokenizer, and the Runtime. changes: to the GPTConfig."""
     if name not in model.SIZES:
         raise ValueError(f"--models {name}: expected names of {', '.join(model.SIZES)}")
     rt, tokenizer = runtime.setup(cfg.device, cfg.precision), data.get_tokenizer(cfg.tokenizer)
-    vocabulary = dict(n_tokens=tokenizer.n_vocab, vocab_size=model.pad_vocab(tokenizer.n_vocab))
+    vocabulary = dict(n_tokens=(n := cfg.n_tokens or tokenizer.n_vocab), vocab_size=model.pad_vocab(n))
     torch.manual_seed(0)
     return model.GPT(model.GPTConfig(**model.SIZES[name] | vocabulary | changes)).to(rt.device), tokenizer, rt
 
 
 def training_loops(cfg: Config, name: str, B: int, deterministic: bool = True, **changes: Any) -> tuple:
-    """A GPT, the Runtime, a plain training loop and NeoGPT's. Both loops train this one model, because the speed of two
-    copies can differ by 5 %, and return the number of tokens. B: sequences per forward pass. deterministic: of CUDA
-    kernels. name, changes: as in `build_model`.
+    """A GPT, the Runtime, a plain training loop and NeoGPT's. Both train this model, as the speed of two copies can
+    differ by 5 %, and return the number of tokens. B: sequences per forward pass. name, changes: as in `build_model`.
     """
     raw, tokenizer, rt = build_model(cfg, name, block_size=cfg.T, **changes)
     n, is_cuda = cfg.total_batch_size // cfg.T, rt.device.type == "cuda"  # n: sequences per step
     train = data.Windows(data.open_data(cfg.data, tokenizer)[0], cfg.T)
     optimizers = optim.make_optimizers(raw, optimizer=cfg.optimizer, weight_decay=0.1)
     net = runtime.wrap(raw, rt, is_cuda if cfg.compile is None else cfg.compile)
+    plain_rt = rt._replace(precision=cfg.plain_precision or rt.precision)
 
     def read(step: int) -> training.Batch:  # as in train_gpt2.py
         xy = torch.from_numpy(train.read(data.windows_at(step * n, n, len(train), seed=0)))
@@ -100,7 +103,7 @@ def training_loops(cfg: Config, name: str, B: int, deterministic: bool = True, *
         batch = read(0)
         for _ in range(cfg.steps):
             for micro_batch in batch.micro_batches:
-                training.backward(net, micro_batch, train_gpt2.loss_fn, 1 / batch.n_tokens, rt)
+                training.backward(net, micro_batch, train_gpt2.loss_fn, 1 / batch.n_tokens, plain_rt)
             torch.nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
             for optimizer in optimizers:
                 optimizer.step()  # with the learning rate that `neogpt` has set
@@ -109,13 +112,12 @@ def training_loops(cfg: Config, name: str, B: int, deterministic: bool = True, *
 
     def neogpt() -> int:  # prefetched batches; losses are read one step late, as in a run on CUDA
         runtime.set_determinism(deterministic and is_cuda)
-        settings, result = dict(lr=1e-4, grad_clip=1.0, rt=rt), None
+        settings, read_loss = dict(lr=1e-4, grad_clip=1.0, rt=rt), int
         for batch in data.prefetch(read, 0, cfg.steps):
-            previous = result
-            result = training.train_step(net, optimizers, batch.micro_batches, train_gpt2.loss_fn, **settings)
-            if previous:
-                previous()
-        result()
+            step = training.train_step(net, optimizers, batch.micro_batches, train_gpt2.loss_fn, **settings)
+            read_loss()
+            read_loss = step
+        read_loss()
         return cfg.steps * batch.n_tokens
 
     return raw, rt, plain, neogpt
@@ -126,12 +128,11 @@ def bench_train(cfg: Config, name: str, B: int) -> list[dict]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     raw, rt, plain, neogpt = training_loops(cfg, name, B)
-    rows = timing.run_alternating({"plain PyTorch": plain, "NeoGPT": neogpt}, cfg.repeats, "tok/s")
-    peak, flops = runtime.peak_flops(rt.device), raw.flops_per_token(cfg.T)
-    n_tokens = cfg.total_batch_size // cfg.T * cfg.T  # per step
-    for row in rows:
-        row |= dict(ms=1e3 * n_tokens / row["median"], mfu=flops * row["median"] / peak if peak else None)
-    rows[1] |= dict(peak_gb=torch.cuda.max_memory_allocated() / 1e9)
+    variants = {f"plain PyTorch {cfg.plain_precision}".strip(): plain, "NeoGPT": neogpt}
+    rows = timing.run_alternating(variants, cfg.repeats, "tok/s")
+    rate, peak = rows[1]["median"], runtime.peak_flops(rt.device)
+    rows[1] |= dict(ms=1e3 * cfg.total_batch_size / rate, peak_gb=torch.cuda.max_memory_allocated() / 1e9)
+    rows[1] |= dict(mfu=raw.flops_per_token(cfg.T) * rate / peak if peak else None)
     print(", ".join(f"{key} {rows[1][key]:,.3g}" for key in ("ms", "mfu", "peak_gb") if rows[1][key]), flush=True)
     if cfg.profile:
         with torch.profiler.profile() as profiler:
@@ -147,7 +148,7 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
     rt = runtime.setup(cfg.device, cfg.precision)
     compile = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
     precision = "fp32" if rt.precision == "bf16" else "bf16"
-    choices = {  # Config, and arguments of training_loops
+    choices = {  # Config, and options of training_loops
         "default": (cfg, {}),
         "not deterministic": (cfg, dict(deterministic=False)),
         "bf16 residual": (cfg, dict(residual="bf16")),
@@ -155,39 +156,36 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
         "heads of 128": (cfg, dict(n_head=max(1, model.SIZES[name]["n_embd"] // 128))),
         "manual attention": (cfg, dict(attention="manual")),
         "GELU tanh": (cfg, dict(gelu="tanh")),
-        "GELU erf": (cfg, dict(gelu="erf")),
         precision: (replace(cfg, precision=precision), {}),
         "not compiled" if compile else "compiled": (replace(cfg, compile=not compile), {}),
     }
     if unknown := set(cfg.only) - set(choices):
         raise ValueError(f"--only {unknown.pop()!r}: expected some of {', '.join(choices)}")
-    variants = {}
-    for choice, (changed, arguments) in choices.items():
-        if not cfg.only or choice in ("default", *cfg.only):
-            *_, variants[choice] = training_loops(changed, name, B, **arguments)
+    chosen = {choice: choices[choice] for choice in ("default", *(cfg.only or choices))}
+    variants = {choice: training_loops(c, name, B, **options)[-1] for choice, (c, options) in chosen.items()}
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
 
 
 def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
-    """Prefill, and decoding with a KV cache against recomputing all tokens for each new one."""
+    """Prefill, and decoding with a KV cache against recomputing all tokens for each new one, and transformers."""
     raw, _, rt = build_model(cfg, name)
     if rt.precision == "bf16":
         generate.cast_linears(raw, torch.bfloat16)
     ids = torch.randint(raw.config.n_tokens, (B, raw.config.block_size)).tolist()
-    prompts, long_prompts = [row[: cfg.prompt_tokens] for row in ids], [row[:512] for row in ids]
+    prompts, long_prompts = [row[:16] for row in ids], [row[:512] for row in ids]
 
     def decode(compile: bool) -> tuple[int, float]:
-        steps = generate.generate(raw, prompts, cfg.new_tokens, temperature=0, compile=compile)
+        start, steps = timing.clock(), generate.generate(raw, prompts, cfg.new_tokens, temperature=0, compile=compile)
         with rt.autocast():
-            for _ in range(generate.CHUNK.get(rt.device.type, 1)):  # not timed: prefill and capture of the CUDA graph
+            for _ in range(generate.CHUNK.get(rt.device.type, 0)):  # not timed: capture of the CUDA graph
                 next(steps)
-            start = timing.clock()
+                start = timing.clock()
             return B * sum(1 for _ in steps), start
 
     @torch.no_grad()
     def uncached() -> int:
         window = torch.tensor(ids, device=rt.device)
-        lengths = range(cfg.prompt_tokens, cfg.prompt_tokens + cfg.new_tokens, cfg.uncached_stride)
+        lengths = range(16, 16 + cfg.new_tokens, cfg.uncached_stride)
         with rt.autocast():
             for length in lengths:
                 raw.lm_head(raw.trunk(window[:, :length])[:, -1]).argmax(-1).tolist()
@@ -199,10 +197,11 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
             generate.prefill(raw, long_prompts, generate.KVCache(raw.config.n_layer, raw.config.block_size))
         return sum(map(len, long_prompts))
 
-    variants = {"no cache": uncached, "cache": lambda: decode(False), "cache, compiled": lambda: decode(True)}
-    if cfg.compile is not None:
-        del variants["cache" if cfg.compile else "cache, compiled"]
-    return timing.run_alternating(variants | {"prefill": prefill}, cfg.repeats, "tok/s")
+    variants = {"no cache": uncached}
+    if importlib.util.find_spec("transformers"):
+        variants["transformers"] = timing.transformers_decoder(raw, prompts, cfg.new_tokens, rt)
+    variants |= {"cache": lambda: decode(False), "cache, compiled": lambda: decode(True), "prefill": prefill}
+    return timing.run_alternating(variants, cfg.repeats, "tok/s", cfg.only)
 
 
 def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
@@ -236,7 +235,7 @@ def bench_tokenize(cfg: Config) -> list[dict]:
     paths = sorted(glob.glob(cfg.data))
     if not paths:
         raise ValueError(f"--data={cfg.data}: no such files; give a pattern of parquet files")
-    texts = [text for path in paths for text in pyarrow.parquet.read_table(path)["text"].to_pylist() if text]
+    texts = [t.decode() for path in paths for part in fineweb.read_file(Path(path), "text") for t in part if t]
 
     def plain() -> int:
         with multiprocessing.Pool(cfg.workers) as pool:
@@ -255,20 +254,39 @@ def bench_tokenize(cfg: Config) -> list[dict]:
     return timing.run_alternating(variants, cfg.repeats, "tok/s")
 
 
+def bench_overview(cfg: Config) -> list[dict]:
+    """Every stage with default options, against plain PyTorch in fp32, transformers, tiktoken, or one row at a time."""
+    small, large, questions = cfg.models[0], cfg.models[-1], f"{config.ROOT}/demo/hellaswag.jsonl"
+    rt = runtime.setup(cfg.device, cfg.precision)
+    gpt2 = replace(cfg, n_tokens=50257, T=1024, total_batch_size=1024, steps=1, only=("transformers", "cache"))
+    with tempfile.TemporaryDirectory() as folder:
+        (text := Path(folder, "texts.txt")).write_bytes(Path(cfg.data).read_bytes() * COPIES)
+        measurements = {
+            "tokenizing": lambda: bench_tokenize(replace(cfg, data=str(text))),  # first: it forks
+            f"training {small}, Muon": lambda: bench_train(replace(cfg, optimizer="muon"), small, 8),
+            f"training {large}, T = 1,024": lambda: bench_train(gpt2, large, 1),
+            f"decoding {large}, fp32": lambda: bench_sample(replace(gpt2, precision="fp32"), large, 1),
+            f"decoding {large}, {rt.precision}": lambda: bench_sample(gpt2, large, 1),  # instead, if it is fp32
+            f"decoding {large}, {rt.precision}, 8 streams": lambda: bench_sample(gpt2, large, 8),
+            f"HellaSwag, {small}": lambda: bench_hellaswag(replace(cfg, data=questions), small, 1),
+        }
+        return timing.overview(measurements, rt, Path(cfg.out_dir) / "overview.png")
+
+
 PER_MODEL = dict(train=bench_train, choices=bench_choices, sample=bench_sample, hellaswag=bench_hellaswag)
 
 
 def main(cfg: Config) -> None:
     """Run one measurement and write its results."""
     config.require("[1, inf)", T=cfg.T, B=min(cfg.B, default=0), steps=cfg.steps, rows=cfg.rows, workers=cfg.workers)
-    config.require("[1, inf)", prompt_tokens=cfg.prompt_tokens, uncached_stride=cfg.uncached_stride)
+    config.require("[1, inf)", uncached_stride=cfg.uncached_stride, n_tokens=cfg.n_tokens)
     config.require("[2, inf)", repeats=cfg.repeats)
     config.require("[17, inf)", new_tokens=cfg.new_tokens)  # the first tokens are not timed
     config.require(f"[{cfg.T}, inf)", total_batch_size=cfg.total_batch_size)
     files.make_folder(cfg.out_dir)
     write = functools.partial(timing.write_json, Path(cfg.out_dir) / f"{cfg.bench}.json", config=asdict(cfg))
-    if cfg.bench == "tokenize":
-        return write(results=bench_tokenize(cfg))
+    if cfg.bench not in PER_MODEL:
+        return write(results=bench_tokenize(cfg) if cfg.bench == "tokenize" else bench_overview(cfg))
     rows = []
     for name, B in itertools.product(cfg.models, cfg.B):
         print(f"{name}, B={B}")
