@@ -38,8 +38,9 @@ def fast_cpu_linears(raw: nn.Module, n_rows: int) -> Iterator[None]:
             W, b = W.to(dtype), None if b is None else b.detach().to(dtype)
             if n_rows == 1 and dtype == torch.bfloat16:
                 matmul = functools.partial(one_row_matmul, W=W, b=b)
-            else:  # packed for 8 rows: fast for fewer and for more
-                matmul = functools.partial(packed_matmul, W=torch.ops.mkldnn._reorder_linear_weight(W, 8), b=b)
+            else:  # packed for 8 rows: fast for any number from 2 on
+                packed = torch.ops.mkldnn._reorder_linear_weight(W, 1 if n_rows == 1 else 8)
+                matmul = functools.partial(packed_matmul, W=packed, b=b)
             linear.forward = functools.partial(small_batch, linear, matmul, dtype)
         yield
     finally:

@@ -1,5 +1,6 @@
 """Fast matrix products and compilation for decoding on a CPU."""
 
+import itertools
 import shutil
 
 import pytest
@@ -45,8 +46,9 @@ def test_products_equal_float64(dtype: torch.dtype, way: str, rows: tuple[int, .
     x, W = (torch.randn(*shape, 24, generator=generator).to(dtype) for shape in (rows, [n_out]))
     b = torch.randn(n_out, generator=generator).to(dtype) if bias else None
     expected = x.double() @ W.double().T + (0 if b is None else b.double())
-    arranged = torch.ops.mkldnn._reorder_linear_weight(W, 8) if way == "packed_matmul" else W
-    for given in (x, x.transpose(0, -1).contiguous().transpose(0, -1)):
+    packed = [torch.ops.mkldnn._reorder_linear_weight(W, n) for n in (1, 8)]
+    contiguous, strided = x, x.transpose(0, -1).contiguous().transpose(0, -1)
+    for given, arranged in itertools.product((contiguous, strided), packed if way == "packed_matmul" else [W]):
         found = getattr(cpu, way)(given, arranged, b)
         assert found.dtype == dtype
         # sums of 24 products of order 1, rounded to 2^-24, and in bf16 once or twice to 2^-8
