@@ -9,6 +9,7 @@ Writes <out_dir>/log.txt and <out_dir>/ckpt_<step>.pt. The same command continue
 losses, bit for bit; on another number of devices it sees the same batches.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
@@ -28,6 +29,7 @@ class Config:
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # of the shards, or for the .txt file
     out_dir: str = "out/gpt2"  # where log.txt and checkpoints go
     init_from: str = ""  # start from the weights of this checkpoint; "": random weights
+    branch_from: str = ""  # continue this checkpoint file of another run, whose learning rates were the same until then
     model: str = "gpt2"  # a name in SIZES of neogpt/model.py
     attention: Literal["flash", "manual"] = "flash"  # flash: fused kernels; manual: written out, slower
     residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream in bf16 runs
@@ -139,12 +141,31 @@ def check(cfg: Config, world_size: int) -> None:
     config.require("[0, 9e18]", seed=cfg.seed)
     if cfg.model not in model.SIZES:
         raise ValueError(f"--model={cfg.model}: expected one of {', '.join(model.SIZES)}")
+    if cfg.branch_from:
+        checkpoint.refuse_own_folder(cfg.out_dir, cfg.branch_from)
     unit = cfg.T * world_size
     per_rank, rest = divmod(cfg.total_batch_size, unit)
     if rest:
         raise ValueError(f"--total_batch_size={cfg.total_batch_size} must be a multiple of T x devices = {unit}")
     if cfg.B and per_rank % cfg.B:
         raise ValueError(f"--B={cfg.B} does not divide the {per_rank} sequences per device and step: omit it")
+
+
+def lr_schedule(cfg: Config) -> Callable[[int], float]:
+    """Step -> learning rate."""
+    return optim.schedule(cfg.schedule, cfg.max_steps, cfg.warmup_steps, cfg.max_lr, cfg.min_lr_frac, cfg.decay_frac)
+
+
+def check_branch(cfg: Config, start: checkpoint.Checkpoint) -> None:
+    """Raise ValueError unless the learning rates of the steps before a branch are those of a run of cfg.max_steps. Then
+    the branch equals that run, bit for bit.
+    """
+    names = "schedule", "max_steps", "warmup_steps", "max_lr", "min_lr_frac", "decay_frac"
+    old, new = lr_schedule(replace(cfg, **{name: start.config[name] for name in names})), lr_schedule(cfg)
+    for step in [step for step in range(start.step) if old(step) != new(step)][:1]:
+        problem = f"--branch_from={cfg.branch_from}: the learning rate at step {step} was {old(step):.3g}"
+        remedy = "use --schedule=wsd and a checkpoint of a step before the decay"
+        raise ValueError(f"{problem}, with --max_steps={cfg.max_steps} it would be {new(step):.3g}: {remedy}")
 
 
 def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.Checkpoint | None) -> model.GPT:
@@ -154,6 +175,8 @@ def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.C
     if resumed:
         if changed := checkpoint.differences(resumed.config, dict(optimizer=cfg.optimizer)):
             raise ValueError(f"the run in {cfg.out_dir} has another {changed}: use another --out_dir")
+        if cfg.branch_from:
+            check_branch(cfg, resumed)
         raw = checkpoint.to_model(resumed)
     elif cfg.init_from:
         raw = checkpoint.load_model(cfg.init_from).raw
@@ -244,7 +267,7 @@ def main(cfg: Config) -> None:
     tokenizer = data.get_tokenizer(cfg.tokenizer)
     splits = data.open_data(cfg.data, tokenizer, rt.rank, rt.world_size, partial(runtime.barrier, rt))
     train, val = (data.Windows(shards, cfg.T, tokenizer.n_vocab) for shards in splits)
-    run = Run(cfg, "pretraining", tokenizer, rt)
+    run = Run(cfg, "pretraining", tokenizer, rt, cfg.branch_from)
     rt = run.rt
     raw = build_model(cfg, tokenizer, run.resumed).to(rt.device)
     settings = dict(weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, momentum=cfg.momentum)
@@ -275,7 +298,7 @@ def main(cfg: Config) -> None:
     runtime.print0(f"{cfg.total_batch_size:,} tokens per step, {per_rank // run.B} x B={run.B} sequences per device")
     runtime.print0(f"{rt.world_size} x {rt.device.type}, {rt.precision}, compile={compiled}, {kernel}")
     warn_if_slow(cfg, raw, rt)
-    lr_at = optim.schedule(cfg.schedule, cfg.max_steps, cfg.warmup_steps, cfg.max_lr, cfg.min_lr_frac, cfg.decay_frac)
+    lr_at = lr_schedule(cfg)
     batches = data.prefetch(read, run.step, cfg.max_steps)
     for step in run.steps(cfg.max_steps):
         if run.due(cfg.eval_every):

@@ -170,18 +170,23 @@ def read_newest(source: str | Path, script: str = "train_gpt2.py") -> Checkpoint
     return read(candidates[-1])
 
 
-def find_resume(folder: Path, rt: runtime.Runtime) -> Checkpoint | None:
-    """The newest readable checkpoint, the same on all ranks; None for a new run. Rank 0 verifies the files, and the
-    other ranks memory-map the one it selected, so a node holds it in memory once.
+def find_resume(folder: Path, rt: runtime.Runtime, branch_from: str = "") -> Checkpoint | None:
+    """The newest readable checkpoint of a folder or, if it has none, the file branch_from; the same on all ranks. None
+    for a new run. Rank 0 verifies the files, and the other ranks memory-map the one it selected, so a node holds it in
+    memory once.
     """
-    ckpt = read_newest(folder) if rt.rank == 0 and list_checkpoints(folder) else None
+    ckpt, selected = None, [""]
+    if rt.rank == 0 and list_checkpoints(folder):
+        ckpt = read_newest(folder)
+        selected = [f"ckpt_{ckpt.step:06d}.pt"]
+    elif rt.rank == 0 and branch_from:
+        ckpt, selected = read(Path(branch_from)), [str(Path(branch_from).resolve())]
     if rt.world_size > 1:
-        selected = [f"ckpt_{ckpt.step:06d}.pt" if ckpt else ""]
         torch.distributed.broadcast_object_list(selected)
         path, found = folder / selected[0], [None] * rt.world_size
         torch.distributed.all_gather_object(found, not selected[0] or path.is_file())
         if not all(found):
-            raise ValueError(f"not every rank sees {path}: all nodes must share the folder {folder}")
+            raise ValueError(f"not every rank sees {path}: all nodes must share the folder {path.parent}")
         if rt.rank and selected[0]:
             ckpt = read(path, verify=False)
     if rt.rank == 0:

@@ -36,6 +36,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "ndgpt2-96m": GPT2 | dict(mlp="ndlinear", mlp_width=1536, mlp_modes=2),
     "ndgpt2-82m": GPT2 | dict(mlp="ndlinear", mlp_width=768, mlp_modes=6),
 }
+# for scaling laws: n layers of width 64 n (d12 is gpt2), and two layers of width C
+SIZES |= {f"d{n}": dict(n_layer=n, n_head=n, n_embd=64 * n, block_size=1024) for n in range(2, 25, 2)}
+SIZES |= {f"demo-w{C}": DEMO | dict(n_layer=2, n_head=2, n_embd=C) for C in (24, 32, 48, 64, 96)}
 
 # allowed values of the text fields of GPTConfig
 CHOICES = dict(attention=("flash", "manual"), residual=("fp32", "bf16"), gelu=("tanh", "erf"))

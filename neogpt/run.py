@@ -81,16 +81,22 @@ class Log(logging.Handler):
 class Run:
     """The state of a run. Only rank 0 writes files."""
 
-    def __init__(self, cfg: Any, stage: str, tokenizer: tiktoken.Encoding, rt: runtime.Runtime) -> None:
-        """cfg: a Config with out_dir, keep_last, grad_clip, seed, precision and track. stage: as in Checkpoint. Use
+    def __init__(
+        self, cfg: Any, stage: str, tokenizer: tiktoken.Encoding, rt: runtime.Runtime, branch_from: str = ""
+    ) -> None:
+        """cfg: a Config with out_dir, keep_last, grad_clip, seed, precision and track. stage: as in Checkpoint.
+        branch_from: the checkpoint of another run to continue from, as if it were in out_dir, if out_dir has none. Use
         self.rt: a resumed run keeps the precision that was selected where it began.
         """
         self.cfg, self.stage, self.tokenizer, self.rt = cfg, stage, tokenizer, rt
         self.out_dir = files.make_folder(cfg.out_dir)
-        has_log = (self.out_dir / "log.txt").exists()
+        starts_branch = bool(branch_from) and not checkpoint.list_checkpoints(self.out_dir)
+        self.trunk_log = Path(branch_from).with_name("log.txt") if starts_branch else None  # its first part is copied
+        old_log = self.trunk_log or self.out_dir / "log.txt"
+        has_log = old_log.exists()
         self.log = Log(self.out_dir, rt.rank)
         runtime.logger.addHandler(self.log)
-        self.resumed = checkpoint.find_resume(self.out_dir, rt)
+        self.resumed = checkpoint.find_resume(self.out_dir, rt, branch_from)
         if self.resumed and (self.resumed.stage != stage or self.resumed.optimizers is None):
             raise ValueError(f"the checkpoint in {self.out_dir} is not of a {stage} run: use another --out_dir")
         old = self.resumed.facts if self.resumed else {}
@@ -118,7 +124,7 @@ class Run:
             changed = checkpoint.differences(start.config, asdict(cfg)) or "nothing"
             runtime.print0(f"continuing {self.out_dir} from step {self.step}; changed: {changed}")
             if not has_log:
-                runtime.print0(f"{self.out_dir / 'log.txt'} is missing: it begins again at step {self.step}")
+                runtime.print0(f"{old_log} is missing: the log begins at step {self.step}")
 
     def identify(self, **facts: object) -> None:
         """Record what determines the curve besides the configuration; print what differs from the resumed run. Raises
@@ -146,6 +152,9 @@ class Run:
             optim.load_moments(optimizers, self.resumed.optimizers)
             self.resumed = replace(self.resumed, model={}, optimizers=[], adapters={})  # free the host memory
         if self.rt.rank == 0:
+            if self.trunk_log and self.trunk_log.exists():
+                values = track.VALUE.finditer(self.trunk_log.read_bytes())
+                self.log.write("".join(f"{m[0].decode()}\n" for m in values if int(m[1]) < self.step))
             n_bytes = 4 * raw.n_params()
             best = 0 if self.stage == "pretraining" else n_bytes
             checkpoint.require_space(self.out_dir, n_bytes + 4 * optim.n_moments(optimizers), self.cfg.keep_last, best)

@@ -218,19 +218,22 @@ def test_find_resume(tmp_path: Path) -> None:
 
 
 def resume_on_rank(folder: Path, rt: runtime.Runtime) -> list[Any]:
-    """What `find_resume` gives a rank for a shared folder, an empty one, and one folder per rank."""
+    """What `find_resume` gives a rank for a shared folder, an empty one, a branch, and one folder per rank."""
     shared, empty = (checkpoint.find_resume(folder / name, rt) for name in ("shared", "empty"))
+    start = str(folder / "own1" / "ckpt_000004.pt")
+    branch = checkpoint.find_resume(folder / "empty", rt, start), checkpoint.find_resume(folder / "own0", rt, start)
     with pytest.raises(ValueError) as error:
         checkpoint.find_resume(folder / f"own{rt.rank}", rt)
-    return [vars(shared), empty, str(error.value)]
+    return [vars(shared), empty, [ckpt.step for ckpt in branch], str(error.value)]
 
 
 def test_all_ranks_resume_from_the_same_checkpoint(tmp_path: Path) -> None:
     damage(save(tmp_path / "shared", 7, 8)[1], "a bit of a tensor")  # only rank 0 verifies
     save(tmp_path / "own0", 3)
     save(tmp_path / "own1", 4)
-    for shared, empty, error in harness.on_ranks(tmp_path, partial(resume_on_rank, tmp_path)):
+    for shared, empty, branch, error in harness.on_ranks(tmp_path, partial(resume_on_rank, tmp_path)):
         assert same(Checkpoint(**shared), make_checkpoint(7)) and empty is None
+        assert branch == [4, 3]  # a folder's own checkpoint comes first
         assert "ckpt_000003.pt" in error
 
 

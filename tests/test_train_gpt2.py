@@ -488,3 +488,42 @@ def test_largest_micro_batch_that_fits_is_found(cfg: Config, monkeypatch: pytest
     folder = train(cfg, B=None)
     assert "1 x B=4 sequences" in notes(folder)
     harness.assert_close_runs(folder, train(cfg, B=1, out_dir=cfg.out_dir + "1"), abs=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# Branches
+
+
+def test_a_branch_equals_the_run_of_that_length(cfg: Config, tmp_path: Path) -> None:
+    wsd = replace(cfg, schedule="wsd", decay_frac=0.25, optimizer="muon", max_lr=1e-2, eval_every=4, momentum=0.9)
+    trunk = train(wsd, out_dir=str(tmp_path / "trunk"), max_steps=40, save_every=6, keep_last=9)
+    whole = train(wsd, out_dir=str(tmp_path / "whole"), max_steps=24)
+    start = trunk / "ckpt_000018.pt"
+    branch = replace(wsd, out_dir=str(tmp_path / "branch"), branch_from=str(start), max_steps=24, save_every=2)
+    train(branch)
+    harness.assert_same_run(tmp_path / "branch", whole)
+    assert harness.read_log(tmp_path / "branch") == harness.read_log(whole)
+    assert list(plot.read_log(tmp_path / "branch").curves["tokens"][1]) == [64 * step for step in range(0, 25, 4)]
+
+    # interrupted, it continues its own newest checkpoint, without the trunk
+    stopped = resume(tmp_path / "stopped", tmp_path / "branch", 22)
+    shutil.copy(tmp_path / "branch" / "log.txt", stopped)
+    shutil.rmtree(trunk)
+    train(branch, out_dir=str(stopped))
+    assert "from step 22" in notes(stopped)
+    harness.assert_same_run(stopped, whole)
+
+
+def test_a_branch_that_is_not_the_run_of_that_length_is_refused(cfg: Config, tmp_path: Path) -> None:
+    wsd = replace(cfg, schedule="wsd", decay_frac=0.5, save_every=5)
+    trunk = train(wsd, out_dir=str(tmp_path / "trunk"), max_steps=20, keep_last=9)
+    branch = replace(wsd, out_dir=str(tmp_path / "branch"), branch_from=str(trunk / "ckpt_000010.pt"), max_steps=20)
+    for step, changed in ((7, dict(max_steps=13)), (0, dict(max_lr=1e-3)), (4, dict(schedule="cosine"))):
+        refused(branch, f"at step {step}", branch.branch_from, **changed)
+    refused(branch, "step 11", "wsd", branch_from=str(trunk / "ckpt_000015.pt"), max_steps=25)
+    refused(branch, "step 9", max_steps=9, decay_frac=0.0)
+    refused(branch, "missing.pt", branch_from=str(trunk / "missing.pt"))
+    refused(branch, "--out_dir", out_dir=str(trunk))
+    assert not checkpoint.list_checkpoints(tmp_path / "branch")
+    (trunk / "log.txt").unlink()
+    assert "log.txt is missing" in notes(train(branch)) and max(losses(tmp_path / "branch")) == 19

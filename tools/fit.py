@@ -1,0 +1,111 @@
+"""Scaling laws: the loss L(N, D) = E + A / N^alpha + B / D^beta of a model of N parameters after D tokens (Hoffmann et
+al. 2022, arXiv:2203.15556). Training takes C = 6 N D FLOPs.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+HUBER = 1e-3  # residuals of log L beyond this count linearly (Hoffmann et al., appendix D.3)
+
+
+class Law(NamedTuple):
+    """The constants of a law; E in nats per token."""
+
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+
+    def loss(self, N: np.ndarray, D: np.ndarray) -> np.ndarray:
+        """The loss of models of N parameters after D tokens."""
+        return self.E + self.A * np.float64(N) ** -self.alpha + self.B * np.float64(D) ** -self.beta
+
+    def optimum(self, C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The N and D with the smallest loss for C FLOPs."""
+        exponent = 1 / (self.alpha + self.beta)
+        N = (self.alpha * self.A / (self.beta * self.B)) ** exponent * (C / 6) ** (self.beta * exponent)
+        return N, C / (6 * N)
+
+
+# Hoffmann et al. 2022, as printed, and as Besiroglu et al. 2024 (arXiv:2404.10102) fitted it to their data
+PUBLISHED = {"Chinchilla": Law(1.69, 406.4, 410.7, 0.34, 0.28)}
+PUBLISHED |= {"Chinchilla, refitted by Epoch": Law(1.8172, 477.84, 2143.9, 0.34731, 0.36718)}
+
+
+class Parabola(NamedTuple):
+    """The losses of several sizes after the same compute, and a parabola in log N through them."""
+
+    C: float  # FLOPs
+    N: np.ndarray
+    losses: np.ndarray
+    coefficients: np.ndarray  # for np.polyval
+    lowest: float  # N of the minimum
+
+
+def fit(N: np.ndarray, D: np.ndarray, L: np.ndarray, start: Law | None = None) -> Law:
+    """The law with the smallest sum of Huber losses of log L, from many starts or from one; N, D and L are (n,)."""
+    x, y, target = (torch.from_numpy(np.log(np.asarray(v, dtype=np.float64))) for v in (N, D, L))
+    x0, y0 = x.mean(), y.mean()  # around the means, the parameters are nearly independent
+
+    def objective(p: Tensor) -> Tensor:
+        a, b, e, alpha, beta = p  # the logs of the three terms at the means, and the exponents
+        predicted = torch.stack([a - alpha * (x - x0), b - beta * (y - y0), e.expand_as(x)]).logsumexp(0)
+        return 1e3 * F.huber_loss(predicted, target, reduction="sum", delta=HUBER)
+
+    def minimize(p: Tensor) -> tuple[float, Tensor]:
+        p.requires_grad_()
+        tolerances = dict(tolerance_grad=1e-9, tolerance_change=1e-13)
+        lbfgs = torch.optim.LBFGS([p], max_iter=300, history_size=20, line_search_fn="strong_wolfe", **tolerances)
+
+        def closure() -> Tensor:
+            lbfgs.zero_grad()
+            value = objective(p)
+            value.backward()
+            return value
+
+        lbfgs.step(closure)
+        return objective(p).item(), p.detach()
+
+    if start:
+        E, A, B, alpha, beta = start
+        starts = [(np.log(A) - alpha * x0, np.log(B) - beta * y0, np.log(E), alpha, beta)]
+    else:  # E as a share of the smallest loss; the rest of the mean loss is divided between the two terms
+        low, mean, starts = target.min(), target.mean(), []
+        for share, part, alpha, beta in itertools.product((0.3, 0.7, 0.95), (0.2, 0.8), (0.2, 0.7), (0.2, 0.7)):
+            rest = (mean.exp() - share * low.exp()).log()
+            starts.append((rest + np.log(part), rest + np.log(1 - part), low + np.log(share), alpha, beta))
+    found = [minimize(torch.tensor(start, dtype=torch.float64)) for start in starts]
+    a, b, e, alpha, beta = min((f for f in found if np.isfinite(f[0])), key=lambda f: f[0])[1].tolist()
+    return Law(np.exp(e), np.exp(a + alpha * x0.item()), np.exp(b + beta * y0.item()), alpha, beta)
+
+
+def bootstrap(N: np.ndarray, D: np.ndarray, L: np.ndarray, law: Law, n: int = 100, seed: int = 0) -> list[Law]:
+    """The laws of n resamples of the runs, with replacement. law: that of all runs, from which each fit starts."""
+    rows = np.random.default_rng(seed).integers(len(L), size=(n, len(L)))
+    return [fit(N[i], D[i], L[i], law) for i in rows]
+
+
+def parabolas(N: np.ndarray, D: np.ndarray, L: np.ndarray, n: int = 6) -> list[Parabola]:
+    """A parabola for each of n budgets at which three sizes or more can be compared and the minimum is between them.
+    The loss of a size is interpolated between its runs, linearly in the logs of D and L.
+    """
+    C, found = 6 * N * D, []
+    for budget in np.geomspace(C.min(), C.max(), n + 2)[1:-1]:
+        sizes, losses = [], []
+        for size in np.unique(N):
+            d, loss = (array[N == size][np.argsort(D[N == size])] for array in (D, L))
+            if d[0] <= budget / (6 * size) <= d[-1]:
+                sizes.append(size)
+                losses.append(np.exp(np.interp(np.log(budget / (6 * size)), np.log(d), np.log(loss))))
+        if len(sizes) > 2:
+            c = np.polyfit(np.log(sizes), losses, 2)
+            lowest = np.exp(-c[1] / (2 * c[0]))
+            if c[0] > 0 and sizes[0] < lowest < sizes[-1]:
+                found.append(Parabola(budget, np.array(sizes), np.array(losses), c, lowest))
+    return found
