@@ -217,7 +217,7 @@ def add_reference(run: Run, pairs: Sequence[Pair]) -> list[Pair]:
     is_usable = logps.shape == (len(pairs), 2) and np.isfinite(logps).all()
     if runtime.all_reduce_sum(torch.tensor(float(not is_usable), device=rt.device), rt):  # on any rank
         runtime.print0(f"computing the reference log-probabilities of {len(pairs):,} pairs")
-        start = checkpoint.load_model(run.cfg.checkpoint).raw.to(rt.device) if run.resumed else run.raw
+        start = checkpoint.load_model(run.cfg.checkpoint).raw.to(rt.device) if run.resumed else run.full_model()
         logps = reference_logps(start, pairs, run.cfg.B, rt)
         if rt.rank == 0:
             with files.atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -228,10 +228,10 @@ def add_reference(run: Run, pairs: Sequence[Pair]) -> list[Pair]:
 @torch.no_grad()
 def evaluate(run: Run, pairs: list[Pair], held_out: list[chat.Row], questions: list[chat.Row]) -> bool:
     """Evaluate on held-out pairs, log and print the results; return whether the loss is the lowest so far."""
-    cfg, rt, sums = run.cfg, run.rt, []
+    cfg, rt, raw, sums = run.cfg, run.rt, run.full_model(), []
     for batch in collate_pairs(pairs, cfg.B, rt):
         with rt.autocast():
-            loss, metrics = dpo_loss(run.raw, batch, cfg)
+            loss, metrics = dpo_loss(raw, batch, cfg)
         sums.append(torch.stack([loss, *metrics.values()]))
     means = runtime.all_reduce_sum(torch.stack(sums).sum(dim=0), rt) / len(pairs)
     means = dict(zip(("loss", *metrics), means.tolist()))

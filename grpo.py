@@ -174,7 +174,8 @@ def log_probs(net: nn.Module, batch: dict[str, Any], n_ids: int) -> tuple[Tensor
 @torch.no_grad()
 def rollout_gap(run: Run, examples: list[chat.Example]) -> float:
     """The largest difference between the log-probabilities of a group's first tokens with and without the KV cache."""
-    raw, batch, start = run.raw, chat.collate([[e] for e in examples], run.rt.device), examples[0].n_prompt - 1
+    raw, start = run.full_model(), examples[0].n_prompt - 1
+    batch = chat.collate([[e] for e in examples], run.rt.device)
     part, cache = slice(start, start + GAP_TOKENS), generate.KVCache(raw.config.n_layer, raw.config.block_size)
     with run.rt.autocast():
         logps, _ = log_probs(raw, batch, raw.config.n_tokens)
@@ -189,7 +190,8 @@ def rollout_gap(run: Run, examples: list[chat.Example]) -> float:
 @torch.no_grad()
 def add_log_probs(run: Run, batch: training.Batch, reference: nn.Module | None) -> training.Batch:
     """Add the log-probabilities of the model before the updates, if there are several, and those of the reference."""
-    for name, net in dict(old=run.raw if run.cfg.updates_per_rollout > 1 else None, reference=reference).items():
+    old = run.full_model() if run.cfg.updates_per_rollout > 1 else None
+    for name, net in dict(old=old, reference=reference).items():
         for part in batch.micro_batches if net else ():
             with run.rt.autocast():
                 part[name], _ = log_probs(net, part, run.raw.config.n_tokens)

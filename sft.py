@@ -81,14 +81,14 @@ def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
 @torch.no_grad()
 def evaluate(run: Run, examples: list[chat.Example], rows: list[chat.Row]) -> bool:
     """Evaluate on held-out examples and answers to `rows`; log and print; return whether the loss is the lowest yet."""
-    cfg, rt, sums = run.cfg, run.rt, []
+    cfg, rt, raw, sums = run.cfg, run.rt, run.full_model(), []
     sequences = [[example] for example in sorted(examples, key=lambda e: -len(e.ids))]  # sorted: little padding
     for bins in chat.shard_across_ranks(sequences, cfg.B, rt):
         batch = chat.collate(bins, rt.device)
         with rt.autocast():
-            logits = run.raw(batch["x"])  # one example per sequence: no positions and mask
+            logits = raw(batch["x"])  # one example per sequence: no positions and mask
             loss = model.cross_entropy(logits, batch["y"], "sum")
-        hits = (logits[..., : run.raw.config.n_tokens].argmax(-1) == batch["y"]).sum()
+        hits = (logits[..., : raw.config.n_tokens].argmax(-1) == batch["y"]).sum()
         sums.append(torch.stack([loss, hits.float()]))
     loss, hits = runtime.all_reduce_sum(torch.stack(sums).sum(0), rt).tolist()
     n = sum(len(e.ids) - e.n_prompt for e in examples)  # target tokens

@@ -35,6 +35,8 @@ class Config:
     residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream in bf16 runs
     T: int = 1024  # sequence length, tokens; becomes the model's block_size
     B: int | None = None  # sequences per forward pass and device; None: as many as fit. Does not change the curve
+    sharded: bool = False  # divide weights, gradients and moments among the devices (FSDP2), for models of billions
+    recompute: bool = False  # compute activations again in the backward pass: a third more work, much less memory
     total_batch_size: int = 2**19  # tokens per optimizer step over all devices (GPT-3 paper, table 2.1: 0.5M)
 
     max_steps: int = 19073  # optimizer steps; 10e9 tokens / 2**19 is one epoch of sample-10BT
@@ -168,9 +170,15 @@ def check_branch(cfg: Config, start: checkpoint.Checkpoint) -> None:
         raise ValueError(f"{problem}, with --max_steps={cfg.max_steps} it would be {new(step):.3g}: {remedy}")
 
 
+def expected_config(cfg: Config, n_tokens: int) -> model.GPTConfig:
+    """The shape of the model. n_tokens: number of ids of the tokenizer."""
+    shape = model.SIZES[cfg.model] | dict(block_size=cfg.T, attention=cfg.attention, residual=cfg.residual)
+    return model.GPTConfig(**shape, n_tokens=n_tokens, vocab_size=model.pad_vocab(n_tokens))
+
+
 def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.Checkpoint | None) -> model.GPT:
     """The model on the CPU: resumed, from init_from, or with random weights. Raises ValueError on another shape."""
-    shape = model.SIZES[cfg.model] | dict(block_size=cfg.T, n_tokens=tokenizer.n_vocab)
+    expected = expected_config(cfg, tokenizer.n_vocab)
     kernels = dict(attention=cfg.attention, residual=cfg.residual)  # can change when a run is resumed
     if resumed:
         if changed := checkpoint.differences(resumed.config, dict(optimizer=cfg.optimizer)):
@@ -182,13 +190,13 @@ def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.C
         raw = checkpoint.load_model(cfg.init_from).raw
     else:
         torch.manual_seed(cfg.seed)
-        return model.GPT(model.GPTConfig(**shape, **kernels, vocab_size=model.pad_vocab(tokenizer.n_vocab)))
+        return model.GPT(expected)
     start, weights = raw.config, raw.state_dict()
     if cfg.T < start.block_size and not resumed:  # the first positions serve shorter sequences
         start = replace(start, block_size=cfg.T)
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: cfg.T].clone()
     # OpenAI's vocabulary is not padded, and a run that starts from its weights keeps that size
-    expected = model.GPTConfig(**shape, **kernels, vocab_size=start.vocab_size)
+    expected = replace(expected, vocab_size=start.vocab_size)
     if changed := checkpoint.differences(asdict(start) | kernels, asdict(expected)):
         where = f"{cfg.out_dir}, use another --out_dir" if resumed else cfg.init_from
         raise ValueError(f"--model={cfg.model} has another shape ({changed}) than the model in {where}")
@@ -216,6 +224,10 @@ def pick_B(cfg: Config, per_rank: int, run: Run) -> int:
         return resumed.B  # the same B gives the same bits
     limit = 2**16 if rt.device.type == "cuda" else 2**12  # tokens: larger is not faster on a GPU, and slower on a CPU
     sizes = [B for B in range(1, per_rank + 1) if per_rank % B == 0 and (B == 1 or B * cfg.T <= limit)]
+    if runtime.is_sharded(run.raw):  # trials would hang if they failed on one rank only
+        options = dict(T=cfg.T, optimizer=cfg.optimizer, sharded=True, recompute=cfg.recompute)
+        plan = partial(training.plan_memory, run.raw, rt=rt, **options)
+        return max(B for B in sizes if B == 1 or sum(plan(B)) < 0.85 * runtime.device_memory(rt.device))
 
     def forward_backward(B: int) -> None:
         torch._dynamo.reset()  # it compiles a function at most eight times
@@ -229,12 +241,15 @@ def pick_B(cfg: Config, per_rank: int, run: Run) -> int:
 def print_samples(run: Run) -> None:
     """Print continuations of the prompt. The seeds depend on cfg.seed and the step."""
     cfg, n, eot = run.cfg, run.cfg.n_samples, run.tokenizer.eot_token
-    if run.rt.rank or not n or not run.step:  # most models are untrained at step 0
+    if not n or not run.step:  # most models are untrained at step 0
+        return
+    raw = run.full_model()
+    if run.rt.rank:
         return
     prompt = run.tokenizer.encode_ordinary(cfg.prompt) or [eot]
     seeds = range(cfg.seed + run.step * n, cfg.seed + (run.step + 1) * n)
     with run.rt.autocast():
-        for ids, _ in generate.complete(run.raw, [prompt] * n, cfg.sample_tokens, eot, top_k=50, seeds=seeds):
+        for ids, _ in generate.complete(raw, [prompt] * n, cfg.sample_tokens, eot, top_k=50, seeds=seeds):
             runtime.print0(f"  > {run.tokenizer.decode(prompt + ids)}")
 
 
@@ -265,13 +280,18 @@ def main(cfg: Config) -> None:
     n = cfg.total_batch_size // cfg.T  # sequences per step
     per_rank = n // rt.world_size
     tokenizer = data.get_tokenizer(cfg.tokenizer)
+    plan = dict(T=cfg.T, optimizer=cfg.optimizer, sharded=cfg.sharded, recompute=cfg.recompute, n_rows=per_rank)
+    with torch.device("meta"):  # allocates nothing
+        shape = model.GPT(expected_config(cfg, tokenizer.n_vocab))
+    training.check_memory(shape, cfg.B or 1, rt, **plan)
     splits = data.open_data(cfg.data, tokenizer, rt.rank, rt.world_size, partial(runtime.barrier, rt))
     train, val = (data.Windows(shards, cfg.T, tokenizer.n_vocab) for shards in splits)
     run = Run(cfg, "pretraining", tokenizer, rt, cfg.branch_from)
     rt = run.rt
-    raw = build_model(cfg, tokenizer, run.resumed).to(rt.device)
+    raw = build_model(cfg, tokenizer, run.resumed)
     settings = dict(weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, momentum=cfg.momentum)
     compiled = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
+    raw = training.place(raw, rt, sharded=cfg.sharded, recompute=cfg.recompute, compile=compiled)
     run.attach(raw, optim.make_optimizers(raw, optimizer=cfg.optimizer, **settings), compiled)
     run.flops_per_token = raw.flops_per_token(cfg.T)
     questions, limit = None, cfg.hellaswag_rows
@@ -297,6 +317,7 @@ def main(cfg: Config) -> None:
     runtime.print0(f"{cfg.model}: {raw.n_params():,} parameters, {len(train):,} training windows of {cfg.T} tokens")
     runtime.print0(f"{cfg.total_batch_size:,} tokens per step, {per_rank // run.B} x B={run.B} sequences per device")
     runtime.print0(f"{rt.world_size} x {rt.device.type}, {rt.precision}, compile={compiled}, {kernel}")
+    runtime.print0(training.check_memory(raw, run.B, rt, **plan))
     warn_if_slow(cfg, raw, rt)
     lr_at = lr_schedule(cfg)
     batches = data.prefetch(read, run.step, cfg.max_steps)
@@ -306,7 +327,7 @@ def main(cfg: Config) -> None:
             runtime.print0(f"step {step}: validation loss {run.scores['val']:.4f}")
             print_samples(run)
         if questions and run.due(cfg.hellaswag_every or cfg.eval_every):
-            run.record(hella=hellaswag.evaluate(raw, questions, rt).accuracy["per token"])
+            run.record(hella=hellaswag.evaluate(run.full_model(), questions, rt).accuracy["per token"])
             runtime.print0(f"step {step}: HellaSwag acc_norm {run.scores['hella']:.4f} ({len(questions.label):,} rows)")
         if run.due(cfg.save_every):
             run.save()

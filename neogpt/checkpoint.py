@@ -62,8 +62,13 @@ def save(folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False) -> 
         old.unlink()
 
 
-def save_in_background(pool: Executor, folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False) -> Future:
-    """`save` on the pool's thread. Returns when the tensors are copied (CPU) or their copies are queued (CUDA)."""
+@torch.no_grad()
+def save_in_background(
+    pool: Executor | None, folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False
+) -> Future | None:
+    """`save` on the pool's thread. Returns when the tensors are copied (CPU) or their copies are queued (CUDA). Sharded
+    tensors are gathered one by one, for which all ranks must call it. Without a pool, nothing is copied and written.
+    """
     copies: dict[int, Tensor] = {}  # by address, so that tied weights stay one tensor
 
     def to_host(value: Any) -> Any:
@@ -73,12 +78,17 @@ def save_in_background(pool: Executor, folder: Path, ckpt: Checkpoint, keep_last
             return [to_host(item) for item in value]
         if not isinstance(value, Tensor):
             return value
-        if value.data_ptr() not in copies:
-            host = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-            copies[value.data_ptr()] = host.copy_(value, non_blocking=value.is_cuda)
-        return copies[value.data_ptr()]
+        sharded = runtime.is_sharded(value)
+        key = id(value) if sharded else value.data_ptr()
+        if key not in copies:
+            whole = value.full_tensor() if sharded else value
+            host = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=whole.is_cuda) if pool else None
+            copies[key] = host.copy_(whole, non_blocking=whole.is_cuda) if pool else value
+        return copies[key]
 
     ckpt = Checkpoint(**to_host(vars(ckpt)))
+    if not pool:
+        return None
     copied = torch.cuda.current_stream().record_event() if any(host.is_pinned() for host in copies.values()) else None
 
     def write_when_copied() -> None:

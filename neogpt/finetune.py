@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from neogpt import chat, checkpoint, config, data, generate, lora, model, optim, runtime
+from neogpt import chat, checkpoint, config, data, generate, lora, model, optim, runtime, training
 from neogpt.run import Run
 
 Prompt = tuple[chat.Row, list[int]]  # a row and the ids of its prompt
@@ -28,6 +28,8 @@ class FinetuneConfig:
     seed: int = 1337  # of the split, the order of the data, and the adapters
     lora_rank: int = 0  # train adapters of this rank; 0: train all weights
     lora_alpha: float = 32.0  # adapters are scaled by alpha / rank
+    sharded: bool = False  # divide weights, gradients and moments among the devices (FSDP2); not with LoRA
+    recompute: bool = False  # compute activations again in the backward pass: a third more work, much less memory
     eval_every: int = 100  # steps between evaluations on the held-out data
     n_eval_prompts: int = 0  # compare greedy answers to this many held-out prompts with the responses in the data
     prompts: tuple[str, ...] = ("What is the capital of France?", "Tell me about your day.")  # answered when evaluating
@@ -50,6 +52,8 @@ def check(cfg: Any) -> None:
     config.require("[0, 1]", warmup_frac=cfg.warmup_frac)
     config.require("(0, 1)", val_frac=cfg.val_frac)
     config.require("[0, 9e18]", seed=cfg.seed)
+    if cfg.sharded and cfg.lora_rank:
+        raise ValueError(f"--sharded with --lora_rank={cfg.lora_rank}: adapters cannot be sharded, use --lora_rank=0")
 
 
 def open_run(
@@ -80,9 +84,12 @@ def open_run(
         lora.add_lora(raw, cfg.lora_rank, cfg.lora_alpha)
         if run.resumed:
             lora.load_lora(raw, run.resumed.adapters)
-    raw.to(rt.device)
+    T = cfg.T or raw.config.block_size
+    plan = dict(T=T * (1 + (stage == "dpo")), sharded=cfg.sharded, recompute=cfg.recompute)  # pairs of responses
+    runtime.print0(training.check_memory(raw, cfg.B, rt, **plan))
+    raw = training.place(raw, rt, sharded=cfg.sharded, recompute=cfg.recompute, compile=compile, dynamic=dynamic)
     run.attach(raw, optim.make_optimizers(raw, weight_decay=cfg.weight_decay), compile, dynamic)
-    return run, cfg.T or raw.config.block_size
+    return run, T
 
 
 def identify(run: Run, examples: list[chat.Example], val_examples: list[chat.Example]) -> None:
@@ -113,11 +120,12 @@ def encode_prompts(run: Run, rows: list[chat.Row], budget: int, source: str) -> 
 def answer(run: Run, prompts: list[list[int]], seeds: list[int] | None = None) -> list[tuple[list[int], bool]]:
     """The response to each prompt without end-of-text, and whether it ended with it. No seeds: greedy."""
     answers, n, eot, size = [], run.cfg.answer_tokens, run.tokenizer.eot_token, 256 if seeds else 64
+    raw = run.full_model()
     with run.rt.autocast():
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
             options = dict(temperature=1.0, seeds=seeds[part]) if seeds else dict(temperature=0.0)
-            answers += generate.complete(run.raw, prompts[part], n, eot, **options)
+            answers += generate.complete(raw, prompts[part], n, eot, **options)
     return answers
 
 
@@ -152,6 +160,7 @@ def report(run: Run, scores: dict[str, float], text: str) -> bool:
     if best:
         run.scores["best"] = loss
     runtime.print0(f"step {run.step}: held-out loss {loss:.4f}{', the lowest so far' if best else ''}; {text}")
+    run.full_model()
     if run.rt.rank == 0:
         prompts = [run.tokenizer.encode_ordinary(chat.prompt_text(prompt)) for prompt in cfg.prompts]
         for prompt, (answer, ended) in zip(cfg.prompts, greedy_answers(run, prompts)):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,27 @@ def orthogonalize_on_ranks(matrices: list[Tensor]) -> list[Tensor]:
     return out
 
 
+def orthogonalize_shards(shards: list[Tensor], matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonalize` for sharded matrices. shards: this rank's rows of each. matrices: parameters of their shapes. For
+    each shape the ranks exchange rows for whole matrices and back, so a rank sends and receives each of its values
+    twice, stores 1 / ranks of the matrices, and nothing is computed twice if their number is a multiple of the ranks.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
+    out, rows, whole = list(shards), [Shard(1)], [Shard(0)]
+    for shape in dict.fromkeys(p.shape for p in matrices):
+        indices = [i for i, p in enumerate(matrices) if p.shape == shape]
+        size = torch.empty(len(indices), *shape, device="meta")
+        layout = dict(device_mesh=matrices[0].device_mesh, shape=size.shape, stride=size.stride())
+        x = DTensor.from_local(torch.stack([shards[i] for i in indices]), placements=rows, **layout)
+        mine = x.redistribute(placements=whole).to_local()
+        mine = torch.stack(orthogonalize([*mine])) if len(mine) else mine
+        x = DTensor.from_local(mine, placements=whole, **layout).redistribute(placements=rows)
+        for i, part in zip(indices, x.to_local()):
+            out[i] = part
+    return out
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024): Nesterov momentum with an orthogonalized update. Updates have the root mean square of
     AdamW's, so one learning rate and weight decay serve both (arXiv:2502.16982). Computes torch.optim.Muon with
@@ -112,18 +134,21 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter from its gradient. Changes nothing if the tensor `self.found_inf` is 1."""
         found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            params, rate, beta = group["params"], group["lr"], group["momentum"]
-            for p in params:
+            whole, rate, beta = group["params"], group["lr"], group["momentum"]
+            for p in whole:
                 self.state[p] = self.state[p] or dict(momentum=torch.zeros_like(p))
-            momenta, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
+            momenta, grads, params = [self.state[p]["momentum"] for p in whole], [p.grad for p in whole], whole
+            if sharded := hasattr(whole[0], "to_local"):  # this rank's rows
+                momenta, grads, params = ([x.to_local() for x in part] for part in (momenta, grads, params))
             if found_inf is not None:
                 # a gradient equal to the momentum keeps the momentum, and a rate of 0 keeps the weights
                 grads = [torch.where(found_inf > 0, m, g) for m, g in zip(momenta, grads)]
                 rate = rate * (1 - found_inf.to(params[0].dtype))
             torch._foreach_lerp_(momenta, grads, 1 - beta)
-            updates = orthogonalize_on_ranks(torch._foreach_lerp(grads, momenta, beta))  # Nesterov
+            updates = torch._foreach_lerp(grads, momenta, beta)  # Nesterov
+            updates = orthogonalize_shards(updates, whole) if sharded else orthogonalize_on_ranks(updates)
             torch._foreach_mul_(params, 1 - rate * group["weight_decay"])
-            torch._foreach_mul_(updates, [-0.2 * max(p.shape) ** 0.5 for p in params])
+            torch._foreach_mul_(updates, [-0.2 * max(p.shape) ** 0.5 for p in whole])
             torch._foreach_mul_(updates, rate)
             torch._foreach_add_(params, updates)
 
@@ -162,7 +187,8 @@ def load_moments(optimizers: list[torch.optim.Optimizer], moments: list[dict]) -
     if len(moments) != len(optimizers):
         raise ValueError(f"the checkpoint has moments of {len(moments)} optimizers, expected {len(optimizers)}")
     for optimizer, state in zip(optimizers, moments):
-        shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        shapes = [p.shape for p in params]
         if isinstance(optimizer, Muon):
             expected = {i: dict(momentum=shape) for i, shape in enumerate(shapes)}
         else:
@@ -170,6 +196,12 @@ def load_moments(optimizers: list[torch.optim.Optimizer], moments: list[dict]) -
             expected = {i: dict(step=scalar, exp_avg=shape, exp_avg_sq=shape) for i, shape in enumerate(shapes)}
         if expected != {i: {name: tensor.shape for name, tensor in found.items()} for i, found in state.items()}:
             raise ValueError(f"the moments of {type(optimizer).__name__} in the checkpoint do not fit the model")
+        if hasattr(params[0], "placements"):  # sharded: every rank keeps its rows
+            from torch.distributed.tensor import distribute_tensor
+
+            for i, p in enumerate(params):
+                rows = partial(distribute_tensor, device_mesh=p.device_mesh, placements=p.placements)
+                state[i] = {k: rows(x, src_data_rank=None) if x.dim() else x for k, x in state[i].items()}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 

@@ -144,7 +144,7 @@ class Run:
 
     def attach(self, raw: model.GPT, optimizers: list[Optimizer], compile: bool, dynamic: bool = False) -> None:
         """Compile and wrap the model, and load the moments of a resumed run. compile, dynamic: as in runtime.wrap."""
-        self.raw, self.optimizers = raw, optimizers
+        self.raw, self.optimizers, self.gathered = raw, optimizers, None
         self.model = runtime.wrap(raw, self.rt, compile, dynamic)
         if n_pruned := optim.keep_zeros(optimizers, raw):
             runtime.print0(f"{n_pruned} pruned matrices: their zeros stay zero")
@@ -158,6 +158,15 @@ class Run:
             n_bytes = 4 * raw.n_params()
             best = 0 if self.stage == "pretraining" else n_bytes
             checkpoint.require_space(self.out_dir, n_bytes + 4 * optim.n_moments(optimizers), self.cfg.keep_last, best)
+
+    def full_model(self) -> model.GPT:
+        """The model for evaluations: if it is sharded, a copy with all weights, which the next update frees. All ranks
+        must call it before one of them needs it.
+        """
+        if not runtime.is_sharded(self.raw):
+            return self.raw
+        self.gathered = self.gathered or training.full_model(self.raw, self.rt)
+        return self.gathered
 
     def items(self, step: int, n: int, n_items: int) -> np.ndarray:
         """The indices of the n items of a step, (n,) int64 in [0, n_items)."""
@@ -206,6 +215,7 @@ class Run:
 
     def update(self, batch: training.Batch, loss_fn: training.LossFn, *, lr: float) -> None:
         """Do one optimizer step. Its losses are read and logged LAG steps later."""
+        self.gathered = None
         settings = dict(lr=lr, grad_clip=self.cfg.grad_clip, rt=self.rt, stop=self.stop_requested())
         read = training.train_step(self.model, self.optimizers, batch.micro_batches, loss_fn, **settings)
         self.pending.append((self.step, lr, batch.n_tokens, read, runtime.now(self.rt.device)))
@@ -261,17 +271,19 @@ class Run:
         if (self.step == self.saved_step and not best) or self.n_nonfinite:
             return
         self.wait_for_writer()
-        if self.rt.rank == 0:
+        sharded = runtime.is_sharded(self.raw)
+        if self.rt.rank == 0 or sharded:
             adapters = lora.lora_weights(self.raw)
             if adapters:
                 lora.save_adapter(self.out_dir / "adapter", self.raw, self.cfg.checkpoint, self.base)
-            weights = lora.merged_weights(self.raw) if adapters else self.raw.state_dict()
+            weights = lora.merged_weights(self.raw) if adapters else self.raw.state_dict(keep_vars=sharded)
             moments = [optimizer.state_dict()["state"] for optimizer in self.optimizers]
             ckpt = checkpoint.Checkpoint(self.stage, self.step, weights, asdict(self.raw.config), self.tokenizer.name)
             ckpt = replace(ckpt, config=asdict(self.cfg), facts=self.facts, base=self.base, scores=self.scores)
             ckpt = replace(ckpt, optimizers=moments, adapters=adapters, B=self.B, world_size=self.rt.world_size)
             ckpt = replace(ckpt, n_sequences=self.n_sequences, n_tokens=self.n_tokens, seconds=self.seconds)
-            self.writing = checkpoint.save_in_background(self.writer, self.out_dir, ckpt, self.cfg.keep_last, best)
+            pool = self.writer if self.rt.rank == 0 else None
+            self.writing = checkpoint.save_in_background(pool, self.out_dir, ckpt, self.cfg.keep_last, best)
         self.saved_step, self.clock = self.step, runtime.now(self.rt.device)
 
     def wait_for_writer(self) -> None:

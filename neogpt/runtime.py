@@ -125,6 +125,16 @@ def processor(device: torch.device) -> str:
     return torch.backends.cpu.get_cpu_capability() + " with bf16" * cpu_has_bf16()
 
 
+def device_memory(device: torch.device) -> float:
+    """The bytes of a GPU's memory, or this process's share of the machine's; infinite if unknown."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):  # Windows
+        return float("inf")
+    n_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return n_bytes / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def barrier(rt: Runtime) -> None:
     """Wait for all ranks."""
     if rt.world_size > 1:
@@ -145,10 +155,18 @@ def cleanup(rt: Runtime) -> None:
         torch.distributed.destroy_process_group()
 
 
+def is_sharded(x: nn.Module | Tensor) -> bool:
+    """Whether `training.place` has divided this model, or this tensor of a model, among the ranks."""
+    return hasattr(x, "unshard") or hasattr(x, "full_tensor")  # the classes of FSDP2 take a second to import
+
+
 def wrap(raw: nn.Module, rt: Runtime, compile: bool, dynamic: bool = False) -> nn.Module:
-    """The model of the training step: compiled if `compile`, and wrapped by DDP if there are several ranks. dynamic:
-    allow changing shapes and graph breaks; without it, the compiled forward pass must be one graph.
+    """The model of the training step: compiled if `compile`, and wrapped by DDP if there are several ranks, unless it
+    is sharded: `training.place` has done both. dynamic: allow changing shapes and graph breaks; without it, the
+    compiled forward pass must be one graph.
     """
+    if is_sharded(raw):
+        return raw
     if compile:
         require_compiler(rt.device)
         raw = torch.compile(raw, fullgraph=not dynamic, dynamic=dynamic)

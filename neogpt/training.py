@@ -3,13 +3,16 @@
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from neogpt import data, runtime
+from neogpt import data, model, runtime
 
 # loss_fn(model, micro_batch) -> (loss, metrics): the loss summed over the units of the micro-batch (target tokens or
 # pairs), and detached sums of other quantities to log, by name. It runs under autocast.
@@ -66,13 +69,23 @@ def train_step(
     if rt.world_size > 1:
         n = runtime.all_reduce_sum(torch.full((), n, dtype=torch.float64, device=rt.device), rt)
     sums = torch.zeros(1, device=rt.device)  # of the loss, then of each metric
-    for i, batch in enumerate(micro_batches):
-        # gradients are reduced with the last micro-batch; DDP needs no_sync around the forward pass too
-        accumulate = rt.world_size > 1 and i < len(micro_batches) - 1
+    n_passes = n_own = len(micro_batches)
+    if sharded := runtime.is_sharded(net):  # every pass needs all ranks: those with fewer repeat their last
+        counts = [n_own] * rt.world_size
+        torch.distributed.all_gather_object(counts, n_own)
+        n_passes = max(counts)
+    for i in range(n_passes):
+        batch, weight = micro_batches[min(i, n_own - 1)], float(i < n_own)
+        # gradients are reduced with the last micro-batch, because DDP stores all of them, or with every micro-batch if
+        # no rank could store all; DDP needs no_sync around the forward pass too
+        accumulate = isinstance(net, DistributedDataParallel) and i < n_own - 1
         with net.no_sync() if accumulate else nullcontext():
-            loss, metrics = backward(net, batch, loss_fn, rt.world_size / n, rt)  # DDP averages; we want the sum
-        sums = sums + torch.stack([loss, *metrics.values()])
+            scale = rt.world_size / n * weight  # DDP and FSDP2 average; we want the sum
+            loss, metrics = backward(net, batch, loss_fn, scale, rt)
+        if weight:
+            sums = sums + torch.stack([loss, *metrics.values()])
     norm = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
+    norm = norm.full_tensor() if sharded else norm
     # one all-reduce, so that every rank has the same numbers and takes the same decision
     sums = runtime.all_reduce_sum(torch.cat([sums, sums.new_full((1,), stop)]), rt)
     numbers = torch.cat([torch.stack([norm, sums[-1], sums[0] / n]), sums[1:-1] / n])
@@ -95,6 +108,56 @@ def train_step(
     return result
 
 
+def place(
+    raw: model.GPT, rt: runtime.Runtime, *, sharded: bool, recompute: bool, compile: bool, dynamic: bool = False
+) -> model.GPT:
+    """The model on this rank's device, before `runtime.wrap` and the optimizers. recompute: the backward pass computes
+    the activations of each block again, instead of keeping them (arXiv:1604.06174). compile, dynamic: as there.
+
+    sharded: each rank stores its part of the rows of every parameter (FSDP2, arXiv:2304.11277). A forward or backward
+    pass gathers one block at a time, so all ranks must run equally many. In bf16 runs blocks are gathered in bf16; what
+    is stored and summed is fp32. The embeddings and the final norm are gathered together.
+    """
+    sharded = sharded and rt.world_size > 1
+    for block in raw.transformer.h:
+        if sharded and compile:  # block by block: FSDP2 gathers their weights outside of the graphs
+            runtime.require_compiler(rt.device)
+            block.forward = torch.compile(block.forward, fullgraph=not dynamic, dynamic=dynamic)
+        if recompute:
+            options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
+            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, **options)
+    if not sharded:
+        return raw.to(rt.device)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(rt.device.type, (rt.world_size,))
+    dtypes = (torch.bfloat16, torch.float32) if rt.precision == "bf16" else (None, None)
+    policy = MixedPrecisionPolicy(*dtypes, cast_forward_inputs=False)  # autocast selects the dtype of inputs
+    for block in raw.transformer.h:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(raw, mesh=mesh)
+    for module in (raw, *raw.transformer.h):
+        module.set_force_sum_reduction_for_comms(rt.device.type == "cpu")  # gloo can only sum
+    return raw
+
+
+@torch.no_grad()
+def full_model(sharded: model.GPT, rt: runtime.Runtime) -> model.GPT:
+    """A copy of a sharded model with all weights on this rank, for evaluations. All ranks must call it. In a bf16 run
+    the matrices of the blocks are bf16, to which autocast would round them.
+    """
+    weights = {}
+    for name, p in sharded.named_parameters():
+        low = rt.precision == "bf16" and ".h." in name and model.is_matrix(p)
+        weights[name] = (p.bfloat16() if low else p).full_tensor()
+    with torch.device("meta"):  # allocates nothing: the weights replace the parameters
+        raw = model.GPT(sharded.config)
+    raw.load_state_dict(weights, strict=False, assign=True)
+    raw.lm_head.weight = raw.transformer.wte.weight  # tied again
+    return raw
+
+
 @torch.no_grad()
 def validate(net: nn.Module, val: data.Windows, n_tokens: int, B: int, rt: runtime.Runtime) -> float:
     """Mean loss, nats per token, over the first n_tokens of the validation windows, B windows at a time. If net is
@@ -102,11 +165,86 @@ def validate(net: nn.Module, val: data.Windows, n_tokens: int, B: int, rt: runti
     """
     n = max(1, min(len(val), n_tokens // val.T))
     losses = [torch.zeros((), device=rt.device)]  # on the device, so that nothing waits
-    for windows in torch.arange(n)[rt.rank :: rt.world_size].split(B):
+    own = torch.arange(n)[rt.rank :: rt.world_size]
+    for start in range(0, -(-n // rt.world_size), B):  # equally many passes on all ranks
+        windows = own[start : start + B]
         xy = runtime.to_device(torch.from_numpy(val.read(windows.numpy())), rt.device)  # (at most B, T + 1)
         xy = F.pad(xy, (0, 0, 0, B - len(xy)))  # a compiled model needs one shape
         y = xy[:, 1:].clone()
         y[len(windows) :] = -100
         with rt.autocast():
             losses.append(net(xy[:, :-1], y, reduction="sum"))
+    if runtime.is_sharded(net):
+        net.reshard()  # a pass without gradients leaves the embeddings gathered
     return runtime.all_reduce_sum(torch.stack(losses).cpu().double().sum(), rt).item() / (n * val.T)
+
+
+def plan_memory(
+    raw: model.GPT,
+    B: int,
+    T: int,
+    rt: runtime.Runtime,
+    *,
+    optimizer: str = "adamw",
+    sharded: bool = False,
+    recompute: bool = False,
+    n_rows: int | None = None,
+) -> list[float]:
+    """Bytes per device of weights, gradients, moments, and activations with other temporary tensors, at the peak of a
+    training step; a compiled step needs less. raw: can be on the meta device. B, T: of a micro-batch. n_rows: sequences
+    per step and device; None: several micro-batches. The other arguments are as in the Config of train_gpt2.py.
+    """
+    c, n, n_tokens = raw.config, rt.world_size if sharded else 1, B * T
+    n_trained = sum(p.numel() for p in raw.parameters() if p.requires_grad)
+    n_matrices = sum(linear.weight.numel() for linear in raw.weight_matrices().values())
+    n_muon = n_matrices if optimizer == "muon" else 0
+    n_block = sum(p.numel() for p in raw.transformer.h[0].parameters())
+    n_root = raw.n_params() - c.n_layer * n_block
+    size = 2 if rt.precision == "bf16" else 4  # bytes of an activation
+    residual = 2 if size == 2 and c.residual == "bf16" else 4
+    # of one block: the residual stream twice; the outputs of both norms, q, k, v and the output of attention; the MLP
+    mlp = 8 * c.n_embd if c.mlp == "dense" else (2 + 2 * c.mlp_modes) * (c.mlp_width or 4 * c.n_embd)
+    block = n_tokens * (2 * residual * c.n_embd + size * (6 * c.n_embd + mlp))
+    dtype = torch.bfloat16 if size == 2 else torch.float32
+    if c.attention == "manual" or T <= model.MAX_MANUAL and model.is_slow_on_cpu(rt.device, dtype):
+        block += n_tokens * T * c.n_head * (6 if size == 2 and rt.device.type == "cuda" else size)  # softmax: fp32 there
+    blocks = c.n_layer * n_tokens * residual * c.n_embd + block if recompute else c.n_layer * block
+    # the log-softmax and two gradients of it, fp32
+    activations = blocks + n_tokens * ((residual + size) * c.n_embd + 12 * c.vocab_size)
+    gradients, casts = 4 * n_trained / n, 0 if size == 4 else 2 * (n_matrices + raw.lm_head.weight.numel())
+    if n > 1:  # gathered: two blocks, their gradients, and the rest; in bf16 also the head
+        casts = 4 * size * n_block + 8 * n_block + 4 * n_root + (2 * raw.lm_head.weight.numel() if size == 2 else 0)
+    elif rt.world_size > 1:
+        gradients *= 2  # and DDP's buckets
+    peak = activations + casts - (gradients if n_rows and n_rows <= B else 0)
+    peak = max(peak, 4 * raw.lm_head.weight.numel(), 16 * n_muon / n)  # the embedding's gradient; Muon's temporaries
+    if n > 1:  # `full_model`
+        peak = max(peak, 4 * raw.n_params() - (4 - size) * n_matrices)
+    return [4 * raw.n_params() / n, gradients, (8 * n_trained - 4 * n_muon) / n, peak]
+
+
+def check_memory(raw: model.GPT, B: int, rt: runtime.Runtime, **options: Any) -> str:
+    """One line that compares `plan_memory` with the memory of the device and, if it is too small, names what would fit.
+    Raises ValueError if not even weights, gradients and moments fit. options: of `plan_memory`.
+    """
+    available, plan = runtime.device_memory(rt.device), partial(plan_memory, raw, **options)
+    needed = plan(B=B, rt=rt)
+    names = "weights", "gradients", "moments", "activations"
+    text = " + ".join(f"{name} {n_bytes / 1e9:.2f}" for name, n_bytes in zip(names, needed))
+    text = f"memory per device with B={B}: {text} = {sum(needed) / 1e9:.1f} GB of {available / 1e9:.1f} GB"
+    if sum(needed) <= available:
+        return text
+
+    def fitting(option: str, **changes: Any) -> list[str]:
+        total = sum(plan(**dict(B=B, rt=rt) | changes))
+        return [f"{option} ({total / 1e9:.1f} GB)"] if total <= available else []
+
+    smaller = [fit for b in range(B - 1, 0, -1) if B % b == 0 for fit in fitting(f"--B={b}", B=b)]
+    fits = fitting("--sharded", sharded=True) + fitting("--recompute", recompute=True) + smaller[:1]
+    both = dict(sharded=True, recompute=True, B=1)
+    for n in (rt.world_size * 2**i for i in range(9) if not fits):
+        fits = fitting(f"--sharded --recompute --B=1 on {n} devices", rt=rt._replace(world_size=n), **both)
+    text += f"; enough would be {' or '.join(fits) or 'a smaller --model or --T'}"
+    if sum(needed[:3]) > available:
+        raise ValueError(f"too little memory: {text}")
+    return text

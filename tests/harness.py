@@ -224,7 +224,7 @@ def on_ranks(folder: Path, work: Callable[[runtime.Runtime], Any], n_ranks: int 
 # Importing torch takes seconds. Runs are forked from one process that has only imported the scripts.
 FORK_SERVER = """
 import importlib, json, os, sys
-import torch._dynamo
+import torch._dynamo, torch.distributed.fsdp
 from neogpt import config, runtime
 scripts = {name: importlib.import_module(name) for name in ("train_gpt2", "sft", "dpo", "grpo")}
 

@@ -436,7 +436,7 @@ def test_reference_belongs_to_the_boundaries_of_sequences(tmp_path: Path, monkey
     computed, ids = [], np.arange(5)
     monkeypatch.setattr(dpo, "reference_logps", lambda *args: computed.append(1) or np.zeros((1, 2)))
     pairs = [Pair(Example(ids[:n], n_prompt), Example(ids[n:], 1)) for n, n_prompt in ((3, 1), (3, 2), (2, 1))]
-    run = SimpleNamespace(cfg=dpo.Config(), rt=ALONE, base="", out_dir=tmp_path, resumed=None, raw=None)
+    run = SimpleNamespace(cfg=dpo.Config(), rt=ALONE, base="", out_dir=tmp_path, resumed=None, full_model=lambda: None)
     for pair in pairs * 2:
         dpo.add_reference(run, [pair])
     assert len(computed) == 3

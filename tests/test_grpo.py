@@ -58,7 +58,7 @@ def update(
     advantages = grpo.advantages_of(totals, cfg.scale_by_std).flatten().tolist()
     n_targets = sum(len(e.ids) - e.n_prompt for e in examples)
     n_trained = sum(len(e.ids) - e.n_prompt for e, a in zip(examples, advantages) if a or cfg.kl_beta)
-    run = SimpleNamespace(cfg=cfg, rt=ALONE, raw=raw)
+    run = SimpleNamespace(cfg=cfg, rt=ALONE, raw=raw, full_model=lambda: raw)
     parts = grpo.micro_batches(run, examples, advantages, n_trained, n_targets)
     batch = training.Batch(parts, N_PROMPTS, 0)
     grpo.add_log_probs(run, batch, reference if cfg.kl_beta else None)
@@ -245,7 +245,7 @@ def test_one_step_equals_trl(changed: dict[str, Any], tmp_path: Path) -> None:
 def sample(raw: model.GPT, prompts: list[str], numbers: list[int], n: int, seed: int = 1) -> list[list[int]]:
     """The ids of n answers to each prompt."""
     cfg = grpo.Config(answer_tokens=12, seed=seed)
-    run = SimpleNamespace(cfg=cfg, rt=ALONE, raw=raw, tokenizer=BYTES)
+    run = SimpleNamespace(cfg=cfg, rt=ALONE, raw=raw, full_model=lambda: raw, tokenizer=BYTES)
     rows = [(Row(p, "", "x"), BYTES.encode_ordinary(p)) for p in prompts]
     answers, values, totals = grpo.sample_answers(run, rows, np.array(numbers), n, rewards.parse("exact + ends"))
     assert values.shape == (len(prompts) * n, 2) and totals.shape == (len(prompts), n)
@@ -275,7 +275,7 @@ def test_samples_follow_the_distribution_of_the_loss() -> None:
 
 
 def test_gap_is_rounding_and_sees_another_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = SimpleNamespace(rt=ALONE, raw=tiny(n_layer=2))
+    run = SimpleNamespace(rt=ALONE, full_model=partial(tiny, n_layer=2))
     examples = random_answers()[0][:N_SAMPLES]
     assert 0 < grpo.rollout_gap(run, examples) < 1e-4
     advance = generate.KVCache.advance
@@ -396,7 +396,7 @@ def test_answers_that_never_end_are_cut_off(cfg: grpo.Config, tmp_path: Path) ->
 
 def fail_on_one_rank(rt: runtime.Runtime) -> str:
     """The message of a reward that fails for the answers of rank 1 only."""
-    run = SimpleNamespace(cfg=grpo.Config(answer_tokens=4), rt=rt, raw=tiny(), tokenizer=BYTES)
+    run = SimpleNamespace(cfg=grpo.Config(answer_tokens=4), rt=rt, full_model=tiny, tokenizer=BYTES)
     terms = dict(own=rewards.Term(1.0, lambda answer: 1 / (answer.reference != "1"), (), ""))
     rows = [(Row("a", "", str(rt.rank)), BYTES.encode_ordinary("a"))]
     with pytest.raises(ValueError) as error:
