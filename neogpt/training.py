@@ -207,7 +207,7 @@ def plan_memory(
     block = n_tokens * (2 * residual * c.n_embd + size * (6 * c.n_embd + mlp))
     dtype = torch.bfloat16 if size == 2 else torch.float32
     if c.attention == "manual" or T <= model.MAX_MANUAL and model.is_slow_on_cpu(rt.device, dtype):
-        block += n_tokens * T * c.n_head * (6 if size == 2 and rt.device.type == "cuda" else size)  # softmax: fp32 there
+        block += n_tokens * T * c.n_head * (size + 4 * (size == 2 and rt.device.type == "cuda"))  # fp32 softmax
     blocks = c.n_layer * n_tokens * residual * c.n_embd + block if recompute else c.n_layer * block
     # the log-softmax and two gradients of it, fp32
     activations = blocks + n_tokens * ((residual + size) * c.n_embd + 12 * c.vocab_size)
