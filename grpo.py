@@ -17,7 +17,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -36,25 +36,22 @@ HELD_OUT = 2**40  # number of the first held-out prompt; prompts of training are
 
 @dataclass(frozen=True)
 class Config(finetune.FinetuneConfig):
-    checkpoint: str = "out/sft"  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
-    data: str = "databricks/databricks-dolly-15k"  # rows: a file, folder or pattern, or a dataset on the hub
     out_dir: str = "out/grpo"  # log.txt, checkpoints, best.pt (highest held-out reward)
     val_data: str = ""  # held-out rows, as in data; "": the fraction val_frac of data
     eval_questions: str = ""  # rows of another ability: exact match of greedy answers; "": not evaluated
     reward: str = "ends(100) + repetition"  # a sum of rewards: see neogpt/rewards.py
-    prompts_per_step: int = 16  # prompts per optimizer step over all devices
-    samples_per_prompt: int = 16  # answers to each prompt: one group
-    updates_per_rollout: int = 1  # optimizer steps on the same answers; more than 1 needs clip
+    prompts_per_step: config.PositiveInt = 16  # prompts per optimizer step over all devices
+    samples_per_prompt: Annotated[int, "[2, 65536]"] = 16  # answers to each prompt: one group
+    updates_per_rollout: config.PositiveInt = 1  # optimizer steps on the same answers; more than 1 needs clip
     clip: float = 0.0  # largest distance of the probability ratio from 1 that is rewarded (PPO: 0.2); 0: no limit
-    kl_beta: float = 0.0  # penalty on the KL divergence from the model to start from, if it must stay close; 0: none
+    kl_beta: config.NonNegativeFloat = 0.0  # penalty on the KL divergence from the model to start from; 0: none
     scale_by_std: bool = False  # divide advantages by the group's standard deviation: hard and easy prompts count more
     loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # mean over tokens; mean of answers' means; over answer_tokens
-    epochs: float = 1.0  # passes over the prompts
-    max_lr: float = 2.5e-6  # peak learning rate, a twentieth of that of sft.py; about ten times as much with LoRA
-    warmup_frac: float = 0.0  # fraction of the steps for linear warmup; then linear to 0
-    eval_every: int = 20  # steps between evaluations on the held-out prompts
-    n_eval_prompts: int = 64  # number of held-out prompts
-    n_eval_samples: int = 8  # answers to each held-out prompt, for pass@1 and pass@n
+    max_lr: config.NonNegativeFloat = 2.5e-6  # peak learning rate, 1/20 of sft.py's; about ten times as much with LoRA
+    warmup_frac: config.Fraction = 0.0  # fraction of the steps for linear warmup; then linear to 0
+    eval_every: config.PositiveInt = 20  # steps between evaluations on the held-out prompts
+    n_eval_prompts: config.PositiveInt = 64  # number of held-out prompts
+    n_eval_samples: config.PositiveInt = 8  # answers to each held-out prompt, for pass@1 and pass@n
 
 
 CONFIGS = {
@@ -83,14 +80,10 @@ def sample_answers(
     (prompts, n), fp64. An answer depends on the weights, the prompt, the seed, the prompt's number and its place in the
     group; on other rows only through rounding. Raises ValueError on all ranks if a reward fails on any.
     """
-    answers, scores, problem = [], [], ""
+    scores, problem = [], ""
     places = ((numbers[:, None] << 16) + np.arange(n)).flatten().astype(np.uint64)
     seeds = (data.mix(np.uint64(run.cfg.seed) ^ data.mix(places)) >> 32).tolist()  # PyTorch uses 32 bits
-    asked = [prompt for prompt in prompts for _ in range(n)]
-    found = finetune.answer(run, [ids for _, ids in asked], seeds)
-    for (row, _), (ids, ended) in zip(asked, found):
-        texts = chat.whole_prompt(row), row.response, run.tokenizer.decode(ids)
-        answers.append(rewards.Answer(*texts, ids + [run.tokenizer.eot_token] * ended, ended))
+    answers = finetune.answer(run, [prompt for prompt in prompts for _ in range(n)], seeds)
     try:
         scores = [rewards.score(terms, each) for each in answers]
     except ValueError as error:
@@ -216,19 +209,17 @@ def grpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config, n_ids: int) ->
 
 
 def evaluate(run: Run, prompts: Prompts, questions: list[chat.Row], terms: rewards.Terms) -> bool:
-    """Evaluate on held-out prompts, log and print the results; return whether the reward is the highest so far."""
+    """Evaluate on held-out prompts; return whether the reward is the highest so far."""
     rt, k = run.rt, run.cfg.n_eval_samples
     mine = np.arange(len(prompts))[rt.rank :: rt.world_size]
     answers, values, totals = sample_answers(run, [prompts[i] for i in mine], HELD_OUT + mine, k, terms)
     passed = (values[:, 0] >= 1).reshape(-1, k)
     sums = [totals.sum() / k, passed.sum() / k, passed.any(axis=1).sum(), sum(each.ended for each in answers) / k]
-    reward, *fractions = runtime.all_reduce_sum(torch.tensor(sums, dtype=torch.float64) / len(prompts), rt).tolist()
-    scores = dict(zip(("pass@1", f"pass@{k}", "ended"), fractions))
-    text = f"reward {reward:.3f}, " + ", ".join(f"{name} {x:.1%}" for name, x in scores.items())
+    means = runtime.all_reduce_sum(torch.tensor(sums, dtype=torch.float64) / len(prompts), rt).tolist()
+    scores = dict(val=-means[0]) | dict(zip(("val/reward", "pass@1", f"pass@{k}", "ended"), means))
     if questions:
         scores["exact"] = finetune.score_answers(run, questions)["exact"]
-        text += f"; {len(questions)} other questions: {scores['exact']:.1%} exact match"
-    return finetune.report(run, dict(val=-reward) | scores, text)
+    return finetune.report(run, scores)
 
 
 def check_signal(run: Run, stats: dict[str, float], n_constant: int) -> int:
@@ -246,11 +237,7 @@ def check_signal(run: Run, stats: dict[str, float], n_constant: int) -> int:
 
 def main(cfg: Config) -> None:
     """Answer, score, update; evaluate and save in between."""
-    finetune.check(cfg)
-    counts = dict(prompts_per_step=cfg.prompts_per_step, updates_per_rollout=cfg.updates_per_rollout)
-    config.require("[1, inf)", **counts, n_eval_prompts=cfg.n_eval_prompts, n_eval_samples=cfg.n_eval_samples)
-    config.require("[2, 65536]", samples_per_prompt=cfg.samples_per_prompt)
-    config.require("[0, inf)", kl_beta=cfg.kl_beta)
+    config.check(cfg)
     config.require("[0, 1)" if cfg.updates_per_rollout == 1 else "(0, 1)", clip=cfg.clip)
     terms = rewards.parse(cfg.reward)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)

@@ -45,7 +45,7 @@ PUBLISHED: dict[Style, dict[str, dict[str, float]]] = {
 class Config:
     checkpoint: str = "out/gpt2"  # an out_dir, a checkpoint file, a Hugging Face folder, or a name on the hub
     data: str = ""  # rows, a .jsonl or .parquet file; "": the validation set, downloaded once
-    limit: int | None = None  # score only this many rows; None: all
+    limit: config.PositiveInt | None = None  # score only this many rows; None: all
     style: Style = "completion"  # completion: as build-nanogpt, llm.c; harness: as lm-evaluation-harness
     out: str = ""  # write every row's log-probabilities and predictions into this .jsonl file
     device: str = "auto"  # auto: cuda, else mps, else cpu
@@ -220,7 +220,7 @@ def evaluate(
 
 def main(cfg: Config) -> None:
     """Score a model, print its accuracies and, with --out, write one JSON object per row."""
-    config.require("[1, inf)", limit=cfg.limit)
+    config.check(cfg)
     if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
         raise ValueError(f"--out={cfg.out}: there is no folder {Path(cfg.out).parent}")
     rt = runtime.setup(cfg.device, cfg.precision)

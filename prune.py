@@ -30,12 +30,12 @@ class EvalConfig:
     """Constants of calibration and evaluation, also for tools/compare.py."""
 
     data: str = "edu_fineweb10B"  # calibration and validation text: folder of token shards, or one .txt file
-    n_sequences: int = 128  # calibration sequences (16 are nearly as good: arXiv:2306.11695, figure 2)
-    B: int = 8  # sequences per forward pass
-    seed: int = 1337  # selects the calibration sequences
-    val_tokens: int = 1_048_576  # validation tokens for the loss; fewer if the text is shorter
+    n_sequences: config.PositiveInt = 128  # calibration sequences (16 are nearly as good: arXiv:2306.11695, figure 2)
+    B: config.PositiveInt = 8  # sequences per forward pass
+    seed: config.Seed = 1337  # selects the calibration sequences
+    val_tokens: config.PositiveInt = 1_048_576  # validation tokens for the loss; fewer if the text is shorter
     hellaswag_data: str = ""  # rows, a .jsonl or .parquet file; "": the validation set, downloaded once
-    hellaswag_rows: int | None = 1000  # score only this many rows; None: all; 0: no HellaSwag
+    hellaswag_rows: config.NonNegativeInt | None = 1000  # score only this many rows; None: all; 0: no HellaSwag
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
 
@@ -51,12 +51,6 @@ class Config(EvalConfig):
 
 DEMO = dict(data=f"{config.ROOT}/input.txt", hellaswag_data=f"{config.ROOT}/demo/hellaswag.jsonl", val_tokens=2**16)
 CONFIGS = {"gpt2": Config(), "demo": Config(checkpoint="out/demo", out_dir="out/demo-pruned", **DEMO)}
-
-
-def check(cfg: EvalConfig) -> None:
-    """Raise ValueError for the first constant that is out of range."""
-    config.require("[1, inf)", n_sequences=cfg.n_sequences, B=cfg.B, val_tokens=cfg.val_tokens)
-    config.require("[0, 9e18]", seed=cfg.seed, hellaswag_rows=cfg.hellaswag_rows)
 
 
 def require_prunable(raw: model.GPT, cfg: Config) -> None:
@@ -150,7 +144,7 @@ def evaluate(
 
 def main(cfg: Config) -> None:
     """Evaluate, prune, evaluate again, and write the checkpoint and the report."""
-    check(cfg)
+    config.check(cfg)
     rt = runtime.setup(cfg.device, cfg.precision)
     if rt.world_size > 1:
         raise ValueError("prune.py runs as one process: start it with python, not torchrun")

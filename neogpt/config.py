@@ -9,13 +9,21 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar, get_args, get_type_hints
 
 from neogpt import files
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
 MAX_COUNT = 2**63 - 1  # larger integers overflow in PyTorch and NumPy
 Config = TypeVar("Config")
+
+# Types of constants with their ranges, for `check`
+PositiveInt = Annotated[int, "[1, inf)"]
+NonNegativeInt = Annotated[int, "[0, inf)"]
+PositiveFloat = Annotated[float, "(0, inf)"]
+NonNegativeFloat = Annotated[float, "[0, inf)"]
+Fraction = Annotated[float, "[0, 1]"]
+Seed = Annotated[int, "[0, 9e18]"]
 
 
 def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = None) -> Config:
@@ -61,6 +69,14 @@ def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
             raise
         # all ranks see the same wrong value, but a disk can be full on one node only
         sys.exit(f"error: {files.one_line(error)}" if is_rank_0 or isinstance(error, OSError) else 1)
+
+
+def check(cfg: object) -> None:
+    """Raise ValueError for the first constant of a Config that is outside the range of its type."""
+    for name, hint in get_type_hints(type(cfg), include_extras=True).items():
+        for kind in (hint, *get_args(hint)):  # the type itself, or the members of a union
+            for interval in getattr(kind, "__metadata__", ()):
+                require(interval, **{name: vars(cfg)[name]})
 
 
 def require(interval: str, **values: float | None) -> None:

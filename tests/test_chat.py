@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from harness import ALONE, tiny_model, write_rows
 from torch import Tensor
 
-from neogpt import chat, data, finetune, generate, runtime
+from neogpt import chat, data, finetune, generate, rewards, runtime
 from neogpt.chat import Example, Row
 
 CPU = torch.device("cpu")
@@ -380,13 +380,15 @@ def run_of(texts: list[str], answer_tokens: int, rt: runtime.Runtime = ALONE) ->
 def test_answers_end_at_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "generate", fixed_answers)
     texts = ["a", "lorem ipsum", "", "日本"]
-    prompts = [[1] * n for n in (1, 2, 3, 4)]
+    prompts = [(Row("?", "", "!"), [1] * n) for n in (1, 2, 3, 4)]
     # eight tokens: "日本" is six bytes and end-of-text
-    expected = [("a", True), ("lorem ip", False), ("", True), ("日本", True)]
-    assert finetune.greedy_answers(run_of(texts, 8), prompts) == expected
-    assert finetune.greedy_answers(run_of(texts, 8), prompts[:1] * 130) == [("a", True)] * 130
-    assert finetune.greedy_answers(run_of(texts, 8), []) == []
-    assert finetune.greedy_answers(run_of(texts, 1), prompts[:1]) == [("a", False)]
+    expected = [("a", [97, 256], True), ("lorem ip", [*b"lorem ip"], False), ("", [256], True)]
+    expected.append(("日本", [*"日本".encode(), 256], True))
+    expected = [rewards.Answer("?\nResponse:\n", "!", *answer) for answer in expected]
+    assert finetune.answer(run_of(texts, 8), prompts) == expected
+    assert finetune.answer(run_of(texts, 8), prompts[:1] * 130) == expected[:1] * 130
+    assert finetune.answer(run_of(texts, 8), []) == []
+    assert finetune.answer(run_of(texts, 1), prompts[:1]) == [expected[0]._replace(ids=[97], ended=False)]
 
 
 def test_scores_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,9 +162,9 @@ def test_pairs_are_truncated_to_the_sequence_length(log: pytest.LogCaptureFixtur
     assert chosen == ["12345\u0100", "123456", "12\u0100", "x23456"]
     assert bytes(tokenized[0].rejected.ids[:-1].tolist()) == b"abc\nResponse:\n12"
     assert [dpo.longest(pair) for pair in tokenized] == [20, 20, 20, 20]
-    for message, words in zip(log.messages, (("2 pairs", "dropped"), ("3 pairs", "truncated")), strict=True):
-        assert [word for word in ("pairs.jsonl", "T=19", *words) if word not in message] == []
-    with pytest.raises(ValueError, match="pairs.jsonl.*T=19"):
+    for message, words in zip(log.messages, (("2 rows", "dropped"), ("3 rows", "truncated")), strict=True):
+        assert [word for word in ("pairs.jsonl", "19 tokens", *words) if word not in message] == []
+    with pytest.raises(ValueError, match="pairs.jsonl.*19 tokens"):
         dpo.tokenize_pairs(pairs[-1:], 19, BYTES, "pairs.jsonl")
 
 
@@ -385,7 +385,7 @@ def test_files_and_position_of_a_run_that_is_extended(cfg: dpo.Config) -> None:
     best, last = checkpoint.read(folder / "best.pt"), checkpoint.read(folder / "ckpt_000012.pt")
     assert (best.step, best.optimizers) == (12, None)
     assert (last.stage, last.step) == ("dpo", 12)
-    assert last.scores["val/loss"] == pytest.approx(losses(folder, "val")[12])
+    assert last.scores["val"] == pytest.approx(losses(folder, "val")[12])
     assert checkpoint.load_model(str(folder)).step == 12
     # a pair is 13 tokens of prompt twice, "yes" and "no"; end-of-text is a target only: 16 + 15 inputs, without padding
     assert losses(folder, "tokens") == {step: step * 8 * 31 for step in (0, 5, 10, 12)}

@@ -55,16 +55,9 @@ PRONOUNS = {
     "he": {"he": "he", "his": "his", "him": "him", "He": "He", "His": "His"},
 }
 TRADES = ("baker", "doctor", "farmer", "sailor")  # the kinds of people; the other kinds are animals
-DID = {  # what each kind does all day
-    "baker": "baked bread",
-    "doctor": "looked after the sick",
-    "farmer": "worked in the field",
-    "sailor": "mended the sails",
-    "cat": "slept in the sun",
-    "fox": "ran through the woods",
-    "goat": "climbed the rocks",
-    "rabbit": "dug holes",
-}
+# what each kind does all day
+DID = dict(baker="baked bread", doctor="looked after the sick", farmer="worked in the field", sailor="mended the sails")
+DID |= dict(cat="slept in the sun", fox="ran through the woods", goat="climbed the rocks", rabbit="dug holes")
 ITEMS = ("cup", "egg", "glove", "hat", "jug", "nut", "pen", "spoon")
 SPOTS = ("at the gate", "behind the door", "in the garden", "near the well", "on the table", "under the bed")
 
