@@ -74,9 +74,7 @@ def write_card(path: Path, loaded: checkpoint.Loaded, source: Path, dtype: str) 
 
 
 def write_gguf(path: Path, raw: model.GPT, tokenizer: tiktoken.Encoding, dtype: str, template: str) -> None:
-    """Write a GGUF file. Vectors and positions stay fp32; rows that q8_0's blocks of 32 do not divide become fp16.
-    Raises ValueError if the package gguf is missing.
-    """
+    """Write a GGUF file. Raises ValueError if the package gguf is missing."""
     try:
         import gguf
     except ImportError as error:
@@ -102,8 +100,8 @@ def write_gguf(path: Path, raw: model.GPT, tokenizer: tiktoken.Encoding, dtype: 
         if template:
             writer.add_chat_template(template)
         for name, tensor in weights.items():
-            kind = kinds[GGUF[dtype]] if tensor.dim() > 1 and "wpe" not in name else kinds.F32
-            kind = kinds.F16 if kind == kinds.Q8_0 and tensor.size(-1) % 32 else kind
+            kind = kinds[GGUF[dtype]] if tensor.dim() > 1 and "wpe" not in name else kinds.F32  # vectors, positions
+            kind = kinds.F16 if kind == kinds.Q8_0 and tensor.size(-1) % 32 else kind  # Q8_0 has blocks of 32
             array = gguf.quants.quantize(tensor.numpy(), kind)
             writer.add_tensor(names.get_name(name, (".weight", ".bias")), array, raw_dtype=kind)
         writer.write_header_to_file()

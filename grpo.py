@@ -7,7 +7,7 @@
 
 Rows are those of sft.py. In every step the model answers some prompts several times. Rewards (neogpt/rewards.py) score
 each answer, and its advantage is its reward minus the mean of its group, the answers to the same prompt. A reward only
-teaches what the model sometimes does: start with a success between 10 and 60 %. An answer passes if the first term of
+teaches what the model sometimes does: start with pass@1 between 10 and 60 %. An answer passes if the first term of
 the reward is at least 1. The loss stays near 0: watch the rewards, no_signal (fraction of groups whose rewards are all
 equal), cut_off (fraction of answers without end-of-text), entropy (nats per trained token) and gap (largest difference
 between log-probabilities with and without the KV cache).
@@ -43,7 +43,7 @@ class Config(finetune.FinetuneConfig):
     prompts_per_step: config.PositiveInt = 16  # prompts per optimizer step over all devices
     samples_per_prompt: Annotated[int, "[2, 65536]"] = 16  # answers to each prompt: one group
     updates_per_rollout: config.PositiveInt = 1  # optimizer steps on the same answers; more than 1 needs clip
-    clip: float = 0.0  # largest distance of the probability ratio from 1 that is rewarded (PPO: 0.2); 0: no limit
+    clip: float = 0.0  # clip range of the probability ratio, epsilon in PPO (there 0.2); 0: no clipping
     kl_beta: config.NonNegativeFloat = 0.0  # penalty on the KL divergence from the model to start from; 0: none
     scale_by_std: bool = False  # divide advantages by the group's standard deviation: hard and easy prompts count more
     loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # mean over tokens; mean of answers' means; over answer_tokens
@@ -76,13 +76,13 @@ CONFIGS = {
 def sample_answers(
     run: Run, prompts: Prompts, numbers: np.ndarray, n: int, terms: rewards.Terms
 ) -> tuple[list[rewards.Answer], np.ndarray, np.ndarray]:
-    """n sampled answers to each prompt, the values of their reward's terms, (answers, terms), and their rewards,
-    (prompts, n), fp64. An answer depends on the weights, the prompt, the seed, the prompt's number and its place in the
-    group; on other rows only through rounding. Raises ValueError on all ranks if a reward fails on any.
+    """n sampled answers to each prompt, the values of the terms of their rewards, (answers, terms), and the rewards,
+    (prompts, n), fp64. An answer depends on the weights, the prompt, the seed, the number of the prompt and the index in
+    the group; on other prompts only through rounding. Raises ValueError on all ranks if a reward fails on one.
     """
     scores, problem = [], ""
-    places = ((numbers[:, None] << 16) + np.arange(n)).flatten().astype(np.uint64)
-    seeds = (data.mix(np.uint64(run.cfg.seed) ^ data.mix(places)) >> 32).tolist()  # PyTorch uses 32 bits
+    indices = ((numbers[:, None] << 16) + np.arange(n)).flatten().astype(np.uint64)  # of all samples of the run
+    seeds = (data.mix(np.uint64(run.cfg.seed) ^ data.mix(indices)) >> 32).tolist()  # PyTorch uses 32 bits
     answers = finetune.answer(run, [prompt for prompt in prompts for _ in range(n)], seeds)
     try:
         scores = [rewards.score(terms, each) for each in answers]
@@ -134,9 +134,9 @@ def rollout(run: Run, prompts: Prompts, terms: rewards.Terms) -> tuple[training.
 def micro_batches(
     run: Run, examples: list[chat.Example], advantages: list[float], n_trained: float, n_targets: float
 ) -> list[dict[str, Any]]:
-    """`chat.collate` of B examples, longest first, with their advantages, (B, 1), and weights of their tokens. Those
-    without gradient are left out, unless n_trained is 0. n_trained, n_targets: tokens of the others and of all in the
-    step, over all ranks. The weighted sum, divided by n_trained, is the loss of cfg.loss.
+    """`chat.collate` of B examples, longest first, with advantages, (B, 1), and weights of tokens. Examples without
+    gradient are left out, unless no example of the step has one. n_trained: target tokens of the examples with gradient,
+    n_targets: of all, both over all ranks. The weighted sum, divided by n_trained, is the loss of cfg.loss.
     """
     cfg, batches, keep_all, n_trained = run.cfg, [], run.cfg.kl_beta or not n_trained, n_trained or n_targets
     order = [i for i, advantage in enumerate(advantages) if advantage or keep_all]
@@ -154,9 +154,7 @@ def micro_batches(
 
 
 def log_probs(net: nn.Module, batch: dict[str, Any], n_ids: int) -> tuple[Tensor, Tensor]:
-    """The log-probabilities of the targets, 0 where there is none, and the entropies without gradients, (B, W) in nats.
-    n_ids: number of ids without the padding of the vocabulary.
-    """
+    """Log-probabilities of the targets, 0 where there is none, and detached entropies over n_ids ids, (B, W), nats."""
     logits = net(batch["x"])[..., :n_ids].float()
     logps = -model.cross_entropy(logits, batch["y"], "none").view(batch["y"].shape)
     with torch.no_grad():
@@ -190,22 +188,20 @@ def add_log_probs(run: Run, batch: training.Batch, reference: nn.Module | None) 
 
 
 def grpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config, n_ids: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and the detached metrics of a micro-batch, summed over its targets. With one update per rollout the
-    ratio is 1, and the gradient is that of -advantage · log-probability.
-    """
+    """The loss and the detached metrics of a micro-batch, summed over its targets."""
     logps, entropy = log_probs(net, batch, n_ids)
     mask = batch["y"] >= 0
-    ratio = (logps - batch.get("old", logps.detach())).exp()
-    gain = ratio * batch["advantage"]
+    ratio = (logps - batch.get("old", logps.detach())).exp()  # with one update per rollout it is 1
+    objective = ratio * batch["advantage"]  # its gradient is then that of advantage · log-probability
     metrics = dict(entropy=entropy)
     if cfg.clip:
         clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * batch["advantage"]
-        metrics["clipped"], gain = (clipped < gain).float(), torch.minimum(gain, clipped)
+        metrics["clipped"], objective = (clipped < objective).float(), torch.minimum(objective, clipped)
     if cfg.kl_beta:
         logratio = batch["reference"] - logps
         metrics["kl"] = logratio.exp() - logratio - 1  # k3 of http://joschu.net/blog/kl-approx.html: never below 0
-        gain = gain - cfg.kl_beta * metrics["kl"]
-    return -(gain * batch["weight"] * mask).sum(), {name: (x.detach() * mask).sum() for name, x in metrics.items()}
+        objective = objective - cfg.kl_beta * metrics["kl"]
+    return -(objective * batch["weight"] * mask).sum(), {name: (x.detach() * mask).sum() for name, x in metrics.items()}
 
 
 def evaluate(run: Run, prompts: Prompts, questions: list[chat.Row], terms: rewards.Terms) -> bool:

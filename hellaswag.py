@@ -194,10 +194,7 @@ def log_probs(raw: model.GPT, batch: list[Packed], T: int, head_rows: int, devic
 def evaluate(
     raw: model.GPT, questions: Questions, rt: runtime.Runtime, n_tokens: int | None = None, progress: bool = False
 ) -> Result:
-    """Score the questions over all ranks; the result has the same bits on any number of ranks.
-
-    n_tokens: tokens per batch, with padding; None selects a number for the device. progress: show a bar.
-    """
+    """Score the questions; same bits on any number of ranks. n_tokens: per batch, with padding; None: by device."""
     default, head_rows = (2**15, 2**11) if rt.device.type == "cuda" else (2**11, 2**7)  # 25 MB of logits on a CPU
     batches, rest = [], questions.packed
     while rest:

@@ -65,9 +65,7 @@ def require_prunable(raw: model.GPT, cfg: Config) -> None:
 
 
 def make_mask(weight: Tensor, norm: Tensor | None, cfg: Config) -> Tensor:
-    """The mask of a weight matrix, (out, in), True where a weight is kept. The first of equal scores is pruned first.
-    norm: L2 norms of the inputs, (in,), for Wanda; None for magnitude.
-    """
+    """The mask of a weight matrix, (out, in), True where a weight is kept. norm: of the inputs, (in,); magnitude: None."""
     score = weight.abs().float() * (1.0 if norm is None else norm)  # Eq. 1, arXiv:2306.11695
     if cfg.pattern:
         n, m = map(int, cfg.pattern.split(":"))
@@ -75,15 +73,13 @@ def make_mask(weight: Tensor, norm: Tensor | None, cfg: Config) -> Tensor:
     else:  # Wanda compares the weights of one output, magnitude pruning those of the whole matrix
         groups = score.view(1, -1) if norm is None else score
         n_pruned = int(cfg.ratio * groups.size(1))
-    lowest = groups.argsort(dim=1, stable=True)[:, :n_pruned]
+    lowest = groups.argsort(dim=1, stable=True)[:, :n_pruned]  # stable: the first of equal scores is pruned first
     return torch.ones_like(groups, dtype=torch.bool).scatter_(1, lowest, False).view(score.shape)
 
 
 @torch.no_grad()
 def prune_model(raw: model.GPT, idx: Tensor, cfg: Config, rt: runtime.Runtime) -> None:
-    """Prune the model in place, block by block. idx: calibration tokens, (n, T), on the model's device.
-    Needs memory for the input of one block, (n, T, C).
-    """
+    """Prune the model in place, block by block. idx: calibration tokens, (n, T). Needs memory for (n, T, C) floats."""
     if cfg.method == "magnitude":
         for linear in raw.weight_matrices().values():
             linear.weight.mul_(make_mask(linear.weight, None, cfg))

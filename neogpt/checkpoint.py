@@ -219,35 +219,32 @@ def load_model(source: str, stages: tuple[str, ...] = ()) -> Loaded:
     accepted stages of a checkpoint; empty for all.
     """
     path = Path(source)
-    is_adapter = (path / "adapter_config.json").is_file()
     # a path that does not exist can be a name on the hub
     is_local = path.exists() or path.suffix == ".pt" or source.startswith(("out/", "/", "."))
-    is_hf = (path / "config.json").is_file() or not is_local
+    is_adapter, is_hf = (path / "adapter_config.json").is_file(), (path / "config.json").is_file() or not is_local
     ckpt = None if is_adapter or is_hf else read_newest(path, SCRIPT_OF_STAGE[stages[0] if stages else "pretraining"])
     try:
-        stage, step = (ckpt.stage, ckpt.step) if ckpt else ("", 0) if is_adapter else hf.read_origin(source)
-        if stage and stages and stage not in stages:
-            expected = " or ".join(f"{stage} ({SCRIPT_OF_STAGE[stage]})" for stage in stages)
-            raise ValueError(f"it is of stage {stage}, expected {expected}")
         if is_adapter:
             base, _, _ = lora.read_adapter_config(path)
             if Path(base).resolve() == path.resolve():
                 raise ValueError("the adapter is its own base")
             loaded = load_model(base)
             return Loaded(lora.apply_adapter(loaded.raw, path), loaded.tokenizer, "sft", 0)
-        if is_hf:
-            raw = hf.load(source)
-            name = {50257: "gpt2", 257: "bytes"}.get(raw.config.n_tokens, f"of {raw.config.n_tokens} ids")
-            return Loaded(raw, data.get_tokenizer(name), stage or "pretraining", step)
-        raw = to_model(ckpt)
-        tokenizer = data.get_tokenizer(ckpt.tokenizer)
+        stage, step = (ckpt.stage, ckpt.step) if ckpt else hf.read_origin(source)
+        if stage and stages and stage not in stages:
+            expected = " or ".join(f"{stage} ({SCRIPT_OF_STAGE[stage]})" for stage in stages)
+            raise ValueError(f"it is of stage {stage}, expected {expected}")
+        raw = to_model(ckpt) if ckpt else hf.load(source)
+        name = {50257: "gpt2", 257: "bytes"}.get(raw.config.n_tokens, f"of {raw.config.n_tokens} ids")
+        tokenizer = data.get_tokenizer(ckpt.tokenizer if ckpt else name)
         if tokenizer.n_vocab != raw.config.n_tokens:
             raise ValueError(f"it has {raw.config.n_tokens} token ids, but its tokenizer has {tokenizer.n_vocab}")
     except Exception as error:  # JSON, safetensors, the hub and wrong shapes raise many kinds
         where = "" if is_local else ", which is not a local file or folder, from the Hugging Face hub"
         raise ValueError(f"cannot load {source}{where}: {files.one_line(error)}") from error
-    runtime.print0(f"{source}: {ckpt.stage}, step {ckpt.step}, {raw.n_params():,} parameters, {tokenizer.name} tokens")
-    return Loaded(raw, tokenizer, ckpt.stage, ckpt.step)
+    stage = stage or "pretraining"
+    runtime.print0(f"{source}: {stage}, step {step}, {raw.n_params():,} parameters, {tokenizer.name} tokens")
+    return Loaded(raw, tokenizer, stage, step)
 
 
 def refuse_own_folder(out_dir: str, source: str) -> None:

@@ -1,6 +1,4 @@
-"""Command line and error reporting, the same for every script: `config.run(main, CONFIGS)`. CONFIGS maps names to
-instances of the script's Config dataclass; its first name is the default.
-"""
+"""Command line, ranges of constants and error reporting of every script: `config.run(main, CONFIGS)`."""
 
 import os
 import re
@@ -27,8 +25,8 @@ Seed = Annotated[int, "[0, 9e18]"]
 
 
 def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = None) -> Config:
-    """Read the command line `script.py [NAME] [--constant=value …]`; NAME selects one of `configs`. The comments of the
-    dataclass become the help text. `--chat` means `--chat=True`, and ~ is the home folder. args: default sys.argv[1:].
+    """Read the command line `script.py [NAME] [--constant=value …]`. NAME selects one of `configs`; default: the first.
+    Comments of the dataclass become the help text. `--chat` means `--chat=True`. ~ is the home folder.
     """
     import tyro
 

@@ -44,9 +44,8 @@ class FinetuneConfig:
 def open_run(
     cfg: Any, stage: str, stages: tuple[str, ...], rt: runtime.Runtime, compile: bool = False, dynamic: bool = False
 ) -> tuple[Run, int]:
-    """A run that starts from the model `cfg.checkpoint`, and the sequence length T. stages: as in `load_model`.
-    compile, dynamic: as in `runtime.wrap`. Raises ValueError if the run in out_dir started from other weights or has
-    other adapters.
+    """A run that starts from the model `cfg.checkpoint`, and the sequence length T. stages: as in `load_model`. compile,
+    dynamic: as in `runtime.wrap`. Raises ValueError if the run in out_dir started from other weights or adapters.
     """
     checkpoint.refuse_own_folder(cfg.out_dir, cfg.checkpoint)
     raw, tokenizer, _, _ = checkpoint.load_model(cfg.checkpoint, stages)
@@ -133,9 +132,7 @@ def score_answers(run: Run, rows: list[chat.Row]) -> dict[str, float]:
 
 
 def report(run: Run, scores: dict[str, float]) -> bool:
-    """Log and print an evaluation, and print greedy answers to cfg.prompts. scores: by name, with the held-out loss as
-    "val". Returns whether that loss is the lowest of the run so far.
-    """
+    """Log and print the scores of an evaluation and answers to cfg.prompts; return whether scores["val"] is the lowest."""
     cfg, loss = run.cfg, scores["val"]
     best = run.step > 0 and loss < run.scores.get("best", math.inf)
     run.record(**scores)

@@ -19,18 +19,13 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 def find_file(name: str, file: str) -> Path:
     """The local path of `file` in a model folder, or in a model on the hub (downloaded once, then cached)."""
     if Path(name).is_dir():
-        if not (Path(name) / file).is_file():
-            raise FileNotFoundError(f"no {file} in {name}")
         return Path(name) / file
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import errors, hf_hub_download
 
     try:
         return Path(hf_hub_download(name, file))
-    except LocalEntryNotFoundError as error:
-        raise ConnectionError(f"no file or folder {name}, and the Hugging Face hub is unreachable") from error
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(f"no {file} in {name} on the Hugging Face hub") from error
+    except errors.EntryNotFoundError as error:
+        raise FileNotFoundError(f"no {file} in {name} on the Hugging Face hub, or no connection to it") from error
 
 
 def read_config(name: str) -> model.GPTConfig:

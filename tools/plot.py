@@ -67,7 +67,7 @@ def read_log(path: str | Path) -> Run:
 
 
 def transform(run: Run, x: str) -> Run:
-    """The run with curves over x instead of steps, and a training loss averaged over 2 % of the steps."""
+    """The run with curves over x instead of steps, and the training loss averaged over 2 % of the steps."""
     curves = dict(run.curves)
     if "train" in curves:
         n = 1 + len(curves["train"][0]) // 50
@@ -81,9 +81,7 @@ def transform(run: Run, x: str) -> Run:
 
 
 def draw(runs: list[Run], folder: str | Path, x: str = "steps") -> list[Path]:
-    """Write Loss.png and, if a run was scored on HellaSwag, Hellaswag.png into `folder`; return their paths. x: as in
-    Config; raises ValueError if a log has no values of x.
-    """
+    """Write Loss.png and, if a run was scored on HellaSwag, Hellaswag.png into `folder`; return their paths."""
     import matplotlib
     from matplotlib.figure import Figure
 

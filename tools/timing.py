@@ -22,10 +22,8 @@ def clock() -> float:
 
 
 def run_alternating(variants: dict[str, Callable[[], Any]], repeats: int, unit: str) -> list[dict]:
-    """Time every variant `repeats` times, in alternating order; print and return rates per second.
-
-    The first repeat warms up and is not counted. A variant returns its number of units, or (that number, clock() after
-    its setup). The first variant is the baseline of the ratios.
+    """Time every variant `repeats` times, in alternating order; print and return rates per second. The first repeat
+    warms up and is not counted. A variant returns its number of units, or (that number, clock() after its setup).
     """
     rates: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats):
@@ -35,7 +33,7 @@ def run_alternating(variants: dict[str, Callable[[], Any]], repeats: int, unit: 
             n, start = done if isinstance(done, tuple) else (done, start)
             rates[name].append(n / (clock() - start))
     rows, table = [], [("", f"median {unit}", "min", "max", "ratio")]
-    baseline = statistics.median(rates[next(iter(rates))][1:])
+    baseline = statistics.median(rates[next(iter(rates))][1:])  # the first variant
     for name, (_, *counted) in rates.items():
         median, low, high = statistics.median(counted), min(counted), max(counted)
         rows.append(dict(name=name, unit=unit, median=median, min=low, max=high, ratio=median / baseline))
