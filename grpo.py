@@ -77,8 +77,8 @@ def sample_answers(
     run: Run, prompts: Prompts, numbers: np.ndarray, n: int, terms: rewards.Terms
 ) -> tuple[list[rewards.Answer], np.ndarray, np.ndarray]:
     """n sampled answers to each prompt, the values of the terms of their rewards, (answers, terms), and the rewards,
-    (prompts, n), fp64. An answer depends on the weights, the prompt, the seed, the number of the prompt and the index in
-    the group; on other prompts only through rounding. Raises ValueError on all ranks if a reward fails on one.
+    (prompts, n), fp64. An answer depends on weights, prompt, seed, number of the prompt and index in the group, and on
+    other prompts only through rounding. Raises ValueError on all ranks if a reward fails on one.
     """
     scores, problem = [], ""
     indices = ((numbers[:, None] << 16) + np.arange(n)).flatten().astype(np.uint64)  # of all samples of the run
@@ -135,8 +135,8 @@ def micro_batches(
     run: Run, examples: list[chat.Example], advantages: list[float], n_trained: float, n_targets: float
 ) -> list[dict[str, Any]]:
     """`chat.collate` of B examples, longest first, with advantages, (B, 1), and weights of tokens. Examples without
-    gradient are left out, unless no example of the step has one. n_trained: target tokens of the examples with gradient,
-    n_targets: of all, both over all ranks. The weighted sum, divided by n_trained, is the loss of cfg.loss.
+    gradient are left out, unless no example of the step has one. n_trained: target tokens of examples with gradient;
+    n_targets: of all; both over all ranks. The weighted sum, divided by n_trained, is the loss of cfg.loss.
     """
     cfg, batches, keep_all, n_trained = run.cfg, [], run.cfg.kl_beta or not n_trained, n_trained or n_targets
     order = [i for i, advantage in enumerate(advantages) if advantage or keep_all]

@@ -44,8 +44,8 @@ class FinetuneConfig:
 def open_run(
     cfg: Any, stage: str, stages: tuple[str, ...], rt: runtime.Runtime, compile: bool = False, dynamic: bool = False
 ) -> tuple[Run, int]:
-    """A run that starts from the model `cfg.checkpoint`, and the sequence length T. stages: as in `load_model`. compile,
-    dynamic: as in `runtime.wrap`. Raises ValueError if the run in out_dir started from other weights or adapters.
+    """A run that starts from the model `cfg.checkpoint`, and the sequence length T. stages: as in `load_model`;
+    compile, dynamic: as in `runtime.wrap`. Raises ValueError if the run in out_dir has another start or other adapters.
     """
     checkpoint.refuse_own_folder(cfg.out_dir, cfg.checkpoint)
     raw, tokenizer, _, _ = checkpoint.load_model(cfg.checkpoint, stages)
@@ -132,7 +132,7 @@ def score_answers(run: Run, rows: list[chat.Row]) -> dict[str, float]:
 
 
 def report(run: Run, scores: dict[str, float]) -> bool:
-    """Log and print the scores of an evaluation and answers to cfg.prompts; return whether scores["val"] is the lowest."""
+    """Log and print an evaluation and answers to cfg.prompts. Returns whether the loss scores["val"] is the lowest."""
     cfg, loss = run.cfg, scores["val"]
     best = run.step > 0 and loss < run.scores.get("best", math.inf)
     run.record(**scores)
