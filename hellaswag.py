@@ -234,12 +234,12 @@ def main(cfg: Config) -> None:
         table.append([other, *(f"{known[by]:.4f}" if by in known else "-" for by in result.accuracy)])
     runtime.print0(f"{n:,} rows, {cfg.style} style; chance is 0.25\n{config.format_table(table)}")
     if cfg.out and rt.rank == 0:
-        counts = {"n_tokens": "per token", "n_chars": "per character", "n_bytes": "per byte"}
+        lengths = {"n_tokens": "per token", "n_chars": "per character", "n_bytes": "per byte"}
         with files.atomic_write(cfg.out) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for i, sums in enumerate(result.sums.tolist()):
                 row = dict(index=int(questions.index[i]), label=int(questions.label[i]), sums=sums)
-                row |= {name: questions.length[by][i].tolist() for name, by in counts.items()}
-                row |= dict(predictions={by: int(p[i]) for by, p in result.predictions.items()})
+                row |= {name: questions.length[by][i].tolist() for name, by in lengths.items()}
+                row["predictions"] = {by: int(p[i]) for by, p in result.predictions.items()}
                 file.write(json.dumps(row) + "\n")
     runtime.cleanup(rt)
 

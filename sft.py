@@ -58,7 +58,7 @@ def make_examples(rows: Sequence[chat.Row], T: int, tokenizer: tiktoken.Encoding
     """Rows -> examples of at most T input tokens. Rows whose prompt is longer are dropped."""
     examples = []
     for row in rows:
-        # the context is truncated to fit the response, whose end-of-text is only predicted and needs no input
+        # the context is truncated so that the response fits; its end-of-text is a target, but no input
         budget = max(1, T - len(tokenizer.encode_ordinary(row.response)))
         prompt = chat.encode_prompt(row, budget, tokenizer)
         if example := chat.make_example(prompt, row.response, T, tokenizer):
@@ -83,14 +83,12 @@ def evaluate(run: Run, examples: list[chat.Example], rows: list[chat.Row]) -> bo
         with rt.autocast():
             logits = run.raw(batch["x"])  # one example per sequence: no positions and mask
             loss = model.cross_entropy(logits, batch["y"], "sum")
-        hits = (logits[..., : run.raw.config.n_tokens].argmax(-1) == batch["y"]).sum()
-        sums.append(torch.stack([loss, hits.float()]))
-    loss, hits = runtime.all_reduce_sum(torch.stack(sums).sum(0), rt).tolist()
+        n_correct = (logits[..., : run.raw.config.n_tokens].argmax(-1) == batch["y"]).sum()
+        sums.append(torch.stack([loss, n_correct.float()]))
+    loss, n_correct = runtime.all_reduce_sum(torch.stack(sums).sum(0), rt).tolist()
     n = sum(len(e.ids) - e.n_prompt for e in examples)  # target tokens
-    scores = dict(val=loss / n, perplexity=math.exp(min(loss / n, 99)), accuracy=hits / n)
-    if rows:
-        scores |= finetune.score_answers(run, rows)
-    return finetune.report(run, scores)
+    scores = dict(val=loss / n, perplexity=math.exp(min(loss / n, 99)), accuracy=n_correct / n)
+    return finetune.report(run, scores | finetune.score_answers(run, rows))
 
 
 def main(cfg: Config) -> None:

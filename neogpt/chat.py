@@ -41,7 +41,7 @@ def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[di
     dataset on the Hugging Face hub (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT). Raises, on all ranks, ValueError for files
     and OSError for a dataset that cannot be read.
     """
-    paths, others = files.find_files(source, SUFFIXES, split)
+    paths, skipped = files.find_files(source, SUFFIXES, split)
     is_local = paths or files.has_suffix(source, SUFFIXES) or Path(source).exists()
     if rt.rank > 0:
         runtime.barrier(rt)  # read what rank 0 has downloaded
@@ -63,8 +63,8 @@ def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[di
     finally:
         if rt.rank == 0:
             runtime.barrier(rt)
-    if others:
-        runtime.print0(f"{source}: files that are not read: {', '.join(path.name for path in others)}")
+    if skipped:
+        runtime.print0(f"{source}: files that are not read: {', '.join(path.name for path in skipped)}")
     return rows
 
 
@@ -252,9 +252,7 @@ def make_example(prompt: list[int], response: str, T: int, tokenizer: tiktoken.E
 
 
 def pack(examples: Sequence[Example], T: int) -> list[list[Example]]:
-    """Examples -> bins of at most T input tokens, longest first, each into the first bin with enough room (first-fit
-    decreasing). An example of more than T tokens has its own bin, so T=0 does not pack at all.
-    """
+    """Examples -> bins of at most T input tokens (first-fit decreasing). Longer examples have their own bin (T=0: all)."""
     bins = [[] for _ in examples]
     for example in sorted(examples, key=lambda e: -len(e.ids)):
         next(b for b in bins if not b or sum(e.n_inputs for e in [*b, example]) <= T).append(example)

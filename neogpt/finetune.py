@@ -120,15 +120,15 @@ def answer(run: Run, prompts: list[Prompt], seeds: list[int] | None = None) -> l
 
 
 def score_answers(run: Run, rows: list[chat.Row]) -> dict[str, float]:
-    """The rewards exact, begins and ends (see rewards.py) of greedy answers: means over all rows."""
+    """The rewards exact, begins and ends (see rewards.py) of greedy answers: means over all rows; {} without rows."""
     rt, T = run.rt, run.cfg.T or run.raw.config.block_size
     budget = T - min(run.cfg.answer_tokens, T // 2)  # for the prompt, so that an answer fits into T tokens
     prompts = [(row, chat.encode_prompt(row, budget, run.tokenizer)) for row in rows[rt.rank :: rt.world_size]]
     counts = torch.zeros(3)
     for each in answer(run, prompts):
         counts += torch.tensor([rewards.exact(each), rewards.begins(each), each.ended])
-    fractions = runtime.all_reduce_sum(counts.to(rt.device), rt) / len(rows)
-    return dict(zip(("exact", "begins", "ended"), fractions.tolist()))
+    means = runtime.all_reduce_sum(counts.to(rt.device), rt) / max(1, len(rows))
+    return dict(zip(("exact", "begins", "ended"), means.tolist())) if rows else {}
 
 
 def report(run: Run, scores: dict[str, float]) -> bool:
