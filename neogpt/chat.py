@@ -252,7 +252,7 @@ def make_example(prompt: list[int], response: str, T: int, tokenizer: tiktoken.E
 
 
 def pack(examples: Sequence[Example], T: int) -> list[list[Example]]:
-    """Examples -> bins of at most T input tokens (first-fit decreasing). Longer examples have their own bin (T=0: all)."""
+    """Examples -> bins of at most T input tokens (first-fit decreasing). Longer ones have their own bin (T=0: all)."""
     bins = [[] for _ in examples]
     for example in sorted(examples, key=lambda e: -len(e.ids)):
         next(b for b in bins if not b or sum(e.n_inputs for e in [*b, example]) <= T).append(example)

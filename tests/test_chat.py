@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import harness
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -30,11 +31,8 @@ T = 160
 
 @pytest.fixture(params=["bytes", "gpt2"])
 def tokenizer(request: pytest.FixtureRequest) -> tiktoken.Encoding:
-    """Both tokenizers; skipped where the GPT-2 vocabulary cannot be downloaded."""
-    try:
-        return data.get_tokenizer(request.param)
-    except OSError as error:
-        pytest.skip(str(error))
+    """Both tokenizers."""
+    return harness.get_tokenizer(request.param)
 
 
 # -----------------------------------------------------------------------------
@@ -112,14 +110,8 @@ def test_unusable_rows_and_unreadable_files_are_named(tmp_path: Path) -> None:
     refused(tmp_path / "missing.json", "missing.json", "does not exist")
 
 
-TURNS = [
-    ("system", "Be short."),
-    ("system", ""),
-    ("user", "Hi "),
-    ("assistant", " Ho"),
-    ("user", "And?"),
-    ("assistant", "No."),
-]
+TURNS = [("system", "Be short."), ("system", ""), ("user", "Hi "), ("assistant", " Ho")]
+TURNS += [("user", "And?"), ("assistant", "No.")]
 CONVERSATION = Row("And?", "", "No.", (("Be short.\n\nHi", " Ho"),))
 COMMON = [  # rows of common datasets
     (dict(instruction="Add.", input="1 2", output=3), Row("Add.", "1 2", "3")),
@@ -252,9 +244,8 @@ def test_truncation_leaves_no_incomplete_character(tokenizer: tiktoken.Encoding)
         assert len(prompt) <= budget and "\ufffd" not in text
         kept = text.removeprefix("Q\n").removesuffix("Response:\n").removeprefix("Context:\n").removesuffix("\n")
         assert context.startswith(kept) and prompt == tokenizer.encode(chat.prompt_text("Q", kept))
-    assert (
-        tokenizer.decode(chat.encode_prompt(Row("Q", context, ""), 2, tokenizer)) == "Q\nResponse:\n"
-    )  # only the context
+    prompt = chat.encode_prompt(Row("Q", context, ""), 2, tokenizer)
+    assert tokenizer.decode(prompt) == "Q\nResponse:\n"  # only the context is truncated
 
 
 def test_truncated_response_has_no_end_of_text(tokenizer: tiktoken.Encoding) -> None:

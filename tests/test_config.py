@@ -158,6 +158,20 @@ def test_ctrl_c_and_a_closed_pipe_end_without_traceback(tmp_path: Path) -> None:
     assert run_script(tmp_path, "while True: print('a line', flush=True)", n_lines=2) == (0, "")  # as `head -2`
 
 
+def test_ranges_are_those_of_the_types() -> None:
+    @dataclass(frozen=True)
+    class Ranges:
+        n: config.PositiveInt = 1
+        rate: config.NonNegativeFloat | None = None
+        seed: config.Seed = 0
+        text: str | None = None
+
+    config.check(Ranges())
+    for name, value in dict(n=0, rate=-1e-9, seed=-1).items():
+        with pytest.raises(ValueError, match=f"--{name}={value} "):
+            config.check(Ranges(**{name: value}))
+
+
 def test_require() -> None:
     cases = {
         "[1, inf)": ([1, 1.5, 2**62, 1e300, None], [0, -1, math.inf, math.nan, 2**63]),

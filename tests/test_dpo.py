@@ -118,9 +118,7 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "fields", CONVERSATIONS, ids=["lists", "lists and prompt", "list of the prompt", "transcripts"]
-)
+@pytest.mark.parametrize("fields", CONVERSATIONS)
 def test_conversations(fields: dict, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     different = dict(chosen=turns("Hi", "a"), rejected=turns("Ho", "b"), prompt=[])
     other = dict(chosen=turns("Q", "a"), rejected=turns("Q", "b"), prompt=[])

@@ -411,19 +411,9 @@ def test_a_reward_that_fails_on_one_rank_ends_all(cfg: grpo.Config, tmp_path: Pa
     harness.refused(grpo.main, cfg, f"{tmp_path}/own.py:score", "OSError: gone")
 
 
-OPTIONS = [
-    dict(reward="exakt"),
-    dict(prompts_per_step=0),
-    dict(samples_per_prompt=1),
-    dict(clip=1.0),
-    dict(kl_beta=-1.0),
-]
-OPTIONS += [
-    dict(clip=0.0, updates_per_rollout=2),
-    dict(answer_tokens=25),
-    dict(n_eval_prompts=0),
-    dict(n_eval_samples=0),
-]
+OPTIONS = [dict(reward="exakt"), dict(prompts_per_step=0), dict(samples_per_prompt=1), dict(clip=1.0)]
+OPTIONS += [dict(kl_beta=-1.0), dict(clip=0.0, updates_per_rollout=2), dict(answer_tokens=25), dict(n_eval_prompts=0)]
+OPTIONS += [dict(n_eval_samples=0)]
 
 
 @pytest.mark.parametrize("changed", OPTIONS, ids=str)

@@ -2,13 +2,11 @@
 
 import math
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from neogpt import hf
 from neogpt.model import GPT, MLP, MLPS, SIZES, GPTConfig
 from neogpt.ndlinear import NdLinear
 
@@ -101,14 +99,10 @@ def test_every_parameter_has_a_gradient() -> None:
     assert len(set(w.flatten().tolist())) == len(set(w.grad.flatten().tolist())) == 3  # the modes differ
 
 
-def test_weights_reload_and_export_to_hugging_face_is_refused(tmp_path: Path) -> None:
-    raw = GPT(GPTConfig(**ND))
+def test_weights_reload() -> None:
+    raw, idx = GPT(GPTConfig(**ND)), torch.randint(257, (2, 8))
     again = GPT.from_weights(GPTConfig(**asdict(raw.config)), raw.state_dict())
-    idx = torch.randint(257, (2, 8))
     assert torch.equal(raw(idx), again(idx))
-    with pytest.raises(ValueError, match="ndlinear"):
-        hf.save(raw, tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize("changed", [dict(mlp="nd"), dict(mlp_modes=0), dict(mlp_width=-1), dict(mlp_width=1.5)])
