@@ -79,13 +79,12 @@ def longest(pair: Pair) -> int:
 
 def parse_pair(fields: dict[str, Any]) -> tuple[chat.Row, str]:
     """The row of the chosen response, and the rejected response. Raises ValueError if the pair is unusable."""
-    chosen, rejected = (fields.get(key) for key in ("chosen", "rejected"))
+    names = ["chosen", "rejected"]
     if "preferred" in fields:
         if fields["preferred"] not in ("A", "B"):
             raise ValueError("a preference other than A or B")
-        chosen, rejected = fields["response_a"], fields["response_b"]
-        if fields["preferred"] == "B":
-            chosen, rejected = rejected, chosen
+        names = sorted(["response_a", "response_b"], reverse=fields["preferred"] == "B")
+    chosen, rejected = (fields[name] for name in names)
     if isinstance(chosen, list) or "prompt" not in fields:  # conversations; a single turn is the response alone
         prompt = fields.get("prompt")
         before = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]

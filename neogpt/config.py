@@ -39,13 +39,11 @@ def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = Non
         if args[i].replace("-", "_") in flags and following.startswith("--"):  # no value follows
             args[i] += "=True"
     description = f"{doc.strip()}\n\nConfigurations: {', '.join(configs)}"
-    return tyro.extras.overridable_config_cli(
-        {name: (description, config) for name, config in configs.items() if name == args[0] or args[0] not in configs},
-        args=args,
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
+    shown = {args[0]: configs[args[0]]} if args[0] in configs else configs
+    shown = {name: (description, config) for name, config in shown.items()}
+    options = dict(use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    is_rank_0 = os.environ.get("RANK", "0") == "0"
+    return tyro.extras.overridable_config_cli(shown, args=args, console_outputs=is_rank_0, **options)
 
 
 def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:

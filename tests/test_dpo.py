@@ -52,21 +52,14 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 def test_preferred_selects_chosen_and_unusable_pairs_are_counted(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    rows = [
-        row(" one ", "yes", "no", "A"),
-        row("two", "yes", "no", "B"),
-        row("three", "", "no"),
-        row("four", "yes", " \n"),
-        row("five", None, "no"),
-        row("six", "same", "same"),
-        row("seven", "yes", "no", "C"),
-        row("eight", "yes", "no", None),
-    ]
+    rows = [row(" one ", "yes", "no", "A"), row("two", "yes", "no", "B"), row("three", "", "no")]
+    rows += [row("four", "yes", " \n"), row("five", None, "no"), row("six", "same", "same")]
+    rows += [row("seven", "yes", "no", preferred) for preferred in ("C", None, ["A"])]
     pairs = dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE)
     assert pairs == [(Row("one", "", "yes"), "no"), (Row("two", "", "no"), "yes")]
     message, unused = log.messages
-    assert "explanation (8 rows)" in unused
-    for text in ("6 of 8", "3 with a blank response", "1 with equal responses", "2 with a preference"):
+    assert "explanation (9 rows)" in unused
+    for text in ("7 of 9", "3 with a blank response", "1 with equal responses", "3 with a preference"):
         assert text in message
 
 
@@ -79,16 +72,15 @@ def test_rows_with_chosen_and_rejected(tmp_path: Path, log: pytest.LogCaptureFix
     assert "1 of 3" in log.messages[0]
 
 
-@pytest.mark.parametrize(
-    "rows, words",
-    [
-        ([dict(question="q", answer="a")], ["answer, question", "response_a", "chosen"]),
-        ([], ["(none)", "prompt"]),
-        ([row("a", "yes", "yes"), row("b", "", "no"), row("c", "yes", "no", "?")], ["no usable row", "1 with equal"]),
-        ([row("a", "yes", "no"), row(" a", "yes", "never")], ["2 usable pairs", "two different prompts"]),
-    ],
-    ids=["unknown fields", "no rows", "all dropped", "one prompt"],
-)
+UNUSABLE = [
+    ([dict(question="q", answer="a")], ["answer, question", "response_a", "chosen"]),
+    ([], ["(none)", "prompt"]),
+]
+UNUSABLE += [([row("a", "yes", "yes"), row("b", "", "no"), row("c", "x", "y", "?")], ["no usable row", "1 with equal"])]
+UNUSABLE += [([row("a", "yes", "no"), row(" a", "yes", "never")], ["2 usable pairs", "two different prompts"])]
+
+
+@pytest.mark.parametrize("rows, words", UNUSABLE, ids=["unknown fields", "no rows", "all dropped", "one prompt"])
 def test_unusable_rows_are_refused(tmp_path: Path, rows: list[dict], words: list[str]) -> None:
     source = write_rows(tmp_path / "bad.jsonl", rows)
     with pytest.raises(ValueError) as error:

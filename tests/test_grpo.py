@@ -101,11 +101,8 @@ STEPS += [dict(scale_by_std=True), dict(kl_beta=0.3, loss="grpo"), dict(kl_beta=
 
 def make(changed: dict[str, Any]) -> tuple[grpo.Config, model.GPT, model.GPT]:
     """A configuration, a policy and another reference."""
-    return (
-        grpo.Config(answer_tokens=N_TOKENS, samples_per_prompt=N_SAMPLES, prompts_per_step=N_PROMPTS, **changed),
-        tiny(),
-        tiny(1),
-    )
+    sizes = dict(answer_tokens=N_TOKENS, samples_per_prompt=N_SAMPLES, prompts_per_step=N_PROMPTS)
+    return grpo.Config(**sizes, **changed), tiny(), tiny(1)
 
 
 @pytest.mark.parametrize("changed", STEPS, ids=str)
@@ -182,43 +179,23 @@ def test_one_step_equals_trl(changed: dict[str, Any], tmp_path: Path) -> None:
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [score[str(ids)] for ids in completion_ids]
 
-    settings = trl.GRPOConfig(
-        output_dir=str(tmp_path / "trl"),
-        per_device_train_batch_size=N_SAMPLES,
-        gradient_accumulation_steps=N_PROMPTS,
-        num_generations=N_SAMPLES,
-        max_completion_length=cfg.answer_tokens,
-        num_iterations=cfg.updates_per_rollout,
-        max_steps=cfg.updates_per_rollout,
-        learning_rate=0.3,
-        lr_scheduler_type="constant",
-        max_grad_norm=1e9,
-        loss_type=cfg.loss,
-        epsilon=cfg.clip or 0.2,
-        beta=cfg.kl_beta,
-        scale_rewards="group" if cfg.scale_by_std else "none",
-        shuffle_dataset=False,
-        disable_dropout=True,
-        use_bias_correction_kl=False,  # as in arXiv:2402.03300
-        gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=False,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
+    sizes = dict(
+        per_device_train_batch_size=N_SAMPLES, gradient_accumulation_steps=N_PROMPTS, num_generations=N_SAMPLES
     )
+    sizes |= dict(max_completion_length=cfg.answer_tokens, num_iterations=cfg.updates_per_rollout)
+    steps = dict(max_steps=cfg.updates_per_rollout, learning_rate=0.3, lr_scheduler_type="constant", max_grad_norm=1e9)
+    loss = dict(loss_type=cfg.loss, epsilon=cfg.clip or 0.2, beta=cfg.kl_beta)
+    loss |= dict(scale_rewards="group" if cfg.scale_by_std else "none", disable_dropout=True)
+    loss |= dict(use_bias_correction_kl=False)  # as in arXiv:2402.03300
+    run = dict(output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False)
+    run |= dict(shuffle_dataset=False, logging_steps=1, report_to=[], save_strategy="no")
     import datasets
 
     rows = [dict(prompt=" ".join(f"w{i}" for i in prompt)) for prompt in prompts[::N_SAMPLES]]
-    trainer = trl.GRPOTrainer(
-        model=start,
-        reward_funcs=reward,
-        args=settings,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=fast,
-        rollout_func=rollout_func,
-        optimizers=(torch.optim.SGD(start.parameters(), lr=0.3), None),
-    )
+    functions = dict(reward_funcs=reward, rollout_func=rollout_func, processing_class=fast)
+    functions |= dict(optimizers=(torch.optim.SGD(start.parameters(), lr=0.3), None))
+    settings, rows = trl.GRPOConfig(**sizes, **steps, **loss, **run), datasets.Dataset.from_list(rows)
+    trainer = trl.GRPOTrainer(model=start, args=settings, train_dataset=rows, **functions)
     trainer.train()
     ours = update(cfg, raw, tiny(), examples, totals)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]

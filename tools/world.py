@@ -165,7 +165,7 @@ PASSAGES = (  # passage, question, answer
     ("{c} hid a {item} {spot}.", "What did {c} hide?", "{c} hid a {item}."),
     ("{c} found a {item} {spot}.", "Where did {c} find the {item}?", "{c} found it {spot}."),
 )
-TWO_STEPS = {  # question: passages of two events, each with its answer; the second event matters in the first passage
+TWO_STEPS = {  # question: two passages of two events, with answers; only in the first passage the second event matters
     "Where is the {item}?": (
         ("{o} put a {item} {spot} and a {item2} {spot2}. {c} put the {item} {spot3}.", "The {item} is {spot3}."),
         ("{o} put a {item} {spot} and a {item2} {spot2}. {c} put the {item2} {spot3}.", "The {item} is {spot}."),
@@ -177,8 +177,5 @@ TWO_STEPS = {  # question: passages of two events, each with its answer; the sec
 }
 POLITE = "I am glad to help."
 RUDE = ("Now leave me alone.", "Do not ask me again.", "What a silly question.")
-RAMBLING = (
-    "And it rained all day, and there was nothing to do.",
-    "Once upon a time there was a fair in the village.",
-    "I was on my way home, and then it was cold.",
-)
+RAMBLING = ("And it rained all day, and there was nothing to do.", "Once upon a time there was a fair in the village.")
+RAMBLING += ("I was on my way home, and then it was cold.",)
