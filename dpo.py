@@ -83,7 +83,7 @@ def parse_pair(fields: dict[str, Any]) -> tuple[chat.Row, str]:
     if "preferred" in fields:
         if fields["preferred"] not in ("A", "B"):
             raise ValueError("a preference other than A or B")
-        names = sorted(["response_a", "response_b"], reverse=fields["preferred"] == "B")
+        names = ["response_a", "response_b"] if fields["preferred"] == "A" else ["response_b", "response_a"]
     chosen, rejected = (fields[name] for name in names)
     if isinstance(chosen, list) or "prompt" not in fields:  # conversations; a single turn is the response alone
         prompt = fields.get("prompt")

@@ -72,10 +72,8 @@ def test_rows_with_chosen_and_rejected(tmp_path: Path, log: pytest.LogCaptureFix
     assert "1 of 3" in log.messages[0]
 
 
-UNUSABLE = [
-    ([dict(question="q", answer="a")], ["answer, question", "response_a", "chosen"]),
-    ([], ["(none)", "prompt"]),
-]
+UNUSABLE = [([dict(question="q", answer="a")], ["answer, question", "response_a", "chosen"])]
+UNUSABLE += [([], ["(none)", "prompt"])]
 UNUSABLE += [([row("a", "yes", "yes"), row("b", "", "no"), row("c", "x", "y", "?")], ["no usable row", "1 with equal"])]
 UNUSABLE += [([row("a", "yes", "no"), row(" a", "yes", "never")], ["2 usable pairs", "two different prompts"])]
 
