@@ -130,8 +130,8 @@ def tokenize_pairs(pairs: list[tuple[chat.Row, str]], T: int, tokenizer: tiktoke
 
 
 def collate_pairs(pairs: Sequence[Pair], B: int, rt: runtime.Runtime) -> list[dict[str, Any]]:
-    """This rank's micro-batches of B pairs, longest first: `chat.collate` of B chosen, then B rejected examples. They
-    also have reference (B, 2), and n is the number of pairs; rows that `chat.shard_across_ranks` adds have no targets.
+    """This rank's micro-batches of B pairs, longest first: `chat.collate` of B chosen, then B rejected examples, with
+    reference, (B, 2), and n, the number of pairs. Rows that `chat.shard_across_ranks` adds have no targets.
     """
     batches = []
     for part in chat.shard_across_ranks([[pair] for pair in sorted(pairs, key=longest, reverse=True)], B, rt):

@@ -122,7 +122,7 @@ def main(cfg: Config) -> None:
     out_dir = files.make_folder(cfg.out_dir)
     for path in sorted(out_dir.iterdir()):
         if path.name not in FILES and path.suffix not in (".json", ".gguf", ".tmp") and path.name[0] != ".":
-            raise ValueError(f"--out_dir={out_dir} holds {path.name}, which is not of an export: use another folder")
+            raise ValueError(f"--out_dir={out_dir} holds {path.name}, which no export writes: use another folder")
     files.require_space(out_dir, 4 * raw.n_params(), f"a model of {raw.n_params():,} parameters")
     template = chat.TEMPLATE if stage in CHAT_STAGES else ""
     if cfg.format == "gguf":

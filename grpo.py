@@ -29,9 +29,9 @@ from neogpt import chat, checkpoint, config, data, finetune, generate, model, op
 from neogpt.run import Run
 
 GAP_TOKENS = 16  # tokens per answer for which the gap is computed
-MAX_CONSTANT = 20  # a run ends after this many steps in a row without signal
+MAX_NO_SIGNAL = 20  # a run ends after this many steps in a row without signal
 Prompts = list[finetune.Prompt]
-HELD_OUT = 2**40  # number of the first held-out prompt; prompts of training are numbered from 0
+FIRST_HELD_OUT = 2**40  # number of the first held-out prompt; training prompts are numbered from 0
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ def rollout(run: Run, prompts: Prompts, terms: rewards.Terms) -> tuple[training.
     counts += [(np.ptp(totals, axis=1) == 0).sum(), sum(len(each.ids) for each in answers)]
     counts += [sum(not each.ended for each in answers), totals.sum(), *values.sum(axis=0)]
     counts = runtime.all_reduce_sum(torch.tensor(counts, dtype=torch.float64), rt).tolist()
-    (n_trained, n_inputs, n_constant, *sums), n_answers = counts, n * cfg.prompts_per_step
+    (n_trained, n_inputs, n_no_signal, *sums), n_answers = counts, n * cfg.prompts_per_step
     names = "length", "cut_off", "reward", *(f"reward/{term}" for term in terms)
-    stats = dict(no_signal=n_constant * n / n_answers) | {name: x / n_answers for name, x in zip(names, sums)}
+    stats = dict(no_signal=n_no_signal * n / n_answers) | {name: x / n_answers for name, x in zip(names, sums)}
     if rt.rank == 0:
         stats["gap"] = rollout_gap(run, examples[:n])
         text = ", ".join(f"{name} {value:.3g}" for name, value in stats.items())
@@ -208,7 +208,7 @@ def evaluate(run: Run, prompts: Prompts, questions: list[chat.Row], terms: rewar
     """Evaluate on held-out prompts; return whether the reward is the highest so far."""
     rt, k = run.rt, run.cfg.n_eval_samples
     mine = np.arange(len(prompts))[rt.rank :: rt.world_size]
-    answers, values, totals = sample_answers(run, [prompts[i] for i in mine], HELD_OUT + mine, k, terms)
+    answers, values, totals = sample_answers(run, [prompts[i] for i in mine], FIRST_HELD_OUT + mine, k, terms)
     passed = (values[:, 0] >= 1).reshape(-1, k)
     sums = [totals.sum() / k, passed.sum() / k, passed.any(axis=1).sum(), sum(each.ended for each in answers) / k]
     means = runtime.all_reduce_sum(torch.tensor(sums, dtype=torch.float64) / len(prompts), rt).tolist()
@@ -218,17 +218,17 @@ def evaluate(run: Run, prompts: Prompts, questions: list[chat.Row], terms: rewar
     return finetune.report(run, scores)
 
 
-def check_signal(run: Run, stats: dict[str, float], n_constant: int) -> int:
-    """The number of steps in a row without signal. Raises ValueError at MAX_CONSTANT, after saving."""
-    n_constant = n_constant + 1 if stats["no_signal"] == 1 else 0
-    if n_constant == 1:
+def check_signal(run: Run, stats: dict[str, float], n_no_signal: int) -> int:
+    """The number of steps in a row without signal. Raises ValueError at MAX_NO_SIGNAL, after saving."""
+    n_no_signal = n_no_signal + 1 if stats["no_signal"] == 1 else 0
+    if n_no_signal == 1:
         runtime.print0(f"step {run.step}: no group has different rewards, so the gradient of the rewards is 0")
-    if n_constant == MAX_CONSTANT:
+    if n_no_signal == MAX_NO_SIGNAL:
         run.save()
         run.wait_for_writer()
-        problem = f"no group had different rewards in {MAX_CONSTANT} steps in a row (mean reward {stats['reward']:g})"
+        problem = f"no group had different rewards in {MAX_NO_SIGNAL} steps in a row (mean reward {stats['reward']:g})"
         raise ValueError(f"{problem}: the model always succeeds or always fails; use another --reward or --data")
-    return n_constant
+    return n_no_signal
 
 
 def main(cfg: Config) -> None:
@@ -253,7 +253,7 @@ def main(cfg: Config) -> None:
     run.identify(**{name: f"{zlib.crc32(repr(value).encode()):08x}" for name, value in facts.items()})
     run.warm_up(add_log_probs(run, training.Batch(micro_batches(run, [], [], 1, 1), 0, 0), reference), loss_fn)
     lr_at = optim.schedule("wsd", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr, decay_frac=1.0)
-    n_constant = 0
+    n_no_signal = 0
     for step in run.steps(max_steps):
         best = run.due(cfg.eval_every) and evaluate(run, val_prompts, questions, terms)
         if best or run.due(cfg.save_every):
@@ -262,7 +262,7 @@ def main(cfg: Config) -> None:
             break
         started = time.perf_counter()
         batch, stats = rollout(run, prompts, terms)
-        n_constant = check_signal(run, stats, n_constant)
+        n_no_signal = check_signal(run, stats, n_no_signal)
         answered = time.perf_counter()
         add_log_probs(run, batch, reference)
         for i in range(cfg.updates_per_rollout):

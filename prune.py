@@ -45,7 +45,7 @@ class Config(EvalConfig):
     checkpoint: str = "out/gpt2"  # the model to prune: an out_dir, a file, a Hugging Face folder or hub name
     out_dir: str = "out/pruned"  # folder for the pruned checkpoint and report.json
     method: Literal["wanda", "magnitude"] = "wanda"  # magnitude: prune the smallest weights of each matrix
-    ratio: float = 0.5  # share of the weights to prune, in [0, 1)
+    ratio: float = 0.5  # fraction of the weights to prune, in [0, 1)
     pattern: str = ""  # used instead of ratio: N:M keeps N of every M consecutive inputs, for example 2:4
 
 
@@ -125,7 +125,7 @@ def load_data(
 def evaluate(
     raw: model.GPT, val: data.Windows, questions: hellaswag.Questions | None, cfg: EvalConfig, rt: runtime.Runtime
 ) -> dict[str, Any]:
-    """Share of zeros, numbers of parameters, loss in nats per token, perplexity, HellaSwag's acc and acc_norm."""
+    """Fraction of zeros, numbers of parameters, loss in nats per token, perplexity, HellaSwag's acc and acc_norm."""
     weights = [linear.weight for linear in raw.weight_matrices().values()]
     n_weights, n_params = sum(w.numel() for w in weights), raw.n_params()
     n_zeros = n_weights - sum(int(w.count_nonzero()) for w in weights)

@@ -61,7 +61,7 @@ def show(text: str) -> None:
     print(CONTROL.sub("\ufffd", text), end="", flush=True)
 
 
-def cut(text: str, stop: tuple[str, ...]) -> tuple[str, int]:
+def until_stop(text: str, stop: tuple[str, ...]) -> tuple[str, int]:
     """The text before the first stop text, and how many of its characters are certainly not part of a stop text."""
     if found := [text.index(s) for s in stop if s in text]:
         return text[: min(found)], min(found)
@@ -78,7 +78,7 @@ def stream(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding, prompt: Id
         for step in generate.generate(raw, [prompt] * len(seeds), cfg.max_new_tokens, **options):
             for row, token in zip(rows, step):
                 row += [token] if token not in (None, eot) else []
-            text, n_safe = cut(tokenizer.decode(rows[0]).rstrip("\ufffd"), cfg.stop)  # an incomplete character
+            text, n_safe = until_stop(tokenizer.decode(rows[0]).rstrip("\ufffd"), cfg.stop)  # an incomplete character
             show(text[n_shown:n_safe])
             n_shown = max(n_shown, n_safe)
             if cfg.stop and all(any(s in tokenizer.decode(row) for s in cfg.stop) for row in rows):
@@ -87,7 +87,7 @@ def stream(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding, prompt: Id
         if not cfg.chat:
             raise
     finally:
-        show(cut(tokenizer.decode(rows[0]), cfg.stop)[0][n_shown:] + "\n")
+        show(until_stop(tokenizer.decode(rows[0]), cfg.stop)[0][n_shown:] + "\n")
     return rows
 
 
@@ -121,7 +121,7 @@ def chat_loop(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding) -> None
                 history.popleft()
             (answer,) = stream(cfg, raw, tokenizer, sum(history, []) + prompt, [seed])
             if cfg.stop:
-                answer = tokenizer.encode_ordinary(cut(tokenizer.decode(answer), cfg.stop)[0])
+                answer = tokenizer.encode_ordinary(until_stop(tokenizer.decode(answer), cfg.stop)[0])
             history.append([*prompt, *answer, tokenizer.eot_token])
 
 
@@ -151,7 +151,7 @@ def main(cfg: Config) -> None:
         started = time.perf_counter()
         rows = stream(cfg, raw, tokenizer, prompt, [cfg.seed + i for i in range(cfg.n_samples)])
     for row in rows[1:]:
-        show(f"---\n{text}{cut(tokenizer.decode(row), cfg.stop)[0]}\n")
+        show(f"---\n{text}{until_stop(tokenizer.decode(row), cfg.stop)[0]}\n")
     n_tokens, seconds = sum(map(len, rows)), time.perf_counter() - started
     runtime.print0(f"{n_tokens:,} tokens in {seconds:.1f} s: {n_tokens / seconds:,.0f} tokens/s")
 

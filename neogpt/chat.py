@@ -140,19 +140,19 @@ def parse_turns(turns: object) -> Row:
         turns = [dict(role=role, content=text.strip()) for role, text in zip(parts[::2], parts[1::2])]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("a conversation that is not a list of turns")
-    done, waiting = [], []  # (prompt, response) of each turn; texts whose response has not come yet
+    done, pending = [], []  # (prompt, response) of each turn; prompt texts without a response so far
     for turn in turns:
         role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
         text = to_text(turn.get("content", turn.get("value")))
         if not role:
             raise ValueError("a turn of an unknown role")
         if role != "assistant":
-            waiting.append(text.strip())
-        elif not waiting:
+            pending.append(text.strip())
+        elif not pending:
             raise ValueError("a response without a prompt")
         else:
-            done.append(("\n\n".join(filter(None, waiting)), text))
-            waiting = []
+            done.append(("\n\n".join(filter(None, pending)), text))
+            pending = []
     if not done:
         raise ValueError("a conversation without a response")
     (prompt, response), history = done[-1], done[:-1]

@@ -45,7 +45,7 @@ def open_run(
     cfg: Any, stage: str, stages: tuple[str, ...], rt: runtime.Runtime, compile: bool = False, dynamic: bool = False
 ) -> tuple[Run, int]:
     """A run that starts from the model `cfg.checkpoint`, and the sequence length T. stages: as in `load_model`;
-    compile, dynamic: as in `runtime.wrap`. Raises ValueError if the run in out_dir has another start or other adapters.
+    compile, dynamic: as in `runtime.wrap`. Raises ValueError if the run in out_dir has other start weights or adapters.
     """
     checkpoint.refuse_own_folder(cfg.out_dir, cfg.checkpoint)
     raw, tokenizer, _, _ = checkpoint.load_model(cfg.checkpoint, stages)
@@ -106,8 +106,9 @@ def encode_prompts(run: Run, rows: list[chat.Row], budget: int, source: str) -> 
 
 
 def answer(run: Run, prompts: list[Prompt], seeds: list[int] | None = None) -> list[rewards.Answer]:
-    """The answer to each prompt, sampled with these seeds, or greedy."""
-    answers, n, eot, size = [], run.cfg.answer_tokens, run.tokenizer.eot_token, 256 if seeds else 64
+    """The answer to each prompt: sampled with these seeds, or greedy without seeds."""
+    answers, n, eot = [], run.cfg.answer_tokens, run.tokenizer.eot_token
+    size = 256 if seeds else 64  # prompts per batch
     for start in range(0, len(prompts), size):
         part = slice(start, start + size)
         options = dict(temperature=1.0, seeds=seeds[part]) if seeds else dict(temperature=0.0)

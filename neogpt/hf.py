@@ -111,7 +111,7 @@ def save(raw: model.GPT, folder: str | Path, dtype: torch.dtype = torch.float32,
 
 def vocabulary(tokenizer: tiktoken.Encoding) -> tuple[list[str], list[str]]:
     """The tokens by id, and the merges in order, with GPT-2's printable character for each byte. tiktoken stores only
-    ranks: a token is the merge of the two parts in which byte pair encoding with the tokens of lower rank ends.
+    ranks: a token is the merge of the two parts that remain when its bytes are merged into tokens of lower rank.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -236,7 +236,7 @@ def test_samples_depend_on_seed_and_number_only() -> None:
     assert both[:2] == sample(raw, ["one"], [5], 2)
     assert len({tuple(ids) for ids in both}) == 8
     assert sample(raw, ["one"], [6], 4) != both[:4] != sample(raw, ["one"], [5], 4, seed=2)
-    assert sample(raw, ["one"], [grpo.HELD_OUT], 4) != sample(raw, ["one"], [0], 4)
+    assert sample(raw, ["one"], [grpo.FIRST_HELD_OUT], 4) != sample(raw, ["one"], [0], 4)
 
 
 def test_samples_follow_the_distribution_of_the_loss() -> None:
