@@ -82,12 +82,9 @@ def refused(source: Path | str, *words: str) -> None:
 
 
 GOOD = dict(instruction="a", context="", response="b")
-UNUSABLE = [
-    ("unknown.jsonl", [dict(query="a", result="b")], ["query, result", "instruction", "prompt"]),
-    ("empty.jsonl", [], ["(none)", "instruction"]),
-    ("empty.json", [{}], ["(none)", "instruction"]),
-    ("text.json", ["a", "b"], ["objects"]),
-]
+UNUSABLE = [("unknown.jsonl", [dict(query="a", result="b")], ["query, result", "instruction", "prompt"])]
+UNUSABLE += [("empty.jsonl", [], ["(none)", "instruction"]), ("empty.json", [{}], ["(none)", "instruction"])]
+UNUSABLE += [("text.json", ["a", "b"], ["objects"])]
 UNREADABLE = {
     "cut.json": b'[{"instruction": ',
     "cut.jsonl": b'{"instruction": "a", "response": "b"}\n{"instruct',

@@ -36,14 +36,11 @@ def write_log(folder: Path, text: str) -> plot.Run:
     return plot.read_log(folder)
 
 
-@pytest.mark.parametrize(
-    "x, val, train",
-    [
-        ("steps", [0, 5, 10], [0, 5, 6, 10, 11]),
-        ("tokens", [0, 600, 1200], [0, 600, 720, 1200, np.nan]),  # known up to the last evaluation
-        ("seconds", [2, 12, 32], [2, 12, 16, 32, np.nan]),
-    ],
-)
+AXES = [("steps", [0, 5, 10], [0, 5, 6, 10, 11]), ("seconds", [2, 12, 32], [2, 12, 16, 32, np.nan])]
+AXES += [("tokens", [0, 600, 1200], [0, 600, 720, 1200, np.nan])]  # known up to the last evaluation
+
+
+@pytest.mark.parametrize("x, val, train", AXES)
 def test_horizontal_axis(x: str, val: list, train: list, figures: dict[str, Axes], tmp_path: Path) -> None:
     [path] = plot.draw([write_log(tmp_path, LOG)], tmp_path, x)
     assert path.name == "Loss.png" and b"PNG" in path.read_bytes()[:8]
