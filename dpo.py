@@ -149,9 +149,7 @@ def response_logps(net: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 def preference_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor, cfg: Config) -> Tensor:
-    """The loss of each pair, (B,). *_logratios: log π - log π_ref of the responses, (B,). lengths: tokens of the chosen
-    and the rejected responses, (2, B), by which ipo divides, as its authors do.
-    """
+    """The loss of each pair, (B,). *_logratios: log π - log π_ref, (B,). lengths: tokens of the responses, (2, B)."""
     logits, beta, eps = chosen_logratios - rejected_logratios, cfg.beta, cfg.label_smoothing
     if cfg.loss == "sigmoid":  # Eq. 7, arXiv:2305.18290; with smoothing: Eq. 3 of the note on conservative DPO
         return -(1 - eps) * F.logsigmoid(beta * logits) - eps * F.logsigmoid(-beta * logits)
@@ -159,7 +157,7 @@ def preference_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, length
         return (-(1 - eps) * F.logsigmoid(beta * logits) + eps * F.logsigmoid(-beta * logits)) / (1 - 2 * eps)
     if cfg.loss == "hinge":  # arXiv:2309.06657
         return F.relu(1 - beta * logits)
-    # Eq. 17, arXiv:2310.12036
+    # Eq. 17, arXiv:2310.12036; log-ratios per token, as its authors compute it
     return (chosen_logratios / lengths[0] - rejected_logratios / lengths[1] - 1 / (2 * beta)) ** 2
 
 

@@ -113,9 +113,7 @@ def load_data(
     if Path(cfg.data).is_dir():
         data.check_shards(cfg.data, tokenizer.n_vocab)
     train, val = (data.Windows(shards, T) for shards in data.open_data(cfg.data, tokenizer))
-    if len(train) < cfg.n_sequences:
-        found = f"{len(train)}, the number of training sequences of {T} tokens in {cfg.data}"
-        raise ValueError(f"--n_sequences={cfg.n_sequences} must be at most {found}")
+    config.require(f"[1, {len(train)}]", n_sequences=cfg.n_sequences)  # training sequences of T tokens in the data
     windows = train.read(data.windows_at(0, cfg.n_sequences, len(train), cfg.seed))  # (n_sequences, T + 1)
     source, limit = cfg.hellaswag_data, cfg.hellaswag_rows
     questions = None if limit == 0 else hellaswag.load_questions(source, limit, tokenizer, "completion", T, rt)

@@ -37,9 +37,8 @@ class Row(NamedTuple):
 
 
 def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[dict[str, Any]]:
-    """The rows of .json (a list), .jsonl or .parquet files (a file, a folder or a pattern; also .gz and .zst), or of a
-    dataset on the Hugging Face hub (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT). Raises, on all ranks, ValueError for files
-    and OSError for a dataset that cannot be read.
+    """The rows of .json (a list), .jsonl or .parquet files (a file, folder or pattern; also .gz and .zst), or of a
+    dataset on the hub (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT). Raises ValueError or OSError on all ranks.
     """
     paths, skipped = files.find_files(source, SUFFIXES, split)
     is_local = paths or files.has_suffix(source, SUFFIXES) or Path(source).exists()

@@ -171,9 +171,7 @@ def read_newest(source: str | Path, script: str = "train_gpt2.py") -> Checkpoint
 
 
 def find_resume(folder: Path, rt: runtime.Runtime) -> Checkpoint | None:
-    """The newest readable checkpoint, the same on all ranks; None for a new run. Rank 0 verifies the files, and the
-    other ranks memory-map the one it selected, so a node holds it in memory once.
-    """
+    """The newest readable checkpoint, the same on all ranks; None for a new run. Only rank 0 verifies the files."""
     ckpt = read_newest(folder) if rt.rank == 0 and list_checkpoints(folder) else None
     if rt.world_size > 1:
         selected = [f"ckpt_{ckpt.step:06d}.pt" if ckpt else ""]
@@ -183,7 +181,7 @@ def find_resume(folder: Path, rt: runtime.Runtime) -> Checkpoint | None:
         if not all(found):
             raise ValueError(f"not every rank sees {path}: all nodes must share the folder {folder}")
         if rt.rank and selected[0]:
-            ckpt = read(path, verify=False)
+            ckpt = read(path, verify=False)  # memory-mapped: a node holds it in memory once
     if rt.rank == 0:
         for incomplete in folder.glob("ckpt_*.pt.tmp"):
             incomplete.unlink()
@@ -214,9 +212,8 @@ class Loaded(NamedTuple):
 
 
 def load_model(source: str, stages: tuple[str, ...] = ()) -> Loaded:
-    """Open a model: an out_dir (its newest checkpoint), a checkpoint file, an adapter folder in PEFT's format (merged
-    into its base), a folder in Hugging Face's format, or a name on the hub. Raises ValueError or OSError. stages: the
-    accepted stages of a checkpoint; empty for all.
+    """Open a model: an out_dir (its newest checkpoint), a checkpoint file, an adapter folder of PEFT (merged into its
+    base), a folder of Hugging Face, or a name on the hub. stages: accepted; () for all. Raises ValueError or OSError.
     """
     path = Path(source)
     # a path that does not exist can be a name on the hub

@@ -97,11 +97,9 @@ def draw(runs: list[Run], folder: str | Path, x: str = "steps") -> list[Path]:
             axes = Figure(figsize=(8, 5)).subplots()
             for i, (label, curves, _) in enumerate(runs):
                 if name in curves:
-                    kind = ", validation" if name == "val" else ""
-                    axes.plot(*curves[name], color=f"C{i}", marker="o", label=label + kind)
+                    axes.plot(*curves[name], f"C{i}o-", label=f"{label}, validation" if name == "val" else label)
                 if name == "val" and "train" in curves:
-                    thin = dict(color=f"C{i}", alpha=0.45, linewidth=1.2, zorder=1)
-                    axes.plot(*curves["train"], **thin, label=f"{label}, training")
+                    axes.plot(*curves["train"], f"C{i}", alpha=0.45, lw=1.2, zorder=1, label=f"{label}, training")
             if name == "val":
                 # without the first evaluation: an untrained model's loss would flatten the curves
                 low = np.concatenate([line.get_ydata() for line in axes.lines])
