@@ -68,9 +68,8 @@ def write_card(path: Path, loaded: checkpoint.Loaded, source: Path, dtype: str) 
     prompt = '[{"role": "user", "content": "Hello"}]' if is_chat else '"Hello"'
     n_params = sum(tensor.numel() for tensor in hf.gpt2_weights(loaded.raw).values())
     words = vars(shape) | dict(name=path.parent.name, facts=rows, prompt=prompt, gelu=GELU[shape.gelu])
-    text = CARD.format(n_params=n_params, **words) + CHAT * is_chat
     with files.atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(CARD.format(n_params=n_params, **words) + CHAT * is_chat, encoding="utf-8")
 
 
 def write_gguf(path: Path, raw: model.GPT, tokenizer: tiktoken.Encoding, dtype: str, template: str) -> None:

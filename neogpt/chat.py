@@ -18,12 +18,9 @@ from neogpt import files, runtime
 SUFFIXES = (".json", ".jsonl", ".parquet")
 
 # names of the fields of a row in common datasets; the first that occurs in the rows is used
-ALIASES = {
-    "turns": ("messages", "conversations"),
-    "prompt": ("instruction", "prompt", "question"),
-    "context": ("context", "input"),
-    "response": ("response", "output", "completion", "answer"),
-} | {name: (name,) for name in ("chosen", "rejected", "response_a", "response_b", "preferred")}
+ALIASES = dict(turns=("messages", "conversations"), prompt=("instruction", "prompt", "question"))
+ALIASES |= dict(context=("context", "input"), response=("response", "output", "completion", "answer"))
+ALIASES |= {name: (name,) for name in ("chosen", "rejected", "response_a", "response_b", "preferred")}
 ROLES = dict(user="user", human="user", system="system", assistant="assistant", gpt="assistant")
 
 

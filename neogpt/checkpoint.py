@@ -63,7 +63,7 @@ def save(folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False) -> 
 
 
 def save_in_background(pool: Executor, folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False) -> Future:
-    """`save` on the pool's thread. Returns when the tensors are copied (CPU) or their copies are queued (CUDA)."""
+    """`save` on the pool's only thread. Returns when the tensors are copied (CPU) or their copies are queued (CUDA)."""
     copies: dict[int, Tensor] = {}  # by address, so that tied weights stay one tensor
 
     def to_host(value: Any) -> Any:
@@ -79,14 +79,9 @@ def save_in_background(pool: Executor, folder: Path, ckpt: Checkpoint, keep_last
         return copies[value.data_ptr()]
 
     ckpt = Checkpoint(**to_host(vars(ckpt)))
-    copied = torch.cuda.current_stream().record_event() if any(host.is_pinned() for host in copies.values()) else None
-
-    def write_when_copied() -> None:
-        if copied:
-            copied.synchronize()
-        save(folder, ckpt, keep_last, best)
-
-    return pool.submit(write_when_copied)
+    if any(host.is_pinned() for host in copies.values()):
+        pool.submit(torch.cuda.current_stream().record_event().synchronize)
+    return pool.submit(save, folder, ckpt, keep_last, best)
 
 
 def require_space(folder: Path, n_bytes: int, keep_last: int, n_bytes_best: int = 0) -> None:
@@ -108,10 +103,10 @@ def check(ckpt: Checkpoint) -> None:
     def is_map(value: Any, key: type, item: Any) -> bool:
         return isinstance(value, dict) and all(type(k) is key and isinstance(v, item) for k, v in value.items())
 
+    maps = [(ckpt.model, Tensor), (ckpt.adapters, Tensor), (ckpt.scores, (int, float)), (ckpt.facts, str)]
     is_valid = files.matches(vars(ckpt) | dict(optimizers=None), vars(Checkpoint("", 0, {}, {}, "")))
     is_valid = is_valid and ckpt.stage in SCRIPT_OF_STAGE and is_map(ckpt.model_config, str, object)
-    is_valid = is_valid and is_map(ckpt.model, str, Tensor) and is_map(ckpt.adapters, str, Tensor)
-    is_valid = is_valid and is_map(ckpt.scores, str, (int, float)) and is_map(ckpt.facts, str, str)
+    is_valid = is_valid and all(is_map(value, str, item) for value, item in maps)
     states = [] if ckpt.optimizers is None else ckpt.optimizers
     is_valid = is_valid and isinstance(states, list) and all(is_map(state, int, dict) for state in states)
     if not (is_valid and all(is_map(moments, str, Tensor) for state in states for moments in state.values())):

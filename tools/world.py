@@ -50,10 +50,8 @@ for c in CHARACTERS:
     c.friend = next(x for x in CHARACTERS if x.name == c.friend)  # the character instead of the name
 ATTRIBUTES = columns[2:]  # from kind to friend
 
-PRONOUNS = {
-    "she": {"he": "she", "his": "her", "him": "her", "He": "She", "His": "Her"},
-    "he": {"he": "he", "his": "his", "him": "him", "He": "He", "His": "His"},
-}
+PRONOUNS = dict(she=dict(he="she", his="her", him="her", He="She", His="Her"))
+PRONOUNS |= dict(he=dict(he="he", his="his", him="him", He="He", His="His"))
 TRADES = ("baker", "doctor", "farmer", "sailor")  # the kinds of people; the other kinds are animals
 # what each kind does all day
 DID = dict(baker="baked bread", doctor="looked after the sick", farmer="worked in the field", sailor="mended the sails")
