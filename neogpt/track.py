@@ -1,5 +1,5 @@
-"""The values of a log.txt in TensorBoard, wandb or trackio. A process of its own reads the log, so a tracker that fails,
-hangs or is slow cannot harm the run. If the run is killed, the process still sends the rest of the log.
+"""The values of a log.txt in TensorBoard, wandb or trackio. A process of its own reads the log, so a tracker that
+fails, hangs or is slow cannot harm the run. If the run is killed, the process still sends the rest of the log.
 """
 
 import importlib
