@@ -85,13 +85,13 @@ def parse_pair(fields: dict[str, Any]) -> tuple[chat.Row, str]:
             raise ValueError("a preference other than A or B")
         names = ["response_a", "response_b"] if fields["preferred"] == "A" else ["response_b", "response_a"]
     chosen, rejected = (fields[name] for name in names)
-    if isinstance(chosen, list) or "prompt" not in fields:  # conversations; a single turn is the response alone
+    if isinstance(chosen, list) or "prompt" not in fields:  # conversations; a list of one turn has no prompt
         prompt = fields.get("prompt")
         before = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
         turns = [before + x if isinstance(x, list) and len(x) == 1 else x for x in (chosen, rejected)]
         row, other = map(chat.parse_turns, turns)
         if row._replace(response="") != other._replace(response=""):
-            raise ValueError("two prompts")
+            raise ValueError("different prompts")
         rejected = other.response
     else:
         row, rejected = chat.parse_row(fields | dict(response=chosen)), chat.to_text(rejected)

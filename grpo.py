@@ -46,7 +46,7 @@ class Config(finetune.FinetuneConfig):
     clip: float = 0.0  # clip range of the probability ratio, epsilon in PPO (there 0.2); 0: no clipping
     kl_beta: config.NonNegativeFloat = 0.0  # penalty on the KL divergence from the model to start from; 0: none
     scale_by_std: bool = False  # divide advantages by the group's standard deviation: hard and easy prompts count more
-    loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # mean over tokens; mean of answers' means; over answer_tokens
+    loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # mean over tokens; mean of answers' means; sum / answer_tokens
     max_lr: config.NonNegativeFloat = 2.5e-6  # peak learning rate, 1/20 of sft.py's; about ten times as much with LoRA
     warmup_frac: config.Fraction = 0.0  # fraction of the steps for linear warmup; then linear to 0
     eval_every: config.PositiveInt = 20  # steps between evaluations on the held-out prompts

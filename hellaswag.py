@@ -1,6 +1,6 @@
 """HellaSwag (arXiv:1905.07830): how often does a model give the correct one of four endings the highest probability?
 
-    python hellaswag.py demo                         # after `python train_gpt2.py demo`: its own questions
+    python hellaswag.py demo                         # after `python train_gpt2.py demo`: the demo's questions
     python hellaswag.py                              # out/gpt2's newest checkpoint; downloads the rows once
     python hellaswag.py --checkpoint=gpt2 --style=harness    # OpenAI's GPT-2, scored as lm-evaluation-harness does
     python hellaswag.py --checkpoint=out/gpt2/ckpt_019073.pt --out=rows.jsonl

@@ -90,8 +90,8 @@ def parse_rows(
     source: str, rt: runtime.Runtime, kinds: Sequence[tuple[str, ...]], parse: Callable[[dict[str, Any]], Any]
 ) -> list[Any]:
     """Call `parse` on each row, with its fields renamed to the keys of ALIASES; rows for which it raises ValueError are
-    dropped and counted. kinds: alternative sets of keys, of which the first that occurs in the rows is used, with the
-    context if there is a prompt. Raises ValueError if no set occurs.
+    dropped and counted. kinds: alternative sets of keys. The first set whose fields all occur in the rows is used, with
+    the context if the set has a prompt. Raises ValueError if there is none.
     """
     rows, parsed, dropped = load_rows(source, rt), [], Counter()
     known = {name for row in rows for name, value in row.items() if value is not None}

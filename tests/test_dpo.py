@@ -118,7 +118,7 @@ def test_conversations(fields: dict, tmp_path: Path, log: pytest.LogCaptureFixtu
     source = write_rows(tmp_path / "rows.jsonl", [fields, different, other])
     expected = [(Row("And?", "", "Yes.", (("Hi", "Ho"),)), "No."), (Row("Q", "", "a"), "b")]
     assert dpo.read_pairs(source, ALONE) == expected
-    assert "1 of 3 rows dropped: 1 with two prompts" in log.text
+    assert "1 of 3 rows dropped: 1 with different prompts" in log.text
 
 
 def test_responses_that_repeat_the_prompt(tmp_path: Path) -> None:
