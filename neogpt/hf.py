@@ -134,7 +134,7 @@ def save_tokenizer(tokenizer: tiktoken.Encoding, folder: Path, block_size: int, 
     tokens, merges = vocabulary(tokenizer)
     vocab = {token: i for i, token in enumerate(tokens)}
     special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    added = [dict(id=tokenizer.eot_token, content=tokens[-1], **special)]  # in text, as the template needs
+    added = [dict(id=tokenizer.eot_token, content=tokens[-1], **special)]  # the chat template spells it out
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)  # GPT-2's pattern
     bpe = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="")
     bpe |= dict(fuse_unk=False, byte_fallback=False, vocab=vocab, merges=merges)
