@@ -33,18 +33,16 @@ from neogpt.run import Run
 
 @dataclass(frozen=True)
 class Config(finetune.FinetuneConfig):
-    checkpoint: str = "out/sft"  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
     data: str = "andersonbcdefg/red_teaming_reward_modeling_pairwise"  # dataset on the hub, or a file
     out_dir: str = "out/dpo"  # log.txt, checkpoints, best.pt (lowest held-out loss), reference log-probabilities
     eval_questions: str = ""  # rows as for sft.py: how many answers begin with the reference; "": not evaluated
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"  # DPO, robust DPO, SLiC or IPO
-    beta: float = 0.1  # KL penalty strength (beta in Eq. 7)
+    beta: config.PositiveFloat = 0.1  # KL penalty strength (beta in Eq. 7)
     label_smoothing: float = 0.0  # assumed fraction of wrong preferences, for sigmoid (cDPO) and robust
-    rpo_alpha: float = 0.0  # weight of the chosen response's negative log-likelihood per token (RPO)
-    pairs_per_step: int = 32  # pairs per optimizer step over all devices
-    epochs: float = 1.0  # passes over the data
-    max_lr: float = 2e-6  # peak learning rate; about ten times as much with LoRA
-    warmup_frac: float = 0.1  # fraction of the steps for linear warmup; then a cosine to 0
+    rpo_alpha: config.NonNegativeFloat = 0.0  # weight of the chosen response's negative log-likelihood per token (RPO)
+    pairs_per_step: config.PositiveInt = 32  # pairs per optimizer step over all devices
+    max_lr: config.NonNegativeFloat = 2e-6  # peak learning rate; about ten times as much with LoRA
+    warmup_frac: config.Fraction = 0.1  # fraction of the steps for linear warmup; then a cosine to 0
 
 
 CONFIGS = {
@@ -81,20 +79,19 @@ def longest(pair: Pair) -> int:
 
 def parse_pair(fields: dict[str, Any]) -> tuple[chat.Row, str]:
     """The row of the chosen response, and the rejected response. Raises ValueError if the pair is unusable."""
-    chosen, rejected = (fields.get(key) for key in ("chosen", "rejected"))
+    names = ["chosen", "rejected"]
     if "preferred" in fields:
         if fields["preferred"] not in ("A", "B"):
             raise ValueError("a preference other than A or B")
-        chosen, rejected = fields["response_a"], fields["response_b"]
-        if fields["preferred"] == "B":
-            chosen, rejected = rejected, chosen
-    if isinstance(chosen, list) or "prompt" not in fields:  # conversations; a single turn is the response alone
+        names = ["response_a", "response_b"] if fields["preferred"] == "A" else ["response_b", "response_a"]
+    chosen, rejected = (fields[name] for name in names)
+    if isinstance(chosen, list) or "prompt" not in fields:  # conversations; a list of one turn has no prompt
         prompt = fields.get("prompt")
         before = prompt if isinstance(prompt, list) else [dict(role="user", content=prompt)]
         turns = [before + x if isinstance(x, list) and len(x) == 1 else x for x in (chosen, rejected)]
         row, other = map(chat.parse_turns, turns)
         if row._replace(response="") != other._replace(response=""):
-            raise ValueError("two prompts")
+            raise ValueError("different prompts")
         rejected = other.response
     else:
         row, rejected = chat.parse_row(fields | dict(response=chosen)), chat.to_text(rejected)
@@ -119,7 +116,7 @@ def read_pairs(source: str, rt: runtime.Runtime) -> list[tuple[chat.Row, str]]:
 
 
 def tokenize_pairs(pairs: list[tuple[chat.Row, str]], T: int, tokenizer: tiktoken.Encoding, source: str) -> list[Pair]:
-    """Pairs of texts -> examples of at most T input tokens. Truncated and dropped pairs are counted and reported."""
+    """Pairs of texts -> examples of at most T input tokens. Pairs that do not fit are dropped."""
     out = []
     for row, rejected in pairs:
         ids = chat.encode_prompt(row, T, tokenizer)
@@ -127,18 +124,14 @@ def tokenize_pairs(pairs: list[tuple[chat.Row, str]], T: int, tokenizer: tiktoke
         # a pair whose responses are equal after truncation has no gradient
         if all(pair[:2]) and not np.array_equal(pair.chosen.ids, pair.rejected.ids):
             out.append(pair)
-    if len(out) < len(pairs):
-        runtime.print0(f"{source}: {len(pairs) - len(out):,} pairs dropped: the responses do not fit into T={T}")
-    if n_truncated := sum(any(e.ids[-1] != tokenizer.eot_token for e in pair[:2]) for pair in out):
-        runtime.print0(f"{source}: {n_truncated:,} pairs with a response truncated to T={T} tokens")
-    if not out:
-        raise ValueError(f"no pair of {source} is usable with T={T}")
+    n_truncated = sum(any(e.ids[-1] != tokenizer.eot_token for e in pair[:2]) for pair in out)
+    finetune.report_fit(source, T, len(pairs), len(out), n_truncated)
     return out
 
 
 def collate_pairs(pairs: Sequence[Pair], B: int, rt: runtime.Runtime) -> list[dict[str, Any]]:
-    """This rank's micro-batches of B pairs, longest first: `chat.collate` of B chosen, then B rejected examples. They
-    also have reference (B, 2), and n is the number of pairs; rows that `chat.shard_across_ranks` adds have no targets.
+    """This rank's micro-batches of B pairs, longest first: `chat.collate` of B chosen, then B rejected examples, with
+    reference, (B, 2), and n, the number of pairs. Rows that `chat.shard_across_ranks` adds have no targets.
     """
     batches = []
     for part in chat.shard_across_ranks([[pair] for pair in sorted(pairs, key=longest, reverse=True)], B, rt):
@@ -156,9 +149,7 @@ def response_logps(net: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 def preference_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, lengths: Tensor, cfg: Config) -> Tensor:
-    """The loss of each pair, (B,). *_logratios: log π - log π_ref of the responses, (B,). lengths: tokens of the chosen
-    and the rejected responses, (2, B), by which ipo divides, as its authors do.
-    """
+    """The loss of each pair, (B,). *_logratios: log π - log π_ref, (B,). lengths: tokens of the responses, (2, B)."""
     logits, beta, eps = chosen_logratios - rejected_logratios, cfg.beta, cfg.label_smoothing
     if cfg.loss == "sigmoid":  # Eq. 7, arXiv:2305.18290; with smoothing: Eq. 3 of the note on conservative DPO
         return -(1 - eps) * F.logsigmoid(beta * logits) - eps * F.logsigmoid(-beta * logits)
@@ -166,7 +157,7 @@ def preference_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, length
         return (-(1 - eps) * F.logsigmoid(beta * logits) + eps * F.logsigmoid(-beta * logits)) / (1 - 2 * eps)
     if cfg.loss == "hinge":  # arXiv:2309.06657
         return F.relu(1 - beta * logits)
-    # Eq. 17, arXiv:2310.12036
+    # Eq. 17, arXiv:2310.12036; log-ratios per token, as its authors compute it
     return (chosen_logratios / lengths[0] - rejected_logratios / lengths[1] - 1 / (2 * beta)) ** 2
 
 
@@ -227,37 +218,31 @@ def add_reference(run: Run, pairs: Sequence[Pair]) -> list[Pair]:
 
 @torch.no_grad()
 def evaluate(run: Run, pairs: list[Pair], held_out: list[chat.Row], questions: list[chat.Row]) -> bool:
-    """Evaluate on held-out pairs, log and print the results; return whether the loss is the lowest so far."""
+    """Evaluate on held-out pairs; return whether the loss is the lowest so far. Logs also `chosen`, the exact match of
+    greedy answers with chosen responses, and `right`, the fraction of answers to questions that begin correctly.
+    """
     cfg, rt, raw, sums = run.cfg, run.rt, run.full_model(), []
     for batch in collate_pairs(pairs, cfg.B, rt):
         with rt.autocast():
             loss, metrics = dpo_loss(raw, batch, cfg)
         sums.append(torch.stack([loss, *metrics.values()]))
     means = runtime.all_reduce_sum(torch.stack(sums).sum(dim=0), rt) / len(pairs)
-    means = dict(zip(("loss", *metrics), means.tolist()))
-    scores = dict(val=means["loss"]) | {f"val/{name}": value for name, value in means.items()}
+    scores = dict(zip(("val", *(f"val/{name}" for name in metrics)), means.tolist()))
     if run.step == 0:  # the policy is the reference model, so log-ratios are 0 but for rounding to fp32, TF32 or bf16
         n_targets = sum(len(e.ids) - e.n_prompt for pair in pairs for e in pair[:2]) / len(pairs)
-        logratio = (abs(means["rewards/chosen"]) + abs(means["rewards/rejected"])) / cfg.beta / n_targets
+        logratio = (abs(scores["val/rewards/chosen"]) + abs(scores["val/rewards/rejected"])) / cfg.beta / n_targets
         tolerance = 1e-2 if rt.precision == "bf16" or rt.device.type == "cuda" else 1e-4
         assert logratio <= tolerance, f"the policy does not start as the reference: log-ratio {logratio} per token"
-    text = f"reward margin {means['rewards/margins']:.3f}, reward accuracy {means['rewards/accuracies']:.1%}, "
-    text += f"log-probabilities {means['logps/chosen']:.2f} and {means['logps/rejected']:.2f}"
     if held_out:
         scores["chosen"] = finetune.score_answers(run, held_out)["exact"]
-        text += f"; exact match with the chosen answers {scores['chosen']:.1%}"
     if questions:
         scores["right"] = finetune.score_answers(run, questions)["begins"]
-        text += f"; {len(questions)} answers begin correctly {scores['right']:.1%}"
-    return finetune.report(run, scores, text)
+    return finetune.report(run, scores)
 
 
 def main(cfg: Config) -> None:
     """Optimize preferences; evaluate, answer and save in between."""
-    finetune.check(cfg)
-    config.require("[1, inf)", pairs_per_step=cfg.pairs_per_step)
-    config.require("[0, inf)", rpo_alpha=cfg.rpo_alpha)
-    config.require("(0, inf)", beta=cfg.beta)
+    config.check(cfg)
     smoothing = "[0, 0.5)" if cfg.loss in ("sigmoid", "robust") else "[0, 0]"
     config.require(smoothing, label_smoothing=cfg.label_smoothing)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)

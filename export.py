@@ -68,15 +68,12 @@ def write_card(path: Path, loaded: checkpoint.Loaded, source: Path, dtype: str) 
     prompt = '[{"role": "user", "content": "Hello"}]' if is_chat else '"Hello"'
     n_params = sum(tensor.numel() for tensor in hf.gpt2_weights(loaded.raw).values())
     words = vars(shape) | dict(name=path.parent.name, facts=rows, prompt=prompt, gelu=GELU[shape.gelu])
-    text = CARD.format(n_params=n_params, **words) + CHAT * is_chat
     with files.atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(CARD.format(n_params=n_params, **words) + CHAT * is_chat, encoding="utf-8")
 
 
 def write_gguf(path: Path, raw: model.GPT, tokenizer: tiktoken.Encoding, dtype: str, template: str) -> None:
-    """Write a GGUF file. Vectors and positions stay fp32; rows that q8_0's blocks of 32 do not divide become fp16.
-    Raises ValueError if the package gguf is missing.
-    """
+    """Write a GGUF file. Raises ValueError if the package gguf is missing."""
     try:
         import gguf
     except ImportError as error:
@@ -102,8 +99,8 @@ def write_gguf(path: Path, raw: model.GPT, tokenizer: tiktoken.Encoding, dtype: 
         if template:
             writer.add_chat_template(template)
         for name, tensor in weights.items():
-            kind = kinds[GGUF[dtype]] if tensor.dim() > 1 and "wpe" not in name else kinds.F32
-            kind = kinds.F16 if kind == kinds.Q8_0 and tensor.size(-1) % 32 else kind
+            kind = kinds[GGUF[dtype]] if tensor.dim() > 1 and "wpe" not in name else kinds.F32  # vectors, positions
+            kind = kinds.F16 if kind == kinds.Q8_0 and tensor.size(-1) % 32 else kind  # Q8_0 has blocks of 32
             array = gguf.quants.quantize(tensor.numpy(), kind)
             writer.add_tensor(names.get_name(name, (".weight", ".bias")), array, raw_dtype=kind)
         writer.write_header_to_file()
@@ -124,7 +121,7 @@ def main(cfg: Config) -> None:
     out_dir = files.make_folder(cfg.out_dir)
     for path in sorted(out_dir.iterdir()):
         if path.name not in FILES and path.suffix not in (".json", ".gguf", ".tmp") and path.name[0] != ".":
-            raise ValueError(f"--out_dir={out_dir} holds {path.name}, which is not of an export: use another folder")
+            raise ValueError(f"--out_dir={out_dir} holds {path.name}, which no export writes: use another folder")
     files.require_space(out_dir, 4 * raw.n_params(), f"a model of {raw.n_params():,} parameters")
     template = chat.TEMPLATE if stage in CHAT_STAGES else ""
     if cfg.format == "gguf":

@@ -7,7 +7,7 @@
 
 Rows are those of sft.py. In every step the model answers some prompts several times. Rewards (neogpt/rewards.py) score
 each answer, and its advantage is its reward minus the mean of its group, the answers to the same prompt. A reward only
-teaches what the model sometimes does: start with a success between 10 and 60 %. An answer passes if the first term of
+teaches what the model sometimes does: start with pass@1 between 10 and 60 %. An answer passes if the first term of
 the reward is at least 1. The loss stays near 0: watch the rewards, no_signal (fraction of groups whose rewards are all
 equal), cut_off (fraction of answers without end-of-text), entropy (nats per trained token) and gap (largest difference
 between log-probabilities with and without the KV cache).
@@ -17,7 +17,7 @@ import time
 import zlib
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -29,32 +29,29 @@ from neogpt import chat, checkpoint, config, data, finetune, generate, model, op
 from neogpt.run import Run
 
 GAP_TOKENS = 16  # tokens per answer for which the gap is computed
-MAX_CONSTANT = 20  # a run ends after this many steps in a row without signal
+MAX_NO_SIGNAL = 20  # a run ends after this many steps in a row without signal
 Prompts = list[finetune.Prompt]
-HELD_OUT = 2**40  # number of the first held-out prompt; prompts of training are numbered from 0
+FIRST_HELD_OUT = 2**40  # number of the first held-out prompt; training prompts are numbered from 0
 
 
 @dataclass(frozen=True)
 class Config(finetune.FinetuneConfig):
-    checkpoint: str = "out/sft"  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
-    data: str = "databricks/databricks-dolly-15k"  # rows: a file, folder or pattern, or a dataset on the hub
     out_dir: str = "out/grpo"  # log.txt, checkpoints, best.pt (highest held-out reward)
     val_data: str = ""  # held-out rows, as in data; "": the fraction val_frac of data
     eval_questions: str = ""  # rows of another ability: exact match of greedy answers; "": not evaluated
     reward: str = "ends(100) + repetition"  # a sum of rewards: see neogpt/rewards.py
-    prompts_per_step: int = 16  # prompts per optimizer step over all devices
-    samples_per_prompt: int = 16  # answers to each prompt: one group
-    updates_per_rollout: int = 1  # optimizer steps on the same answers; more than 1 needs clip
-    clip: float = 0.0  # largest distance of the probability ratio from 1 that is rewarded (PPO: 0.2); 0: no limit
-    kl_beta: float = 0.0  # penalty on the KL divergence from the model to start from, if it must stay close; 0: none
+    prompts_per_step: config.PositiveInt = 16  # prompts per optimizer step over all devices
+    samples_per_prompt: Annotated[int, "[2, 65536]"] = 16  # answers to each prompt: one group
+    updates_per_rollout: config.PositiveInt = 1  # optimizer steps on the same answers; more than 1 needs clip
+    clip: float = 0.0  # clip range of the probability ratio, epsilon in PPO (there 0.2); 0: no clipping
+    kl_beta: config.NonNegativeFloat = 0.0  # penalty on the KL divergence from the model to start from; 0: none
     scale_by_std: bool = False  # divide advantages by the group's standard deviation: hard and easy prompts count more
-    loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # mean over tokens; mean of answers' means; over answer_tokens
-    epochs: float = 1.0  # passes over the prompts
-    max_lr: float = 2.5e-6  # peak learning rate, a twentieth of that of sft.py; about ten times as much with LoRA
-    warmup_frac: float = 0.0  # fraction of the steps for linear warmup; then linear to 0
-    eval_every: int = 20  # steps between evaluations on the held-out prompts
-    n_eval_prompts: int = 64  # number of held-out prompts
-    n_eval_samples: int = 8  # answers to each held-out prompt, for pass@1 and pass@n
+    loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # mean over tokens; mean of answers' means; sum / answer_tokens
+    max_lr: config.NonNegativeFloat = 2.5e-6  # peak learning rate, 1/20 of sft.py's; about ten times as much with LoRA
+    warmup_frac: config.Fraction = 0.0  # fraction of the steps for linear warmup; then linear to 0
+    eval_every: config.PositiveInt = 20  # steps between evaluations on the held-out prompts
+    n_eval_prompts: config.PositiveInt = 64  # number of held-out prompts
+    n_eval_samples: config.PositiveInt = 8  # answers to each held-out prompt, for pass@1 and pass@n
 
 
 CONFIGS = {
@@ -79,18 +76,14 @@ CONFIGS = {
 def sample_answers(
     run: Run, prompts: Prompts, numbers: np.ndarray, n: int, terms: rewards.Terms
 ) -> tuple[list[rewards.Answer], np.ndarray, np.ndarray]:
-    """n sampled answers to each prompt, the values of their reward's terms, (answers, terms), and their rewards,
-    (prompts, n), fp64. An answer depends on the weights, the prompt, the seed, the prompt's number and its place in the
-    group; on other rows only through rounding. Raises ValueError on all ranks if a reward fails on any.
+    """n sampled answers to each prompt, the values of the terms of their rewards, (answers, terms), and the rewards,
+    (prompts, n), fp64. An answer depends on weights, prompt, seed, number of the prompt and index in the group, and on
+    other prompts only through rounding. Raises ValueError on all ranks if a reward fails on one.
     """
-    answers, scores, problem = [], [], ""
-    places = ((numbers[:, None] << 16) + np.arange(n)).flatten().astype(np.uint64)
-    seeds = (data.mix(np.uint64(run.cfg.seed) ^ data.mix(places)) >> 32).tolist()  # PyTorch uses 32 bits
-    asked = [prompt for prompt in prompts for _ in range(n)]
-    found = finetune.answer(run, [ids for _, ids in asked], seeds)
-    for (row, _), (ids, ended) in zip(asked, found):
-        texts = chat.whole_prompt(row), row.response, run.tokenizer.decode(ids)
-        answers.append(rewards.Answer(*texts, ids + [run.tokenizer.eot_token] * ended, ended))
+    scores, problem = [], ""
+    indices = ((numbers[:, None] << 16) + np.arange(n)).flatten().astype(np.uint64)  # of all samples of the run
+    seeds = (data.mix(np.uint64(run.cfg.seed) ^ data.mix(indices)) >> 32).tolist()  # PyTorch uses 32 bits
+    answers = finetune.answer(run, [prompt for prompt in prompts for _ in range(n)], seeds)
     try:
         scores = [rewards.score(terms, each) for each in answers]
     except ValueError as error:
@@ -126,9 +119,9 @@ def rollout(run: Run, prompts: Prompts, terms: rewards.Terms) -> tuple[training.
     counts += [(np.ptp(totals, axis=1) == 0).sum(), sum(len(each.ids) for each in answers)]
     counts += [sum(not each.ended for each in answers), totals.sum(), *values.sum(axis=0)]
     counts = runtime.all_reduce_sum(torch.tensor(counts, dtype=torch.float64), rt).tolist()
-    (n_trained, n_inputs, n_constant, *sums), n_answers = counts, n * cfg.prompts_per_step
+    (n_trained, n_inputs, n_no_signal, *sums), n_answers = counts, n * cfg.prompts_per_step
     names = "length", "cut_off", "reward", *(f"reward/{term}" for term in terms)
-    stats = dict(no_signal=n_constant * n / n_answers) | {name: x / n_answers for name, x in zip(names, sums)}
+    stats = dict(no_signal=n_no_signal * n / n_answers) | {name: x / n_answers for name, x in zip(names, sums)}
     if rt.rank == 0:
         stats["gap"] = rollout_gap(run, examples[:n])
         text = ", ".join(f"{name} {value:.3g}" for name, value in stats.items())
@@ -141,9 +134,9 @@ def rollout(run: Run, prompts: Prompts, terms: rewards.Terms) -> tuple[training.
 def micro_batches(
     run: Run, examples: list[chat.Example], advantages: list[float], n_trained: float, n_targets: float
 ) -> list[dict[str, Any]]:
-    """`chat.collate` of B examples, longest first, with their advantages, (B, 1), and weights of their tokens. Those
-    without gradient are left out, unless n_trained is 0. n_trained, n_targets: tokens of the others and of all in the
-    step, over all ranks. The weighted sum, divided by n_trained, is the loss of cfg.loss.
+    """`chat.collate` of B examples, longest first, with advantages, (B, 1), and weights of tokens. Examples without
+    gradient are left out, unless no example of the step has one. n_trained: target tokens of examples with gradient;
+    n_targets: of all; both over all ranks. The weighted sum, divided by n_trained, is the loss of cfg.loss.
     """
     cfg, batches, keep_all, n_trained = run.cfg, [], run.cfg.kl_beta or not n_trained, n_trained or n_targets
     order = [i for i, advantage in enumerate(advantages) if advantage or keep_all]
@@ -161,9 +154,7 @@ def micro_batches(
 
 
 def log_probs(net: nn.Module, batch: dict[str, Any], n_ids: int) -> tuple[Tensor, Tensor]:
-    """The log-probabilities of the targets, 0 where there is none, and the entropies without gradients, (B, W) in nats.
-    n_ids: number of ids without the padding of the vocabulary.
-    """
+    """Log-probabilities of the targets, 0 where there is none, and detached entropies over n_ids ids, (B, W), nats."""
     logits = net(batch["x"])[..., :n_ids].float()
     logps = -model.cross_entropy(logits, batch["y"], "none").view(batch["y"].shape)
     with torch.no_grad():
@@ -199,60 +190,52 @@ def add_log_probs(run: Run, batch: training.Batch, reference: nn.Module | None) 
 
 
 def grpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config, n_ids: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and the detached metrics of a micro-batch, summed over its targets. With one update per rollout the
-    ratio is 1, and the gradient is that of -advantage · log-probability.
-    """
+    """The loss and the detached metrics of a micro-batch, summed over its targets."""
     logps, entropy = log_probs(net, batch, n_ids)
     mask = batch["y"] >= 0
-    ratio = (logps - batch.get("old", logps.detach())).exp()
-    gain = ratio * batch["advantage"]
+    ratio = (logps - batch.get("old", logps.detach())).exp()  # with one update per rollout it is 1
+    objective = ratio * batch["advantage"]  # its gradient is then that of advantage · log-probability
     metrics = dict(entropy=entropy)
     if cfg.clip:
         clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * batch["advantage"]
-        metrics["clipped"], gain = (clipped < gain).float(), torch.minimum(gain, clipped)
+        metrics["clipped"], objective = (clipped < objective).float(), torch.minimum(objective, clipped)
     if cfg.kl_beta:
         logratio = batch["reference"] - logps
         metrics["kl"] = logratio.exp() - logratio - 1  # k3 of http://joschu.net/blog/kl-approx.html: never below 0
-        gain = gain - cfg.kl_beta * metrics["kl"]
-    return -(gain * batch["weight"] * mask).sum(), {name: (x.detach() * mask).sum() for name, x in metrics.items()}
+        objective = objective - cfg.kl_beta * metrics["kl"]
+    return -(objective * batch["weight"] * mask).sum(), {name: (x.detach() * mask).sum() for name, x in metrics.items()}
 
 
 def evaluate(run: Run, prompts: Prompts, questions: list[chat.Row], terms: rewards.Terms) -> bool:
-    """Evaluate on held-out prompts, log and print the results; return whether the reward is the highest so far."""
+    """Evaluate on held-out prompts; return whether the reward is the highest so far."""
     rt, k = run.rt, run.cfg.n_eval_samples
     mine = np.arange(len(prompts))[rt.rank :: rt.world_size]
-    answers, values, totals = sample_answers(run, [prompts[i] for i in mine], HELD_OUT + mine, k, terms)
+    answers, values, totals = sample_answers(run, [prompts[i] for i in mine], FIRST_HELD_OUT + mine, k, terms)
     passed = (values[:, 0] >= 1).reshape(-1, k)
     sums = [totals.sum() / k, passed.sum() / k, passed.any(axis=1).sum(), sum(each.ended for each in answers) / k]
-    reward, *fractions = runtime.all_reduce_sum(torch.tensor(sums, dtype=torch.float64) / len(prompts), rt).tolist()
-    scores = dict(zip(("pass@1", f"pass@{k}", "ended"), fractions))
-    text = f"reward {reward:.3f}, " + ", ".join(f"{name} {x:.1%}" for name, x in scores.items())
+    means = runtime.all_reduce_sum(torch.tensor(sums, dtype=torch.float64) / len(prompts), rt).tolist()
+    scores = dict(val=-means[0]) | dict(zip(("val/reward", "pass@1", f"pass@{k}", "ended"), means))
     if questions:
         scores["exact"] = finetune.score_answers(run, questions)["exact"]
-        text += f"; {len(questions)} other questions: {scores['exact']:.1%} exact match"
-    return finetune.report(run, dict(val=-reward) | scores, text)
+    return finetune.report(run, scores)
 
 
-def check_signal(run: Run, stats: dict[str, float], n_constant: int) -> int:
-    """The number of steps in a row without signal. Raises ValueError at MAX_CONSTANT, after saving."""
-    n_constant = n_constant + 1 if stats["no_signal"] == 1 else 0
-    if n_constant == 1:
+def check_signal(run: Run, stats: dict[str, float], n_no_signal: int) -> int:
+    """The number of steps in a row without signal. Raises ValueError at MAX_NO_SIGNAL, after saving."""
+    n_no_signal = n_no_signal + 1 if stats["no_signal"] == 1 else 0
+    if n_no_signal == 1:
         runtime.print0(f"step {run.step}: no group has different rewards, so the gradient of the rewards is 0")
-    if n_constant == MAX_CONSTANT:
+    if n_no_signal == MAX_NO_SIGNAL:
         run.save()
         run.wait_for_writer()
-        problem = f"no group had different rewards in {MAX_CONSTANT} steps in a row (mean reward {stats['reward']:g})"
+        problem = f"no group had different rewards in {MAX_NO_SIGNAL} steps in a row (mean reward {stats['reward']:g})"
         raise ValueError(f"{problem}: the model always succeeds or always fails; use another --reward or --data")
-    return n_constant
+    return n_no_signal
 
 
 def main(cfg: Config) -> None:
     """Answer, score, update; evaluate and save in between."""
-    finetune.check(cfg)
-    counts = dict(prompts_per_step=cfg.prompts_per_step, updates_per_rollout=cfg.updates_per_rollout)
-    config.require("[1, inf)", **counts, n_eval_prompts=cfg.n_eval_prompts, n_eval_samples=cfg.n_eval_samples)
-    config.require("[2, 65536]", samples_per_prompt=cfg.samples_per_prompt)
-    config.require("[0, inf)", kl_beta=cfg.kl_beta)
+    config.check(cfg)
     config.require("[0, 1)" if cfg.updates_per_rollout == 1 else "(0, 1)", clip=cfg.clip)
     terms = rewards.parse(cfg.reward)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
@@ -273,7 +256,7 @@ def main(cfg: Config) -> None:
     run.identify(**{name: f"{zlib.crc32(repr(value).encode()):08x}" for name, value in facts.items()})
     run.warm_up(add_log_probs(run, training.Batch(micro_batches(run, [], [], 1, 1), 0, 0), reference), loss_fn)
     lr_at = optim.schedule("wsd", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr, decay_frac=1.0)
-    n_constant = 0
+    n_no_signal = 0
     for step in run.steps(max_steps):
         best = run.due(cfg.eval_every) and evaluate(run, val_prompts, questions, terms)
         if best or run.due(cfg.save_every):
@@ -282,7 +265,7 @@ def main(cfg: Config) -> None:
             break
         started = time.perf_counter()
         batch, stats = rollout(run, prompts, terms)
-        n_constant = check_signal(run, stats, n_constant)
+        n_no_signal = check_signal(run, stats, n_no_signal)
         answered = time.perf_counter()
         add_log_probs(run, batch, reference)
         for i in range(cfg.updates_per_rollout):

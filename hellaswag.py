@@ -1,6 +1,6 @@
 """HellaSwag (arXiv:1905.07830): how often does a model give the correct one of four endings the highest probability?
 
-    python hellaswag.py demo                         # after `python train_gpt2.py demo`: its own questions
+    python hellaswag.py demo                         # after `python train_gpt2.py demo`: the demo's questions
     python hellaswag.py                              # out/gpt2's newest checkpoint; downloads the rows once
     python hellaswag.py --checkpoint=gpt2 --style=harness    # OpenAI's GPT-2, scored as lm-evaluation-harness does
     python hellaswag.py --checkpoint=out/gpt2/ckpt_019073.pt --out=rows.jsonl
@@ -45,7 +45,7 @@ PUBLISHED: dict[Style, dict[str, dict[str, float]]] = {
 class Config:
     checkpoint: str = "out/gpt2"  # an out_dir, a checkpoint file, a Hugging Face folder, or a name on the hub
     data: str = ""  # rows, a .jsonl or .parquet file; "": the validation set, downloaded once
-    limit: int | None = None  # score only this many rows; None: all
+    limit: config.PositiveInt | None = None  # score only this many rows; None: all
     style: Style = "completion"  # completion: as build-nanogpt, llm.c; harness: as lm-evaluation-harness
     out: str = ""  # write every row's log-probabilities and predictions into this .jsonl file
     device: str = "auto"  # auto: cuda, else mps, else cpu
@@ -194,10 +194,7 @@ def log_probs(raw: model.GPT, batch: list[Packed], T: int, head_rows: int, devic
 def evaluate(
     raw: model.GPT, questions: Questions, rt: runtime.Runtime, n_tokens: int | None = None, progress: bool = False
 ) -> Result:
-    """Score the questions over all ranks; the result has the same bits on any number of ranks.
-
-    n_tokens: tokens per batch, with padding; None selects a number for the device. progress: show a bar.
-    """
+    """Score the questions; same bits on any number of ranks. n_tokens: per batch, with padding; None: by device."""
     default, head_rows = (2**15, 2**11) if rt.device.type == "cuda" else (2**11, 2**7)  # 25 MB of logits on a CPU
     batches, rest = [], questions.packed
     while rest:
@@ -220,7 +217,7 @@ def evaluate(
 
 def main(cfg: Config) -> None:
     """Score a model, print its accuracies and, with --out, write one JSON object per row."""
-    config.require("[1, inf)", limit=cfg.limit)
+    config.check(cfg)
     if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
         raise ValueError(f"--out={cfg.out}: there is no folder {Path(cfg.out).parent}")
     rt = runtime.setup(cfg.device, cfg.precision)
@@ -237,12 +234,12 @@ def main(cfg: Config) -> None:
         table.append([other, *(f"{known[by]:.4f}" if by in known else "-" for by in result.accuracy)])
     runtime.print0(f"{n:,} rows, {cfg.style} style; chance is 0.25\n{config.format_table(table)}")
     if cfg.out and rt.rank == 0:
-        counts = {"n_tokens": "per token", "n_chars": "per character", "n_bytes": "per byte"}
+        lengths = {"n_tokens": "per token", "n_chars": "per character", "n_bytes": "per byte"}
         with files.atomic_write(cfg.out) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for i, sums in enumerate(result.sums.tolist()):
                 row = dict(index=int(questions.index[i]), label=int(questions.label[i]), sums=sums)
-                row |= {name: questions.length[by][i].tolist() for name, by in counts.items()}
-                row |= dict(predictions={by: int(p[i]) for by, p in result.predictions.items()})
+                row |= {name: questions.length[by][i].tolist() for name, by in lengths.items()}
+                row["predictions"] = {by: int(p[i]) for by, p in result.predictions.items()}
                 file.write(json.dumps(row) + "\n")
     runtime.cleanup(rt)
 

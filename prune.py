@@ -7,9 +7,8 @@
 
 Wanda scores a weight by its absolute value times the L2 norm of its input over the calibration tokens, and prunes, for
 every output, the weights with the lowest scores. Blocks are pruned in order: the input of a block is the output of the
-pruned blocks before it. Embeddings, head, norms and biases are not pruned.
-
-Writes a checkpoint that every script reads, and report.json with the metrics of `evaluate` before and after.
+pruned blocks before it. Embeddings, head, norms and biases are not pruned. The pruned checkpoint can be read by every
+script; report.json has the metrics of `evaluate` before and after.
 """
 
 import math
@@ -29,12 +28,12 @@ class EvalConfig:
     """Constants of calibration and evaluation, also for tools/compare.py."""
 
     data: str = "edu_fineweb10B"  # calibration and validation text: as in train_gpt2.py
-    n_sequences: int = 128  # calibration sequences (16 are nearly as good: arXiv:2306.11695, figure 2)
-    B: int = 8  # sequences per forward pass
-    seed: int = 1337  # selects the calibration sequences
-    val_tokens: int = 1_048_576  # validation tokens for the loss; fewer if the text is shorter
+    n_sequences: config.PositiveInt = 128  # calibration sequences (16 are nearly as good: arXiv:2306.11695, figure 2)
+    B: config.PositiveInt = 8  # sequences per forward pass
+    seed: config.Seed = 1337  # selects the calibration sequences
+    val_tokens: config.PositiveInt = 1_048_576  # validation tokens for the loss; fewer if the text is shorter
     hellaswag_data: str = ""  # rows, a .jsonl or .parquet file; "": the validation set, downloaded once
-    hellaswag_rows: int | None = 1000  # score only this many rows; None: all; 0: no HellaSwag
+    hellaswag_rows: config.NonNegativeInt | None = 1000  # score only this many rows; None: all; 0: no HellaSwag
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
 
@@ -44,18 +43,12 @@ class Config(EvalConfig):
     checkpoint: str = "out/gpt2"  # the model to prune: an out_dir, a file, a Hugging Face folder or hub name
     out_dir: str = "out/pruned"  # folder for the pruned checkpoint and report.json
     method: Literal["wanda", "magnitude"] = "wanda"  # magnitude: prune the smallest weights of each matrix
-    ratio: float = 0.5  # share of the weights to prune, in [0, 1)
+    ratio: float = 0.5  # fraction of the weights to prune, in [0, 1)
     pattern: str = ""  # used instead of ratio: N:M keeps N of every M consecutive inputs, for example 2:4
 
 
 DEMO = dict(data=f"{config.ROOT}/input.txt", hellaswag_data=f"{config.ROOT}/demo/hellaswag.jsonl", val_tokens=2**16)
 CONFIGS = {"gpt2": Config(), "demo": Config(checkpoint="out/demo", out_dir="out/demo-pruned", **DEMO)}
-
-
-def check(cfg: EvalConfig) -> None:
-    """Raise ValueError for the first constant that is out of range."""
-    config.require("[1, inf)", n_sequences=cfg.n_sequences, B=cfg.B, val_tokens=cfg.val_tokens)
-    config.require("[0, 9e18]", seed=cfg.seed, hellaswag_rows=cfg.hellaswag_rows)
 
 
 def require_prunable(raw: model.GPT, cfg: Config) -> None:
@@ -70,9 +63,7 @@ def require_prunable(raw: model.GPT, cfg: Config) -> None:
 
 
 def make_mask(weight: Tensor, norm: Tensor | None, cfg: Config) -> Tensor:
-    """The mask of a weight matrix, (out, in), True where a weight is kept. The first of equal scores is pruned first.
-    norm: L2 norms of the inputs, (in,), for Wanda; None for magnitude.
-    """
+    """The mask of a weight matrix, (out, in), True where a weight is kept. norm: L2 of each input, (in,), for Wanda."""
     score = weight.abs().float() * (1.0 if norm is None else norm)  # Eq. 1, arXiv:2306.11695
     if cfg.pattern:
         n, m = map(int, cfg.pattern.split(":"))
@@ -80,15 +71,13 @@ def make_mask(weight: Tensor, norm: Tensor | None, cfg: Config) -> Tensor:
     else:  # Wanda compares the weights of one output, magnitude pruning those of the whole matrix
         groups = score.view(1, -1) if norm is None else score
         n_pruned = int(cfg.ratio * groups.size(1))
-    lowest = groups.argsort(dim=1, stable=True)[:, :n_pruned]
+    lowest = groups.argsort(dim=1, stable=True)[:, :n_pruned]  # stable: the first of equal scores is pruned first
     return torch.ones_like(groups, dtype=torch.bool).scatter_(1, lowest, False).view(score.shape)
 
 
 @torch.no_grad()
 def prune_model(raw: model.GPT, idx: Tensor, cfg: Config, rt: runtime.Runtime) -> None:
-    """Prune the model in place, block by block. idx: calibration tokens, (n, T), on the model's device.
-    Needs memory for the input of one block, (n, T, C).
-    """
+    """Prune the model in place, block by block. idx: calibration tokens, (n, T). Needs memory for (n, T, C) floats."""
     if cfg.method == "magnitude":
         for linear in raw.weight_matrices().values():
             linear.weight.mul_(make_mask(linear.weight, None, cfg))
@@ -120,9 +109,7 @@ def load_data(
 ) -> tuple[Tensor, data.Windows, hellaswag.Questions | None]:
     """Calibration tokens (n_sequences, T) from the training split, the validation windows, and HellaSwag."""
     train, val = (data.Windows(shards, T) for shards in data.open_data(cfg.data, tokenizer))
-    if len(train) < cfg.n_sequences:
-        found = f"{len(train)}, the number of training sequences of {T} tokens in {cfg.data}"
-        raise ValueError(f"--n_sequences={cfg.n_sequences} must be at most {found}")
+    config.require(f"[1, {len(train)}]", n_sequences=cfg.n_sequences)  # training sequences of T tokens in the data
     windows = train.read(data.windows_at(0, cfg.n_sequences, len(train), cfg.seed))  # (n_sequences, T + 1)
     source, limit = cfg.hellaswag_data, cfg.hellaswag_rows
     questions = None if limit == 0 else hellaswag.load_questions(source, limit, tokenizer, "completion", T, rt)
@@ -132,7 +119,7 @@ def load_data(
 def evaluate(
     raw: model.GPT, val: data.Windows, questions: hellaswag.Questions | None, cfg: EvalConfig, rt: runtime.Runtime
 ) -> dict[str, Any]:
-    """Share of zeros, numbers of parameters, loss in nats per token, perplexity, HellaSwag's acc and acc_norm."""
+    """Fraction of zeros, numbers of parameters, loss in nats per token, perplexity, HellaSwag's acc and acc_norm."""
     weights = [linear.weight for linear in raw.weight_matrices().values()]
     n_weights, n_params = sum(w.numel() for w in weights), raw.n_params()
     n_zeros = n_weights - sum(int(w.count_nonzero()) for w in weights)
@@ -147,7 +134,7 @@ def evaluate(
 
 def main(cfg: Config) -> None:
     """Evaluate, prune, evaluate again, and write the checkpoint and the report."""
-    check(cfg)
+    config.check(cfg)
     rt = runtime.setup(cfg.device, cfg.precision)
     if rt.world_size > 1:
         raise ValueError("prune.py runs as one process: start it with python, not torchrun")

@@ -19,7 +19,7 @@ from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Literal
+from typing import Annotated, Literal
 
 import tiktoken
 import torch
@@ -35,15 +35,15 @@ class Config:
     checkpoint: str = "out/gpt2"  # out_dir, checkpoint file, adapter folder, Hugging Face folder or hub name
     prompt: str = "Hello, I'm a language model,"  # "-" reads standard input; "" starts a new document
     chat: bool = False  # chat: every line of standard input is an instruction in the prompt template of sft.py
-    history_turns: int = 8  # previous turns that the model sees in a chat; 0 for a model trained on single questions
-    n_samples: int = 1  # samples; they are generated together and printed one after another
-    max_new_tokens: int = 256  # tokens per sample; end-of-text ends a sample earlier
-    temperature: float = 0.8  # 0 is greedy; 1 samples from the model's probabilities
-    top_k: int = 50  # sample from the k most likely tokens; 0 for all
-    top_p: float = 1.0  # sample from the most likely tokens with this total probability; 1 for all
-    repetition_penalty: float = 1.0  # above 1: tokens that occurred before are less likely (arXiv:1909.05858)
+    history_turns: config.NonNegativeInt = 8  # earlier turns that the model sees; 0 if trained on single questions
+    n_samples: config.PositiveInt = 1  # samples; they are generated together and printed one after another
+    max_new_tokens: config.NonNegativeInt = 256  # tokens per sample; end-of-text ends a sample earlier
+    temperature: config.NonNegativeFloat = 0.8  # 0 is greedy; 1 samples from the model's probabilities
+    top_k: config.NonNegativeInt = 50  # sample from the k most likely tokens; 0 for all
+    top_p: Annotated[float, "(0, 1]"] = 1.0  # sample from the most likely tokens with this total probability; 1 for all
+    repetition_penalty: config.PositiveFloat = 1.0  # above 1: earlier tokens are less likely (arXiv:1909.05858)
     stop: tuple[str, ...] = ()  # a sample ends before the first of these texts
-    seed: int = 1337  # sample i uses seed + i
+    seed: config.Seed = 1337  # sample i uses seed + i
     device: str = "auto"  # auto selects CUDA, else MPS, else the CPU
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto selects bf16 where it is faster
     compile: bool = False  # compile the decode step: takes up to a minute; needs twice the memory on a CPU
@@ -61,7 +61,7 @@ def show(text: str) -> None:
     print(CONTROL.sub("\ufffd", text), end="", flush=True)
 
 
-def cut(text: str, stop: tuple[str, ...]) -> tuple[str, int]:
+def until_stop(text: str, stop: tuple[str, ...]) -> tuple[str, int]:
     """The text before the first stop text, and how many of its characters are certainly not part of a stop text."""
     if found := [text.index(s) for s in stop if s in text]:
         return text[: min(found)], min(found)
@@ -78,7 +78,7 @@ def stream(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding, prompt: Id
         for step in generate.generate(raw, [prompt] * len(seeds), cfg.max_new_tokens, **options):
             for row, token in zip(rows, step):
                 row += [token] if token not in (None, eot) else []
-            text, n_safe = cut(tokenizer.decode(rows[0]).rstrip("\ufffd"), cfg.stop)  # an incomplete character
+            text, n_safe = until_stop(tokenizer.decode(rows[0]).rstrip("\ufffd"), cfg.stop)  # an incomplete character
             show(text[n_shown:n_safe])
             n_shown = max(n_shown, n_safe)
             if cfg.stop and all(any(s in tokenizer.decode(row) for s in cfg.stop) for row in rows):
@@ -87,7 +87,7 @@ def stream(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding, prompt: Id
         if not cfg.chat:
             raise
     finally:
-        show(cut(tokenizer.decode(rows[0]), cfg.stop)[0][n_shown:] + "\n")
+        show(until_stop(tokenizer.decode(rows[0]), cfg.stop)[0][n_shown:] + "\n")
     return rows
 
 
@@ -121,19 +121,14 @@ def chat_loop(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding) -> None
                 history.popleft()
             (answer,) = stream(cfg, raw, tokenizer, sum(history, []) + prompt, [seed])
             if cfg.stop:
-                answer = tokenizer.encode_ordinary(cut(tokenizer.decode(answer), cfg.stop)[0])
+                answer = tokenizer.encode_ordinary(until_stop(tokenizer.decode(answer), cfg.stop)[0])
             history.append([*prompt, *answer, tokenizer.eot_token])
 
 
 def main(cfg: Config) -> None:
     """Print samples, or chat."""
     rt = runtime.setup(cfg.device, cfg.precision, console=sys.stderr)
-    config.require("[1, inf)", n_samples=cfg.n_samples)
-    config.require("[0, inf)", max_new_tokens=cfg.max_new_tokens, history_turns=cfg.history_turns)
-    config.require("[0, inf)", temperature=cfg.temperature, top_k=cfg.top_k)
-    config.require("(0, 1]", top_p=cfg.top_p)
-    config.require("(0, inf)", repetition_penalty=cfg.repetition_penalty)
-    config.require("[0, 9e18]", seed=cfg.seed)
+    config.check(cfg)
     if "" in cfg.stop:
         raise ValueError("--stop must not be empty")
     if cfg.compile:
@@ -156,7 +151,7 @@ def main(cfg: Config) -> None:
         started = time.perf_counter()
         rows = stream(cfg, raw, tokenizer, prompt, [cfg.seed + i for i in range(cfg.n_samples)])
     for row in rows[1:]:
-        show(f"---\n{text}{cut(tokenizer.decode(row), cfg.stop)[0]}\n")
+        show(f"---\n{text}{until_stop(tokenizer.decode(row), cfg.stop)[0]}\n")
     n_tokens, seconds = sum(map(len, rows)), time.perf_counter() - started
     runtime.print0(f"{n_tokens:,} tokens in {seconds:.1f} s: {n_tokens / seconds:,.0f} tokens/s")
 

@@ -26,14 +26,13 @@ from neogpt.run import Run
 @dataclass(frozen=True)
 class Config(finetune.FinetuneConfig):
     checkpoint: str = "out/gpt2"  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
-    data: str = "databricks/databricks-dolly-15k"  # rows: a file, folder or pattern, or a dataset on the hub
     out_dir: str = "out/sft"  # log.txt, checkpoints, best.pt (lowest held-out loss) and, with LoRA, adapter/ for PEFT
     val_data: str = ""  # held-out rows, as in data; "": the fraction val_frac of data
     packing: bool = False  # several rows per sequence, without attention between them: less padding
-    rows_per_step: int = 32  # rows per optimizer step over all devices
-    epochs: float = 3.0  # passes over the data
-    max_lr: float = 5e-5  # peak learning rate; about ten times as much with LoRA
-    warmup_frac: float = 0.03  # fraction of the steps for linear warmup; then a cosine to 0
+    rows_per_step: config.PositiveInt = 32  # rows per optimizer step over all devices
+    epochs: config.PositiveFloat = 3.0  # passes over the data
+    max_lr: config.NonNegativeFloat = 5e-5  # peak learning rate; about ten times as much with LoRA
+    warmup_frac: config.Fraction = 0.03  # fraction of the steps for linear warmup; then a cosine to 0
     compile: bool | None = None  # torch.compile the step; None: on CUDA with packing, which has a fixed shape
 
 
@@ -56,20 +55,16 @@ CONFIGS = {
 
 
 def make_examples(rows: Sequence[chat.Row], T: int, tokenizer: tiktoken.Encoding, source: str) -> list[chat.Example]:
-    """Rows -> examples of at most T input tokens. Truncated and dropped rows are counted and reported."""
+    """Rows -> examples of at most T input tokens. Rows whose prompt is longer are dropped."""
     examples = []
     for row in rows:
-        # the context is truncated to fit the response, whose end-of-text is only predicted and needs no input
+        # the context is truncated so that the response fits; its end-of-text is a target, but no input
         budget = max(1, T - len(tokenizer.encode_ordinary(row.response)))
         prompt = chat.encode_prompt(row, budget, tokenizer)
         if example := chat.make_example(prompt, row.response, T, tokenizer):
             examples.append(example)
-    if len(examples) < len(rows):
-        runtime.print0(f"{source}: {len(rows) - len(examples):,} rows dropped: prompts exceed T={T} tokens")
-    if n_truncated := sum(example.ids[-1] != tokenizer.eot_token for example in examples):
-        runtime.print0(f"{source}: {n_truncated:,} responses truncated to T={T} tokens")
-    if not examples:
-        raise ValueError(f"no row of {source} is usable with T={T}")
+    n_truncated = sum(example.ids[-1] != tokenizer.eot_token for example in examples)
+    finetune.report_fit(source, T, len(rows), len(examples), n_truncated)
     return examples
 
 
@@ -80,7 +75,7 @@ def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
 
 @torch.no_grad()
 def evaluate(run: Run, examples: list[chat.Example], rows: list[chat.Row]) -> bool:
-    """Evaluate on held-out examples and answers to `rows`; log and print; return whether the loss is the lowest yet."""
+    """Evaluate on held-out examples and on greedy answers to `rows`; return whether the loss is the lowest so far."""
     cfg, rt, raw, sums = run.cfg, run.rt, run.full_model(), []
     sequences = [[example] for example in sorted(examples, key=lambda e: -len(e.ids))]  # sorted: little padding
     for bins in chat.shard_across_ranks(sequences, cfg.B, rt):
@@ -88,22 +83,17 @@ def evaluate(run: Run, examples: list[chat.Example], rows: list[chat.Row]) -> bo
         with rt.autocast():
             logits = raw(batch["x"])  # one example per sequence: no positions and mask
             loss = model.cross_entropy(logits, batch["y"], "sum")
-        hits = (logits[..., : raw.config.n_tokens].argmax(-1) == batch["y"]).sum()
-        sums.append(torch.stack([loss, hits.float()]))
-    loss, hits = runtime.all_reduce_sum(torch.stack(sums).sum(0), rt).tolist()
+        n_correct = (logits[..., : raw.config.n_tokens].argmax(-1) == batch["y"]).sum()
+        sums.append(torch.stack([loss, n_correct.float()]))
+    loss, n_correct = runtime.all_reduce_sum(torch.stack(sums).sum(0), rt).tolist()
     n = sum(len(e.ids) - e.n_prompt for e in examples)  # target tokens
-    scores = dict(val=loss / n, accuracy=hits / n)
-    text = f"perplexity {math.exp(min(loss / n, 99)):.2f}, token accuracy {hits / n:.3f}"
-    if rows:
-        scores |= finetune.score_answers(run, rows)
-        text += f"; {len(rows)} answers: {scores['exact']:.1%} exact match, {scores['ended']:.1%} ended"
-    return finetune.report(run, scores, text)
+    scores = dict(val=loss / n, perplexity=math.exp(min(loss / n, 99)), accuracy=n_correct / n)
+    return finetune.report(run, scores | finetune.score_answers(run, rows))
 
 
 def main(cfg: Config) -> None:
     """Fine-tune; evaluate, answer and save in between."""
-    finetune.check(cfg)
-    config.require("[1, inf)", rows_per_step=cfg.rows_per_step)
+    config.check(cfg)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     compiled = cfg.packing and rt.device.type == "cuda" if cfg.compile is None else cfg.compile
     run, T = finetune.open_run(cfg, "sft", ("pretraining", "sft"), rt, compiled, dynamic=not cfg.packing)

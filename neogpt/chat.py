@@ -18,12 +18,9 @@ from neogpt import files, runtime
 SUFFIXES = (".json", ".jsonl", ".parquet")
 
 # names of the fields of a row in common datasets; the first that occurs in the rows is used
-ALIASES = {
-    "turns": ("messages", "conversations"),
-    "prompt": ("instruction", "prompt", "question"),
-    "context": ("context", "input"),
-    "response": ("response", "output", "completion", "answer"),
-} | {name: (name,) for name in ("chosen", "rejected", "response_a", "response_b", "preferred")}
+ALIASES = dict(turns=("messages", "conversations"), prompt=("instruction", "prompt", "question"))
+ALIASES |= dict(context=("context", "input"), response=("response", "output", "completion", "answer"))
+ALIASES |= {name: (name,) for name in ("chosen", "rejected", "response_a", "response_b", "preferred")}
 ROLES = dict(user="user", human="user", system="system", assistant="assistant", gpt="assistant")
 
 
@@ -37,11 +34,10 @@ class Row(NamedTuple):
 
 
 def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[dict[str, Any]]:
-    """The rows of .json (a list), .jsonl or .parquet files (a file, a folder or a pattern; also .gz and .zst), or of a
-    dataset on the Hugging Face hub (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT). Raises, on all ranks, ValueError for files
-    and OSError for a dataset that cannot be read.
+    """The rows of .json (a list), .jsonl or .parquet files (a file, folder or pattern; also .gz and .zst), or of a
+    dataset on the hub (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT). Raises ValueError or OSError on all ranks.
     """
-    paths, others = files.find_files(source, SUFFIXES, split)
+    paths, skipped = files.find_files(source, SUFFIXES, split)
     is_local = paths or files.has_suffix(source, SUFFIXES) or Path(source).exists()
     if rt.rank > 0:
         runtime.barrier(rt)  # read what rank 0 has downloaded
@@ -63,8 +59,8 @@ def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[di
     finally:
         if rt.rank == 0:
             runtime.barrier(rt)
-    if others:
-        runtime.print0(f"{source}: files that are not read: {', '.join(path.name for path in others)}")
+    if skipped:
+        runtime.print0(f"{source}: files that are not read: {', '.join(path.name for path in skipped)}")
     return rows
 
 
@@ -94,8 +90,8 @@ def parse_rows(
     source: str, rt: runtime.Runtime, kinds: Sequence[tuple[str, ...]], parse: Callable[[dict[str, Any]], Any]
 ) -> list[Any]:
     """Call `parse` on each row, with its fields renamed to the keys of ALIASES; rows for which it raises ValueError are
-    dropped and counted. kinds: alternative sets of keys, of which the first that occurs in the rows is used, with the
-    context if there is a prompt. Raises ValueError if no set occurs.
+    dropped and counted. kinds: alternative sets of keys. The first set whose fields all occur in the rows is used, with
+    the context if the set has a prompt. Raises ValueError if there is none.
     """
     rows, parsed, dropped = load_rows(source, rt), [], Counter()
     known = {name for row in rows for name, value in row.items() if value is not None}
@@ -140,19 +136,19 @@ def parse_turns(turns: object) -> Row:
         turns = [dict(role=role, content=text.strip()) for role, text in zip(parts[::2], parts[1::2])]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("a conversation that is not a list of turns")
-    done, waiting = [], []  # (prompt, response) of each turn; texts whose response has not come yet
+    done, pending = [], []  # (prompt, response) of each turn; prompt texts without a response so far
     for turn in turns:
         role = ROLES.get(str(turn.get("role", turn.get("from"))).lower())
         text = to_text(turn.get("content", turn.get("value")))
         if not role:
             raise ValueError("a turn of an unknown role")
         if role != "assistant":
-            waiting.append(text.strip())
-        elif not waiting:
+            pending.append(text.strip())
+        elif not pending:
             raise ValueError("a response without a prompt")
         else:
-            done.append(("\n\n".join(filter(None, waiting)), text))
-            waiting = []
+            done.append(("\n\n".join(filter(None, pending)), text))
+            pending = []
     if not done:
         raise ValueError("a conversation without a response")
     (prompt, response), history = done[-1], done[:-1]
@@ -252,9 +248,7 @@ def make_example(prompt: list[int], response: str, T: int, tokenizer: tiktoken.E
 
 
 def pack(examples: Sequence[Example], T: int) -> list[list[Example]]:
-    """Examples -> bins of at most T input tokens, longest first, each into the first bin with enough room (first-fit
-    decreasing). An example of more than T tokens has its own bin, so T=0 does not pack at all.
-    """
+    """Examples -> bins of at most T input tokens (first-fit decreasing). Longer ones have their own bin (T=0: all)."""
     bins = [[] for _ in examples]
     for example in sorted(examples, key=lambda e: -len(e.ids)):
         next(b for b in bins if not b or sum(e.n_inputs for e in [*b, example]) <= T).append(example)

@@ -66,8 +66,8 @@ def save(folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False) -> 
 def save_in_background(
     pool: Executor | None, folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False
 ) -> Future | None:
-    """`save` on the pool's thread. Returns when the tensors are copied (CPU) or their copies are queued (CUDA). Sharded
-    tensors are gathered one by one, for which all ranks must call it. Without a pool, nothing is copied and written.
+    """`save` on the pool's only thread. Returns when the tensors are copied (CPU) or their copies are queued (CUDA).
+    Sharded tensors are gathered one by one, for which all ranks must call it. Without a pool, nothing is written.
     """
     copies: dict[int, Tensor] = {}  # by address, so that tied weights stay one tensor
 
@@ -89,14 +89,9 @@ def save_in_background(
     ckpt = Checkpoint(**to_host(vars(ckpt)))
     if not pool:
         return None
-    copied = torch.cuda.current_stream().record_event() if any(host.is_pinned() for host in copies.values()) else None
-
-    def write_when_copied() -> None:
-        if copied:
-            copied.synchronize()
-        save(folder, ckpt, keep_last, best)
-
-    return pool.submit(write_when_copied)
+    if any(host.is_pinned() for host in copies.values()):
+        pool.submit(torch.cuda.current_stream().record_event().synchronize)
+    return pool.submit(save, folder, ckpt, keep_last, best)
 
 
 def require_space(folder: Path, n_bytes: int, keep_last: int, n_bytes_best: int = 0) -> None:
@@ -118,10 +113,10 @@ def check(ckpt: Checkpoint) -> None:
     def is_map(value: Any, key: type, item: Any) -> bool:
         return isinstance(value, dict) and all(type(k) is key and isinstance(v, item) for k, v in value.items())
 
+    maps = [(ckpt.model, Tensor), (ckpt.adapters, Tensor), (ckpt.scores, (int, float)), (ckpt.facts, str)]
     is_valid = files.matches(vars(ckpt) | dict(optimizers=None), vars(Checkpoint("", 0, {}, {}, "")))
     is_valid = is_valid and ckpt.stage in SCRIPT_OF_STAGE and is_map(ckpt.model_config, str, object)
-    is_valid = is_valid and is_map(ckpt.model, str, Tensor) and is_map(ckpt.adapters, str, Tensor)
-    is_valid = is_valid and is_map(ckpt.scores, str, (int, float)) and is_map(ckpt.facts, str, str)
+    is_valid = is_valid and all(is_map(value, str, item) for value, item in maps)
     states = [] if ckpt.optimizers is None else ckpt.optimizers
     is_valid = is_valid and isinstance(states, list) and all(is_map(state, int, dict) for state in states)
     if not (is_valid and all(is_map(moments, str, Tensor) for state in states for moments in state.values())):
@@ -182,8 +177,7 @@ def read_newest(source: str | Path, script: str = "train_gpt2.py") -> Checkpoint
 
 def find_resume(folder: Path, rt: runtime.Runtime, branch_from: str = "") -> Checkpoint | None:
     """The newest readable checkpoint of a folder or, if it has none, the file branch_from; the same on all ranks. None
-    for a new run. Rank 0 verifies the files, and the other ranks memory-map the one it selected, so a node holds it in
-    memory once.
+    for a new run. Only rank 0 verifies the files.
     """
     ckpt, selected = None, [""]
     if rt.rank == 0 and list_checkpoints(folder):
@@ -198,7 +192,7 @@ def find_resume(folder: Path, rt: runtime.Runtime, branch_from: str = "") -> Che
         if not all(found):
             raise ValueError(f"not every rank sees {path}: all nodes must share the folder {path.parent}")
         if rt.rank and selected[0]:
-            ckpt = read(path, verify=False)
+            ckpt = read(path, verify=False)  # memory-mapped: a node holds it in memory once
     if rt.rank == 0:
         for incomplete in folder.glob("ckpt_*.pt.tmp"):
             incomplete.unlink()
@@ -229,40 +223,36 @@ class Loaded(NamedTuple):
 
 
 def load_model(source: str, stages: tuple[str, ...] = ()) -> Loaded:
-    """Open a model: an out_dir (its newest checkpoint), a checkpoint file, an adapter folder in PEFT's format (merged
-    into its base), a folder in Hugging Face's format, or a name on the hub. Raises ValueError or OSError. stages: the
-    accepted stages of a checkpoint; empty for all.
+    """Open a model: an out_dir (its newest checkpoint), a checkpoint file, an adapter folder of PEFT (merged into its
+    base), a folder of Hugging Face, or a name on the hub. stages: accepted; () for all. Raises ValueError or OSError.
     """
     path = Path(source)
-    is_adapter = (path / "adapter_config.json").is_file()
     # a path that does not exist can be a name on the hub
     is_local = path.exists() or path.suffix == ".pt" or source.startswith(("out/", "/", "."))
-    is_hf = (path / "config.json").is_file() or not is_local
+    is_adapter, is_hf = (path / "adapter_config.json").is_file(), (path / "config.json").is_file() or not is_local
     ckpt = None if is_adapter or is_hf else read_newest(path, SCRIPT_OF_STAGE[stages[0] if stages else "pretraining"])
     try:
-        stage, step = (ckpt.stage, ckpt.step) if ckpt else ("", 0) if is_adapter else hf.read_origin(source)
-        if stage and stages and stage not in stages:
-            expected = " or ".join(f"{stage} ({SCRIPT_OF_STAGE[stage]})" for stage in stages)
-            raise ValueError(f"it is of stage {stage}, expected {expected}")
         if is_adapter:
             base, _, _ = lora.read_adapter_config(path)
             if Path(base).resolve() == path.resolve():
                 raise ValueError("the adapter is its own base")
             loaded = load_model(base)
             return Loaded(lora.apply_adapter(loaded.raw, path), loaded.tokenizer, "sft", 0)
-        if is_hf:
-            raw = hf.load(source)
-            name = {50257: "gpt2", 257: "bytes"}.get(raw.config.n_tokens, f"of {raw.config.n_tokens} ids")
-            return Loaded(raw, data.get_tokenizer(name), stage or "pretraining", step)
-        raw = to_model(ckpt)
-        tokenizer = data.get_tokenizer(ckpt.tokenizer)
+        stage, step = (ckpt.stage, ckpt.step) if ckpt else hf.read_origin(source)
+        if stage and stages and stage not in stages:
+            expected = " or ".join(f"{stage} ({SCRIPT_OF_STAGE[stage]})" for stage in stages)
+            raise ValueError(f"it is of stage {stage}, expected {expected}")
+        raw = to_model(ckpt) if ckpt else hf.load(source)
+        name = {50257: "gpt2", 257: "bytes"}.get(raw.config.n_tokens, f"of {raw.config.n_tokens} ids")
+        tokenizer = data.get_tokenizer(ckpt.tokenizer if ckpt else name)
         if tokenizer.n_vocab != raw.config.n_tokens:
             raise ValueError(f"it has {raw.config.n_tokens} token ids, but its tokenizer has {tokenizer.n_vocab}")
     except Exception as error:  # JSON, safetensors, the hub and wrong shapes raise many kinds
         where = "" if is_local else ", which is not a local file or folder, from the Hugging Face hub"
         raise ValueError(f"cannot load {source}{where}: {files.one_line(error)}") from error
-    runtime.print0(f"{source}: {ckpt.stage}, step {ckpt.step}, {raw.n_params():,} parameters, {tokenizer.name} tokens")
-    return Loaded(raw, tokenizer, ckpt.stage, ckpt.step)
+    stage = stage or "pretraining"
+    runtime.print0(f"{source}: {stage}, step {step}, {raw.n_params():,} parameters, {tokenizer.name} tokens")
+    return Loaded(raw, tokenizer, stage, step)
 
 
 def refuse_own_folder(out_dir: str, source: str) -> None:

@@ -1,6 +1,4 @@
-"""Command line and error reporting, the same for every script: `config.run(main, CONFIGS)`. CONFIGS maps names to
-instances of the script's Config dataclass; its first name is the default.
-"""
+"""Command line, ranges of constants and error reporting of every script: `config.run(main, CONFIGS)`."""
 
 import os
 import re
@@ -9,7 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, TypeVar, get_args, get_type_hints
 
 from neogpt import files
 
@@ -17,10 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent  # the repository
 MAX_COUNT = 2**63 - 1  # larger integers overflow in PyTorch and NumPy
 Config = TypeVar("Config")
 
+# Types of constants with their ranges, for `check`
+PositiveInt = Annotated[int, "[1, inf)"]
+NonNegativeInt = Annotated[int, "[0, inf)"]
+PositiveFloat = Annotated[float, "(0, inf)"]
+NonNegativeFloat = Annotated[float, "[0, inf)"]
+Fraction = Annotated[float, "[0, 1]"]
+Seed = Annotated[int, "[0, 9e18]"]
+
 
 def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = None) -> Config:
-    """Read the command line `script.py [NAME] [--constant=value …]`; NAME selects one of `configs`. The comments of the
-    dataclass become the help text. `--chat` means `--chat=True`, and ~ is the home folder. args: default sys.argv[1:].
+    """Read the command line `script.py [NAME] [--constant=value …]`. NAME selects one of `configs`; default: the first.
+    Comments of the dataclass become the help text. `--chat` means `--chat=True`. ~ is the home folder.
     """
     import tyro
 
@@ -33,13 +39,11 @@ def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = Non
         if args[i].replace("-", "_") in flags and following.startswith("--"):  # no value follows
             args[i] += "=True"
     description = f"{doc.strip()}\n\nConfigurations: {', '.join(configs)}"
-    return tyro.extras.overridable_config_cli(
-        {name: (description, config) for name, config in configs.items() if name == args[0] or args[0] not in configs},
-        args=args,
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-        console_outputs=os.environ.get("RANK", "0") == "0",
-    )
+    shown = {args[0]: configs[args[0]]} if args[0] in configs else configs
+    shown = {name: (description, config) for name, config in shown.items()}
+    options = dict(use_underscores=True, config=(tyro.conf.FlagConversionOff,))
+    is_rank_0 = os.environ.get("RANK", "0") == "0"
+    return tyro.extras.overridable_config_cli(shown, args=args, console_outputs=is_rank_0, **options)
 
 
 def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
@@ -61,6 +65,14 @@ def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
             raise
         # all ranks see the same wrong value, but a disk can be full on one node only
         sys.exit(f"error: {files.one_line(error)}" if is_rank_0 or isinstance(error, OSError) else 1)
+
+
+def check(cfg: object) -> None:
+    """Raise ValueError for the first constant of a Config that is outside the range of its type."""
+    for name, hint in get_type_hints(type(cfg), include_extras=True).items():
+        for kind in (hint, *get_args(hint)):  # the type itself, or the members of a union
+            for interval in getattr(kind, "__metadata__", ()):
+                require(interval, **{name: vars(cfg)[name]})
 
 
 def require(interval: str, **values: float | None) -> None:

@@ -19,18 +19,13 @@ CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_
 def find_file(name: str, file: str) -> Path:
     """The local path of `file` in a model folder, or in a model on the hub (downloaded once, then cached)."""
     if Path(name).is_dir():
-        if not (Path(name) / file).is_file():
-            raise FileNotFoundError(f"no {file} in {name}")
         return Path(name) / file
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub import errors, hf_hub_download
 
     try:
         return Path(hf_hub_download(name, file))
-    except LocalEntryNotFoundError as error:
-        raise ConnectionError(f"no file or folder {name}, and the Hugging Face hub is unreachable") from error
-    except EntryNotFoundError as error:
-        raise FileNotFoundError(f"no {file} in {name} on the Hugging Face hub") from error
+    except errors.EntryNotFoundError as error:
+        raise FileNotFoundError(f"no {file} in {name} on the Hugging Face hub, or no connection to it") from error
 
 
 def read_config(name: str) -> model.GPTConfig:
@@ -116,7 +111,7 @@ def save(raw: model.GPT, folder: str | Path, dtype: torch.dtype = torch.float32,
 
 def vocabulary(tokenizer: tiktoken.Encoding) -> tuple[list[str], list[str]]:
     """The tokens by id, and the merges in order, with GPT-2's printable character for each byte. tiktoken stores only
-    ranks: a token is the merge of the two parts in which byte pair encoding with the tokens of lower rank ends.
+    ranks: a token is the merge of the two parts that remain when its bytes are merged into tokens of lower rank.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -135,13 +130,11 @@ def vocabulary(tokenizer: tiktoken.Encoding) -> tuple[list[str], list[str]]:
 
 
 def save_tokenizer(tokenizer: tiktoken.Encoding, folder: Path, block_size: int, template: str = "") -> None:
-    """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt. template: for chats, in Jinja; it needs
-    the text <|endoftext|> to become end-of-text. With `split_special_tokens=True` it stays text, as in this repository.
-    """
+    """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt. template: for chats, in Jinja."""
     tokens, merges = vocabulary(tokenizer)
     vocab = {token: i for i, token in enumerate(tokens)}
     special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-    added = [dict(id=tokenizer.eot_token, content=tokens[-1], **special)]
+    added = [dict(id=tokenizer.eot_token, content=tokens[-1], **special)]  # the chat template spells it out
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)  # GPT-2's pattern
     bpe = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="")
     bpe |= dict(fuse_unk=False, byte_fallback=False, vocab=vocab, merges=merges)

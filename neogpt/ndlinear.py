@@ -8,10 +8,8 @@ from torch import Tensor, nn
 
 
 class NdLinear(nn.Module):
-    """A linear map along each mode (axis) of a tensor, one mode after the other (algorithm 1 of the paper).
-
-    (…, d_1, …, d_n) -> (…, h_1, …, h_n), with weights (h_i, d_i) and biases (h_i,). Without biases the matrix of this
-    map is the Kronecker product of the weights.
+    """A linear map along each mode (axis) of a tensor (algorithm 1 of the paper), (…, d_1, …, d_n) -> (…, h_1, …, h_n).
+    Weights: (h_i, d_i); biases: (h_i,). Without biases the matrix of this map is the Kronecker product of the weights.
     """
 
     def __init__(self, d: Sequence[int], h: Sequence[int], bias: bool = True) -> None:

@@ -47,7 +47,7 @@ def ends(answer: Answer, n_tokens: float = math.inf) -> float:
     return float(answer.ended and len(answer.ids) <= n_tokens)
 
 
-def matches(answer: Answer, pattern: str) -> float:
+def format(answer: Answer, pattern: str) -> float:
     """1 if the whole answer matches the regular expression, else 0."""
     return float(re.fullmatch(pattern, answer.text, re.DOTALL) is not None)
 
@@ -70,8 +70,7 @@ def repetition(answer: Answer, n: float = 3) -> float:
     return len(set(grams)) / len(grams) - 1 if grams else 0.0
 
 
-REWARDS: dict[str, Callable] = dict(exact=exact, begins=begins, ends=ends, format=matches, length=length)
-REWARDS |= dict(gsm8k=gsm8k, repetition=repetition)
+REWARDS = {function.__name__: function for function in (exact, begins, ends, format, length, gsm8k, repetition)}
 NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 TERM = re.compile(
     rf"""\s*(?P<sign>[+-]?)\s*(?:(?P<weight>{NUMBER})\s*\*\s*)?(?P<term>(?P<name>[\w./~][\w./~-]*\.py:\w+|\w+)"""
@@ -91,21 +90,19 @@ def load(source: str) -> tuple[Callable, str]:
 
 def parse(text: str) -> Terms:
     """The terms of a sum. A term is a name of REWARDS or FILE.py:FUNCTION, perhaps with a number or a text in double
-    quotes as its argument, and perhaps times a number. Nothing is evaluated. Raises ValueError.
+    quotes as its argument, and perhaps times a number. No code is evaluated. Raises ValueError.
     """
     terms, position = {}, 0
     while position < len(text) or not terms:
         match = TERM.match(text, position)
         if not match or (terms and not match["sign"]):
             raise ValueError(f"--reward={text}: expected a sum such as exact + 0.2*ends(40), found {text[position:]!r}")
-        name, position = match["name"], match.end()
+        name, number, term, position = match["name"], match["number"], re.sub(r"\s", "_", match["term"]), match.end()
         weight = float(match["weight"] or 1) * (-1 if match["sign"] == "-" else 1)
         if name not in REWARDS and ".py:" not in name:
             raise ValueError(f"--reward={text}: unknown {name}, expected {', '.join(REWARDS)} or FILE.py:FUNCTION")
         function, code = (REWARDS[name], "") if name in REWARDS else load(name)
-        number, quoted = match["number"], match["text"]
-        arguments = (float(number),) if number else () if quoted is None else (quoted,)
-        term = re.sub(r"\s", "_", match["term"])
+        arguments = (float(number),) if number else () if match["text"] is None else (match["text"],)
         if term in terms:
             raise ValueError(f"--reward={text}: {term} occurs twice, add the weights")
         terms[term] = Term(weight, function, arguments, code)

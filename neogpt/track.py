@@ -1,7 +1,5 @@
-"""The values of a log.txt in TensorBoard, wandb or trackio.
-
-A process of its own reads the log, so a tracker that fails, hangs or is slow cannot harm the run. If the run is killed,
-the process still sends the rest of the log.
+"""The values of a log.txt in TensorBoard, wandb or trackio. A process of its own reads the log, so a tracker that
+fails, hangs or is slow cannot harm the run. If the run is killed, the process still sends the rest of the log.
 """
 
 import importlib
@@ -30,8 +28,8 @@ def start(kind: str, folder: Path, step: int, constants: dict[str, Any]) -> subp
     """Start the process that sends what is written to folder/log.txt from now on, from `step` on; None for kind ""."""
     if not kind:
         return None
-    args = [kind, folder.resolve(), step, (folder / "log.txt").stat().st_size, json.dumps(constants)]
-    command = [sys.executable, "-m", "neogpt.track", *map(str, args)]
+    args = kind, str(folder.resolve()), step, (folder / "log.txt").stat().st_size, constants
+    command = [sys.executable, "-m", "neogpt.track", json.dumps(args)]
     return subprocess.Popen(command, cwd=config.ROOT, stdin=subprocess.PIPE, start_new_session=True)
 
 
@@ -84,8 +82,8 @@ def follow(kind: str, folder: Path, step: int, position: int, constants: dict[st
         close()
 
 
-def main(kind: str, folder: str, step: str, position: str, constants: str) -> None:
-    """The process of `start`. Its standard input ends with the run."""
+def main(kind: str, folder: str, *rest: Any) -> None:
+    """The process of `start`: `follow` until the run ends, which closes standard input."""
     for signum in [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")]:
         signal.signal(signum, signal.SIG_IGN)  # the run saves before it ends
     end = threading.Event()
@@ -98,10 +96,10 @@ def main(kind: str, folder: str, step: str, position: str, constants: str) -> No
 
     threading.Thread(target=wait, daemon=True).start()
     try:
-        follow(kind, Path(folder), int(step), int(position), json.loads(constants), end)
-    except BaseException as error:  # of any package
+        follow(kind, Path(folder), *rest, end)
+    except BaseException as error:  # trackers raise many kinds, also SystemExit
         sys.exit(f"--track={kind} has stopped, the run goes on: {files.one_line(error)} (pip install {kind}?)")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*json.loads(sys.argv[1]))

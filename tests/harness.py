@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiktoken
 import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from neogpt import checkpoint, model, run, runtime
+from neogpt import checkpoint, data, model, run, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = runtime.Runtime(0, 1, torch.device("cpu"), "fp32")
@@ -32,7 +33,15 @@ ENV["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("P
 
 
 # -----------------------------------------------------------------------------
-# Models
+# Tokenizers, models and rows
+
+
+def get_tokenizer(name: str) -> tiktoken.Encoding:
+    """The tokenizer. The test is skipped if the vocabulary must be downloaded and cannot be."""
+    try:
+        return data.get_tokenizer(name)
+    except OSError as error:
+        pytest.skip(str(error))
 
 
 def tiny_model(seed: int = 0, scale: float = 0.0, **shape: Any) -> model.GPT:
@@ -55,7 +64,7 @@ def write_model(folder: Path, raw: model.GPT, stage: str = "pretraining", **keys
 
 
 def write_rows(path: Path, rows: list[dict]) -> str:
-    """Write rows of fine-tuning data as .jsonl; return the path."""
+    """Write rows as .jsonl; return the path."""
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     return str(path)
 

@@ -17,17 +17,9 @@ def test_table_counts_nonzero_parameters_and_flops(tmp_path: Path, capsys: pytes
     sources = {}
     for name, shape in (("dense", {}), ("nd", ND)):
         sources[name] = str(harness.write_model(tmp_path / name, harness.tiny_model(scale=0.2, **shape)))
-    cfg = compare.Config(
-        checkpoints=tuple(sources.values()),
-        sparsities=(0.5, 0.25, "2:4"),
-        out_dir=str(tmp_path / "out"),
-        data=str(tmp_path / "text.txt"),
-        n_sequences=8,
-        B=2,
-        val_tokens=64,
-        hellaswag_rows=0,
-        device="cpu",
-    )
+    paths = dict(checkpoints=tuple(sources.values()), out_dir=str(tmp_path / "out"), data=str(tmp_path / "text.txt"))
+    sizes = dict(sparsities=(0.5, 0.25, "2:4"), n_sequences=8, B=2, val_tokens=64, hellaswag_rows=0)
+    cfg = compare.Config(**paths, **sizes, device="cpu")
     compare.main(cfg)
 
     L, C, T, V, width, f = 2, 16, 64, 320, 24, 3

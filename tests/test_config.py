@@ -58,13 +58,8 @@ def test_options(args: tuple[str, ...]) -> None:
     assert parse(*args) == Config(**OPTIONS[args])
 
 
-INVALID = {
-    ("demo", "--max_lrr=1"): "max_lr",  # the closest option
-    ("dmeo",): "demo",
-    ("--B=x",): "--B",
-    ("--max_lr",): "max_lr",
-    ("--mode=sometimes",): "never",
-}
+INVALID = {("demo", "--max_lrr=1"): "max_lr", ("dmeo",): "demo"}  # the closest name
+INVALID |= {("--B=x",): "--B", ("--max_lr",): "max_lr", ("--mode=sometimes",): "never"}
 
 
 @pytest.mark.parametrize("args", INVALID, ids=str)
@@ -156,6 +151,20 @@ def test_ctrl_c_and_a_closed_pipe_end_without_traceback(tmp_path: Path) -> None:
         code, text = run_script(tmp_path, "os.kill(os.getpid(), signal.SIGINT)", rank=rank)
         assert code and text.count("\n") == 1 - rank and "Traceback" not in text
     assert run_script(tmp_path, "while True: print('a line', flush=True)", n_lines=2) == (0, "")  # as `head -2`
+
+
+def test_ranges_are_those_of_the_types() -> None:
+    @dataclass(frozen=True)
+    class Ranges:
+        n: config.PositiveInt = 1
+        rate: config.NonNegativeFloat | None = None
+        seed: config.Seed = 0
+        text: str | None = None
+
+    config.check(Ranges())
+    for name, value in dict(n=0, rate=-1e-9, seed=-1).items():
+        with pytest.raises(ValueError, match=f"--{name}={value} "):
+            config.check(Ranges(**{name: value}))
 
 
 def test_require() -> None:

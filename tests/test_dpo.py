@@ -52,21 +52,14 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 def test_preferred_selects_chosen_and_unusable_pairs_are_counted(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    rows = [
-        row(" one ", "yes", "no", "A"),
-        row("two", "yes", "no", "B"),
-        row("three", "", "no"),
-        row("four", "yes", " \n"),
-        row("five", None, "no"),
-        row("six", "same", "same"),
-        row("seven", "yes", "no", "C"),
-        row("eight", "yes", "no", None),
-    ]
+    rows = [row(" one ", "yes", "no", "A"), row("two", "yes", "no", "B"), row("three", "", "no")]
+    rows += [row("four", "yes", " \n"), row("five", None, "no"), row("six", "same", "same")]
+    rows += [row("seven", "yes", "no", preferred) for preferred in ("C", None, ["A"])]
     pairs = dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE)
     assert pairs == [(Row("one", "", "yes"), "no"), (Row("two", "", "no"), "yes")]
     message, unused = log.messages
-    assert "explanation (8 rows)" in unused
-    for text in ("6 of 8", "3 with a blank response", "1 with equal responses", "2 with a preference"):
+    assert "explanation (9 rows)" in unused
+    for text in ("7 of 9", "3 with a blank response", "1 with equal responses", "3 with a preference"):
         assert text in message
 
 
@@ -79,16 +72,13 @@ def test_rows_with_chosen_and_rejected(tmp_path: Path, log: pytest.LogCaptureFix
     assert "1 of 3" in log.messages[0]
 
 
-@pytest.mark.parametrize(
-    "rows, words",
-    [
-        ([dict(question="q", answer="a")], ["answer, question", "response_a", "chosen"]),
-        ([], ["(none)", "prompt"]),
-        ([row("a", "yes", "yes"), row("b", "", "no"), row("c", "yes", "no", "?")], ["no usable row", "1 with equal"]),
-        ([row("a", "yes", "no"), row(" a", "yes", "never")], ["2 usable pairs", "two different prompts"]),
-    ],
-    ids=["unknown fields", "no rows", "all dropped", "one prompt"],
-)
+UNUSABLE = [([dict(question="q", answer="a")], ["answer, question", "response_a", "chosen"])]
+UNUSABLE += [([], ["(none)", "prompt"])]
+UNUSABLE += [([row("a", "yes", "yes"), row("b", "", "no"), row("c", "x", "y", "?")], ["no usable row", "1 with equal"])]
+UNUSABLE += [([row("a", "yes", "no"), row(" a", "yes", "never")], ["2 usable pairs", "two different prompts"])]
+
+
+@pytest.mark.parametrize("rows, words", UNUSABLE, ids=["unknown fields", "no rows", "all dropped", "one prompt"])
 def test_unusable_rows_are_refused(tmp_path: Path, rows: list[dict], words: list[str]) -> None:
     source = write_rows(tmp_path / "bad.jsonl", rows)
     with pytest.raises(ValueError) as error:
@@ -118,9 +108,7 @@ CONVERSATIONS = [
 ]
 
 
-@pytest.mark.parametrize(
-    "fields", CONVERSATIONS, ids=["lists", "lists and prompt", "list of the prompt", "transcripts"]
-)
+@pytest.mark.parametrize("fields", CONVERSATIONS)
 def test_conversations(fields: dict, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     different = dict(chosen=turns("Hi", "a"), rejected=turns("Ho", "b"), prompt=[])
     other = dict(chosen=turns("Q", "a"), rejected=turns("Q", "b"), prompt=[])
@@ -130,7 +118,7 @@ def test_conversations(fields: dict, tmp_path: Path, log: pytest.LogCaptureFixtu
     source = write_rows(tmp_path / "rows.jsonl", [fields, different, other])
     expected = [(Row("And?", "", "Yes.", (("Hi", "Ho"),)), "No."), (Row("Q", "", "a"), "b")]
     assert dpo.read_pairs(source, ALONE) == expected
-    assert "1 of 3 rows dropped: 1 with two prompts" in log.text
+    assert "1 of 3 rows dropped: 1 with different prompts" in log.text
 
 
 def test_responses_that_repeat_the_prompt(tmp_path: Path) -> None:
@@ -162,9 +150,9 @@ def test_pairs_are_truncated_to_the_sequence_length(log: pytest.LogCaptureFixtur
     assert chosen == ["12345\u0100", "123456", "12\u0100", "x23456"]
     assert bytes(tokenized[0].rejected.ids[:-1].tolist()) == b"abc\nResponse:\n12"
     assert [dpo.longest(pair) for pair in tokenized] == [20, 20, 20, 20]
-    for message, words in zip(log.messages, (("2 pairs", "dropped"), ("3 pairs", "truncated")), strict=True):
-        assert [word for word in ("pairs.jsonl", "T=19", *words) if word not in message] == []
-    with pytest.raises(ValueError, match="pairs.jsonl.*T=19"):
+    for message, words in zip(log.messages, (("2 rows", "dropped"), ("3 rows", "truncated")), strict=True):
+        assert [word for word in ("pairs.jsonl", "19 tokens", *words) if word not in message] == []
+    with pytest.raises(ValueError, match="pairs.jsonl.*19 tokens"):
         dpo.tokenize_pairs(pairs[-1:], 19, BYTES, "pairs.jsonl")
 
 
@@ -385,7 +373,7 @@ def test_files_and_position_of_a_run_that_is_extended(cfg: dpo.Config) -> None:
     best, last = checkpoint.read(folder / "best.pt"), checkpoint.read(folder / "ckpt_000012.pt")
     assert (best.step, best.optimizers) == (12, None)
     assert (last.stage, last.step) == ("dpo", 12)
-    assert last.scores["val/loss"] == pytest.approx(losses(folder, "val")[12])
+    assert last.scores["val"] == pytest.approx(losses(folder, "val")[12])
     assert checkpoint.load_model(str(folder)).step == 12
     # a pair is 13 tokens of prompt twice, "yes" and "no"; end-of-text is a target only: 16 + 15 inputs, without padding
     assert losses(folder, "tokens") == {step: step * 8 * 31 for step in (0, 5, 10, 12)}

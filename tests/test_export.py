@@ -21,44 +21,10 @@ EOT = "<|endoftext|>"
 
 def mixed_text(n: int) -> str:
     """n random pieces: words, emoji, runs of whitespace, code, control characters, the spelled-out end-of-text."""
-    pieces = [
-        "Hello",
-        " world",
-        "'ll",
-        " 1234",
-        "  ",
-        " " * 17,
-        "\n",
-        "\n\n",
-        "\t\t",
-        "\r\n",
-        "for i in range(10):\n    x[i] += 1",
-    ]
-    pieces += [
-        "😀",
-        "👩‍👩‍👧",
-        "漢字",
-        "é",
-        "ß",
-        "\u2028",
-        "\u00a0",
-        "\u3000",
-        "\x00",
-        "\x7f",
-        "\xad",
-        EOT,
-        "<|endof",
-        "text|>",
-    ]
+    pieces = ["Hello", " world", "'ll", " 1234", "  ", " " * 17, "\n", "\n\n", "\t\t", "\r\n", "é", "ß"]
+    pieces += ["for i in range(10):\n    x[i] += 1", "\u2028", "\u00a0", "\u3000", "\x00", "\x7f", "\xad"]
+    pieces += ["😀", "👩‍👩‍👧", "漢字", EOT, "<|endof", "text|>"]
     return "".join(random.Random(0).choices(pieces, k=n))
-
-
-def gpt2_tokenizer() -> tiktoken.Encoding:
-    """GPT-2's tokenizer; the test is skipped if it must be downloaded and cannot be."""
-    try:
-        return data.get_tokenizer("gpt2")
-    except OSError as error:
-        pytest.skip(str(error))
 
 
 def run_export(source: Path, out_dir: Path, **constants: Any) -> Path:
@@ -70,7 +36,7 @@ def run_export(source: Path, out_dir: Path, **constants: Any) -> Path:
 def test_transformers_gives_the_ids_of_tiktoken(name: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer, text = gpt2_tokenizer() if name == "gpt2" else data.get_tokenizer("bytes"), mixed_text(20_000)
+    tokenizer, text = harness.get_tokenizer(name), mixed_text(20_000)
     hf.save_tokenizer(tokenizer, tmp_path, block_size=2**20)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -98,21 +64,16 @@ def test_merges_are_recovered_from_ranks() -> None:
     assert found == [" ".join(pair) for pair in merges]
 
 
-CONVERSATION = [
-    ("system", " Be kind. "),
-    ("user", "Where is the lamp?\nAnd the spoon?"),
-    ("assistant", "In the garden. "),
-    ("user", "  Why?  "),
-    ("assistant", "I put it there.\n\nYes."),
-    ("user", "When?"),
-]
+CONVERSATION = [("system", " Be kind. "), ("user", "Where is the lamp?\nAnd the spoon?")]
+CONVERSATION += [("assistant", "In the garden. "), ("user", "  Why?  ")]
+CONVERSATION += [("assistant", "I put it there.\n\nYes."), ("user", "When?")]
 
 
 @pytest.mark.parametrize("name", ["bytes", "gpt2"])
 def test_chat_template_gives_the_ids_of_the_prompt_template(name: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    tokenizer = gpt2_tokenizer() if name == "gpt2" else data.get_tokenizer("bytes")
+    tokenizer = harness.get_tokenizer(name)
     hf.save_tokenizer(tokenizer, tmp_path, 256, chat.TEMPLATE)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     theirs = AutoTokenizer.from_pretrained(tmp_path)

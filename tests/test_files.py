@@ -64,15 +64,8 @@ def test_matches() -> None:
     example = dict(name="", n=0, on=True, items=[dict(x=0.0)])
     good = dict(name="a", n=5, on=False, items=[dict(x=1.5), dict(x=-2.0, y=None)], more=[1])
     assert files.matches(good, example) and files.matches(good | dict(items=[]), example)
-    wrong = [
-        dict(name=None),
-        dict(n=-1),
-        dict(n=True),
-        dict(n=2**62),
-        dict(on=1),
-        dict(items={}),
-        dict(items=[dict(x=1)]),
-    ]
+    wrong = [dict(name=None), dict(n=-1), dict(n=True), dict(n=2**62), dict(on=1), dict(items={})]
+    wrong += [dict(items=[dict(x=1)])]
     assert not [change for change in wrong if files.matches(good | change, example)]
     assert not files.matches({"n": 5}, example) and not files.matches([good], example)
 

@@ -101,11 +101,8 @@ STEPS += [dict(scale_by_std=True), dict(kl_beta=0.3, loss="grpo"), dict(kl_beta=
 
 def make(changed: dict[str, Any]) -> tuple[grpo.Config, model.GPT, model.GPT]:
     """A configuration, a policy and another reference."""
-    return (
-        grpo.Config(answer_tokens=N_TOKENS, samples_per_prompt=N_SAMPLES, prompts_per_step=N_PROMPTS, **changed),
-        tiny(),
-        tiny(1),
-    )
+    sizes = dict(answer_tokens=N_TOKENS, samples_per_prompt=N_SAMPLES, prompts_per_step=N_PROMPTS)
+    return grpo.Config(**sizes, **changed), tiny(), tiny(1)
 
 
 @pytest.mark.parametrize("changed", STEPS, ids=str)
@@ -182,43 +179,22 @@ def test_one_step_equals_trl(changed: dict[str, Any], tmp_path: Path) -> None:
     def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
         return [score[str(ids)] for ids in completion_ids]
 
-    settings = trl.GRPOConfig(
-        output_dir=str(tmp_path / "trl"),
-        per_device_train_batch_size=N_SAMPLES,
-        gradient_accumulation_steps=N_PROMPTS,
-        num_generations=N_SAMPLES,
-        max_completion_length=cfg.answer_tokens,
-        num_iterations=cfg.updates_per_rollout,
-        max_steps=cfg.updates_per_rollout,
-        learning_rate=0.3,
-        lr_scheduler_type="constant",
-        max_grad_norm=1e9,
-        loss_type=cfg.loss,
-        epsilon=cfg.clip or 0.2,
-        beta=cfg.kl_beta,
-        scale_rewards="group" if cfg.scale_by_std else "none",
-        shuffle_dataset=False,
-        disable_dropout=True,
-        use_bias_correction_kl=False,  # as in arXiv:2402.03300
-        gradient_checkpointing=False,
-        use_cpu=True,
-        bf16=False,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-    )
+    sizes = dict(per_device_train_batch_size=N_SAMPLES, gradient_accumulation_steps=N_PROMPTS)
+    sizes |= dict(num_generations=N_SAMPLES, max_completion_length=cfg.answer_tokens)
+    sizes |= dict(num_iterations=cfg.updates_per_rollout)
+    steps = dict(max_steps=cfg.updates_per_rollout, learning_rate=0.3, lr_scheduler_type="constant", max_grad_norm=1e9)
+    loss = dict(loss_type=cfg.loss, epsilon=cfg.clip or 0.2, beta=cfg.kl_beta)
+    loss |= dict(scale_rewards="group" if cfg.scale_by_std else "none", disable_dropout=True)
+    loss |= dict(use_bias_correction_kl=False)  # as in arXiv:2402.03300
+    run = dict(output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, gradient_checkpointing=False)
+    run |= dict(shuffle_dataset=False, logging_steps=1, report_to=[], save_strategy="no")
     import datasets
 
     rows = [dict(prompt=" ".join(f"w{i}" for i in prompt)) for prompt in prompts[::N_SAMPLES]]
-    trainer = trl.GRPOTrainer(
-        model=start,
-        reward_funcs=reward,
-        args=settings,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=fast,
-        rollout_func=rollout_func,
-        optimizers=(torch.optim.SGD(start.parameters(), lr=0.3), None),
-    )
+    functions = dict(reward_funcs=reward, rollout_func=rollout_func, processing_class=fast)
+    functions |= dict(optimizers=(torch.optim.SGD(start.parameters(), lr=0.3), None))
+    settings, rows = trl.GRPOConfig(**sizes, **steps, **loss, **run), datasets.Dataset.from_list(rows)
+    trainer = trl.GRPOTrainer(model=start, args=settings, train_dataset=rows, **functions)
     trainer.train()
     ours = update(cfg, raw, tiny(), examples, totals)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -260,7 +236,7 @@ def test_samples_depend_on_seed_and_number_only() -> None:
     assert both[:2] == sample(raw, ["one"], [5], 2)
     assert len({tuple(ids) for ids in both}) == 8
     assert sample(raw, ["one"], [6], 4) != both[:4] != sample(raw, ["one"], [5], 4, seed=2)
-    assert sample(raw, ["one"], [grpo.HELD_OUT], 4) != sample(raw, ["one"], [0], 4)
+    assert sample(raw, ["one"], [grpo.FIRST_HELD_OUT], 4) != sample(raw, ["one"], [0], 4)
 
 
 def test_samples_follow_the_distribution_of_the_loss() -> None:
@@ -357,20 +333,8 @@ def test_two_ranks_equal_one(cfg: grpo.Config, server: ForkServer) -> None:
         one, two = train(cfg), Path(cfg.out_dir + "-two")
         server.run("grpo", harness.command_line(replace(cfg, B=3, out_dir=str(two))), n_ranks=2)
         assert "world_size=2" in notes(two) and samples(two) == samples(one)
-        names = (
-            "train",
-            "val",
-            "reward",
-            "length",
-            "cut_off",
-            "no_signal",
-            "pass@1",
-            "ended",
-            "tokens",
-            "entropy",
-            "kl",
-        )
-        harness.assert_close_runs(two, one, names)
+        names = ("train", "val", "reward", "length", "cut_off", "no_signal", "pass@1", "ended", "entropy", "kl")
+        harness.assert_close_runs(two, one, (*names, "tokens"))
         harness.assert_close_runs(two, one, ("norm",), abs=1e-4)
 
 
@@ -411,19 +375,9 @@ def test_a_reward_that_fails_on_one_rank_ends_all(cfg: grpo.Config, tmp_path: Pa
     harness.refused(grpo.main, cfg, f"{tmp_path}/own.py:score", "OSError: gone")
 
 
-OPTIONS = [
-    dict(reward="exakt"),
-    dict(prompts_per_step=0),
-    dict(samples_per_prompt=1),
-    dict(clip=1.0),
-    dict(kl_beta=-1.0),
-]
-OPTIONS += [
-    dict(clip=0.0, updates_per_rollout=2),
-    dict(answer_tokens=25),
-    dict(n_eval_prompts=0),
-    dict(n_eval_samples=0),
-]
+OPTIONS = [dict(reward="exakt"), dict(prompts_per_step=0), dict(samples_per_prompt=1), dict(clip=1.0)]
+OPTIONS += [dict(kl_beta=-1.0), dict(clip=0.0, updates_per_rollout=2), dict(answer_tokens=25), dict(n_eval_prompts=0)]
+OPTIONS += [dict(n_eval_samples=0)]
 
 
 @pytest.mark.parametrize("changed", OPTIONS, ids=str)
@@ -437,6 +391,6 @@ def test_prompts_that_do_not_fit_are_counted(cfg: grpo.Config, caplog: pytest.Lo
     rows = [Row("x" * n, "", "y") for n in (10, 29, 30)]  # and 11 bytes of the template
     run = SimpleNamespace(tokenizer=BYTES)
     assert [len(ids) for _, ids in finetune.encode_prompts(run, rows, 40, "here")] == [21, 40]
-    assert "here: 1 prompts of more than 40 tokens" in caplog.messages[0]
+    assert "here: 1 rows dropped: they do not fit into 40 tokens" in caplog.messages[0]
     with pytest.raises(ValueError, match="here.* 5 tokens"):
         finetune.encode_prompts(run, rows, 5, "here")

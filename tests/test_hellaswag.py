@@ -17,7 +17,7 @@ import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
-from harness import ALONE
+from harness import ALONE, write_rows
 from torch import Tensor
 
 import hellaswag
@@ -28,14 +28,6 @@ BYTES = data.get_tokenizer("bytes")
 GOOD = dict(activity_label="x", ctx_a="a", ctx_b="b", ctx="a b", endings=["a", "b", "c", "d"], label=2)
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
-
-
-def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer; skips the test if its vocabulary is missing."""
-    try:
-        return data.get_tokenizer(name)
-    except OSError as error:
-        pytest.skip(str(error))
 
 
 def merging_tokenizer(*merged: bytes) -> tiktoken.Encoding:
@@ -62,12 +54,6 @@ def make_rows(n: int, seed: int = 0) -> list[dict]:
     return rows
 
 
-def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    """Write rows as HellaSwag's authors published them."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def make_model(**shape: Any) -> model.GPT:
     """A model with large random weights, so that log-probabilities depend on the context."""
     return harness.tiny_model(**(dict(scale=0.3, n_embd=32, block_size=1024) | shape))
@@ -75,7 +61,7 @@ def make_model(**shape: Any) -> model.GPT:
 
 def load(rows: list, tmp_path: Path, style: str = "completion", tokenizer: Any = BYTES, block_size: int = 1024) -> Any:
     """Rows -> file -> questions."""
-    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
     return hellaswag.load_questions(str(path), None, tokenizer, style, block_size, ALONE)
 
 
@@ -144,7 +130,7 @@ def plain_scores(raw: model.GPT, rows: list[dict], style: str, tokenizer: tiktok
 def test_scores_equal_a_plain_scorer(
     style: str, name: str, block_size: int, attention: str, dtype: torch.dtype, tolerance: float, tmp_path: Path
 ) -> None:
-    tokenizer, rows = get_tokenizer(name), make_rows(30)
+    tokenizer, rows = harness.get_tokenizer(name), make_rows(30)
     rows[0]["ctx"] = ""  # end-of-text takes its place
     n_tokens = tokenizer.n_vocab
     raw = make_model(n_tokens=n_tokens, vocab_size=n_tokens + 7, block_size=block_size, attention=attention).to(dtype)
@@ -207,7 +193,7 @@ def test_ranks_compute_every_sum_once(n_rows: int, world_size: int, tmp_path: Pa
 
 
 def test_two_processes_equal_one(tmp_path: Path, capsys: Capture) -> None:
-    rows, run = write_jsonl(tmp_path / "rows.jsonl", make_rows(25)), harness.write_model(tmp_path / "run", make_model())
+    rows, run = write_rows(tmp_path / "rows.jsonl", make_rows(25)), harness.write_model(tmp_path / "run", make_model())
     cfg = hellaswag.Config(checkpoint=str(run), data=str(rows), out=str(tmp_path / "one.jsonl"), device="cpu")
     hellaswag.main(cfg)
     printed = capsys.readouterr().out.splitlines()
@@ -333,7 +319,7 @@ def test_validation_split_of_the_hub(monkeypatch: Patch) -> None:
 def test_command_line_output(tmp_path: Path, capsys: Capture) -> None:
     rows = make_rows(12)
     rows[3]["label"] = ""
-    path, raw, out = write_jsonl(tmp_path / "rows.jsonl", rows), make_model(block_size=512), tmp_path / "out.jsonl"
+    path, raw, out = write_rows(tmp_path / "rows.jsonl", rows), make_model(block_size=512), tmp_path / "out.jsonl"
     args = [f"--checkpoint={harness.write_model(tmp_path / 'run', raw)}", f"--data={path}", f"--out={out}"]
     args += ["--limit=10", "--style=harness", "--device=cpu", "--precision=fp32"]
     hellaswag.main(config.parse(hellaswag.CONFIGS, hellaswag.__doc__, ["demo", *args]))
@@ -354,7 +340,7 @@ def test_command_line_output(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_published_values_of_the_same_style(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
-    get_tokenizer("gpt2")
+    harness.get_tokenizer("gpt2")
     hf.save(make_model(n_tokens=50257, vocab_size=50304, n_embd=8, block_size=64), tmp_path)
     monkeypatch.setattr(chat, "load_rows", lambda source, rt, split: [GOOD] * 3)
     published = []
@@ -366,20 +352,16 @@ def test_published_values_of_the_same_style(tmp_path: Path, capsys: Capture, mon
     assert published == [completion, [["GPT-2", "124M", "0.2892", "-", "0.3114", "-"]], []]
 
 
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        (dict(limit=0), ["limit", 0]),
-        (dict(out="nowhere/rows.jsonl"), ["out", "nowhere"]),
-        (dict(checkpoint="out/nowhere"), ["out/nowhere"]),
-        (dict(data="nowhere.jsonl"), ["nowhere.jsonl"]),
-        (dict(), ["run", "finite"]),  # the model's weights are NaN
-    ],
-)
+REFUSED = [(dict(limit=0), ["limit", 0]), (dict(out="nowhere/rows.jsonl"), ["out", "nowhere"])]
+REFUSED += [(dict(checkpoint="out/nowhere"), ["out/nowhere"]), (dict(data="nowhere.jsonl"), ["nowhere.jsonl"])]
+REFUSED += [({}, ["run", "finite"])]  # the model's weights are NaN
+
+
+@pytest.mark.parametrize("changes, words", REFUSED)
 def test_invalid_options_and_models(changes: dict, words: list, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     raw = make_model(scale=math.nan)
-    run, rows = harness.write_model(tmp_path / "run", raw), write_jsonl(tmp_path / "rows.jsonl", make_rows(2))
+    run, rows = harness.write_model(tmp_path / "run", raw), write_rows(tmp_path / "rows.jsonl", make_rows(2))
     with pytest.raises((ValueError, OSError)) as error:
         hellaswag.main(replace(hellaswag.Config(checkpoint=str(run), data=str(rows), device="cpu"), **changes))
     assert all(str(word) in str(error.value) for word in words)

@@ -104,15 +104,6 @@ def test_initial_adapters_depend_on_the_seed() -> None:
     assert 0.9 / math.sqrt(64) < matrices[0].abs().max() <= 1 / math.sqrt(64)
 
 
-def test_gpt2_has_1179648_parameters_in_adapters_of_rank_8() -> None:
-    with torch.device("meta"):
-        raw = model.GPT(model.GPTConfig(**model.SIZES["gpt2"]))
-        lora.add_lora(raw, 8, 32.0)
-    # in + out of four matrices: 768 + 2304, 768 + 768, 768 + 3072, 3072 + 768
-    expected = 12 * 8 * (3072 + 1536 + 3840 + 3840)
-    assert sum(p.numel() for p in raw.parameters() if p.requires_grad) == expected == 1_179_648
-
-
 def test_load_lora_checks_names_and_shapes() -> None:
     weights, raw = lora.lora_weights(adapted_model()), make_model()
     lora.add_lora(raw, 4, 6.0)

@@ -1,14 +1,11 @@
-"""NdLinear and its MLP against their definitions, and an NdGPT-2 in training, generation and export."""
+"""NdLinear and its MLP against their definitions."""
 
 import math
-from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from neogpt import hf
 from neogpt.model import GPT, MLP, MLPS, SIZES, GPTConfig
 from neogpt.ndlinear import NdLinear
 
@@ -99,16 +96,6 @@ def test_every_parameter_has_a_gradient() -> None:
     assert [name for name, p in raw.named_parameters() if not p.grad.any()] == []
     w = raw.transformer.h[0].mlp.c_fc.modes[1].weight
     assert len(set(w.flatten().tolist())) == len(set(w.grad.flatten().tolist())) == 3  # the modes differ
-
-
-def test_weights_reload_and_export_to_hugging_face_is_refused(tmp_path: Path) -> None:
-    raw = GPT(GPTConfig(**ND))
-    again = GPT.from_weights(GPTConfig(**asdict(raw.config)), raw.state_dict())
-    idx = torch.randint(257, (2, 8))
-    assert torch.equal(raw(idx), again(idx))
-    with pytest.raises(ValueError, match="ndlinear"):
-        hf.save(raw, tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
 
 
 @pytest.mark.parametrize("changed", [dict(mlp="nd"), dict(mlp_modes=0), dict(mlp_width=-1), dict(mlp_width=1.5)])

@@ -36,14 +36,11 @@ def write_log(folder: Path, text: str) -> plot.Run:
     return plot.read_log(folder)
 
 
-@pytest.mark.parametrize(
-    "x, val, train",
-    [
-        ("steps", [0, 5, 10], [0, 5, 6, 10, 11]),
-        ("tokens", [0, 600, 1200], [0, 600, 720, 1200, np.nan]),  # known up to the last evaluation
-        ("seconds", [2, 12, 32], [2, 12, 16, 32, np.nan]),
-    ],
-)
+AXES = [("steps", [0, 5, 10], [0, 5, 6, 10, 11]), ("seconds", [2, 12, 32], [2, 12, 16, 32, np.nan])]
+AXES += [("tokens", [0, 600, 1200], [0, 600, 720, 1200, np.nan])]  # known up to the last evaluation
+
+
+@pytest.mark.parametrize("x, val, train", AXES)
 def test_horizontal_axis(x: str, val: list, train: list, figures: dict[str, Axes], tmp_path: Path) -> None:
     [path] = plot.draw([write_log(tmp_path, LOG)], tmp_path, x)
     assert path.name == "Loss.png" and b"PNG" in path.read_bytes()[:8]
@@ -68,16 +65,12 @@ def test_restarted_run(tmp_path: Path) -> None:
     assert "lr" not in curves  # its only value was cut off
 
 
-@pytest.mark.parametrize(
-    "others, val, hella",
-    [
-        ([GPT2], True, True),
-        ([GPT2 | dict(hellaswag_data="mine.jsonl")], True, False),
-        ([GPT2 | dict(hellaswag_rows="100")], True, False),
-        ([GPT2 | dict(checkpoint="out/x")], False, False),
-        ([dict(tokenizer="bytes")], False, False),
-    ],
-)
+OTHERS = [([GPT2], True, True), ([GPT2 | dict(hellaswag_data="mine.jsonl")], True, False)]
+OTHERS += [([GPT2 | dict(hellaswag_rows="100")], True, False), ([GPT2 | dict(checkpoint="out/x")], False, False)]
+OTHERS += [([dict(tokenizer="bytes")], False, False)]
+
+
+@pytest.mark.parametrize("others, val, hella", OTHERS)
 def test_gpt2_is_drawn_only_beside_comparable_runs(
     others: list, val: bool, hella: bool, figures: dict[str, Axes], tmp_path: Path
 ) -> None:

@@ -103,16 +103,9 @@ def cfg(tmp_path: Path) -> prune.Config:
     text = "\n<|endoftext|>\n".join(f"This is document {i}, and it says so {i} times." for i in range(60))
     (tmp_path / "text.txt").write_text(text)
     row = dict(activity_label="a", ctx="The number", endings=list("abcd"), label=1)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | dict(ind=i)) + "\n" for i in range(8)))
-    return prune.Config(
-        checkpoint=str(tmp_path / "run"),
-        out_dir=str(tmp_path / "pruned"),
-        data=str(tmp_path / "text.txt"),
-        hellaswag_data=str(tmp_path / "rows.jsonl"),
-        n_sequences=8,
-        val_tokens=64,
-        device="cpu",
-    )
+    rows = harness.write_rows(tmp_path / "rows.jsonl", [row] * 8)
+    paths = dict(checkpoint=str(tmp_path / "run"), out_dir=str(tmp_path / "pruned"), data=str(tmp_path / "text.txt"))
+    return prune.Config(**paths, hellaswag_data=rows, n_sequences=8, val_tokens=64, device="cpu")
 
 
 def pruned_weights(folder: str | Path) -> dict[str, Tensor]:
@@ -157,19 +150,9 @@ def test_training_keeps_zeros(
     assert len(pruned) == 8
     shape = dict(n_layer=2, n_head=2, n_embd=16) | (ND if source == "ndlinear" else {})
     monkeypatch.setitem(model.SIZES, "tiny", shape)
-    recovery = train_gpt2.Config(
-        model="tiny",
-        init_from=cfg.out_dir,
-        out_dir=str(tmp_path / "recovered"),
-        optimizer=optimizer,
-        T=64,
-        total_batch_size=128,
-        tokenizer="bytes",
-        data=cfg.data,
-        val_tokens=64,
-        hellaswag_every=0,
-        device="cpu",
-    )
+    start = dict(model="tiny", init_from=cfg.out_dir, out_dir=str(tmp_path / "recovered"), optimizer=optimizer)
+    text = dict(tokenizer="bytes", data=cfg.data, T=64, total_batch_size=128, val_tokens=64, hellaswag_every=0)
+    recovery = train_gpt2.Config(**start, **text, device="cpu")
     for max_steps in (3, 5):  # the second run is resumed
         trained = checkpoint.read_newest(harness.train(train_gpt2.main, recovery, max_steps=max_steps))
         assert trained.step == max_steps

@@ -59,14 +59,8 @@ def test_sums_have_weights_and_signs(tmp_path: Path) -> None:
 
 
 REFUSED = ["", "exakt", "exact exact", "exact + ", "exact*2", "2*", "nan*exact", "1e3*exact", "exact + exact", "exact("]
-REFUSED += [
-    "__import__('os').system('touch x')",
-    "exact(open('x', 'w'))",
-    "exact.__class__",
-    "exact\0",
-    'format("a',
-    "--exact",
-]
+REFUSED += ["__import__('os').system('touch x')", "exact(open('x', 'w'))", "exact.__class__", "exact\0", 'format("a']
+REFUSED += ["--exact"]
 
 
 @pytest.mark.parametrize("text", REFUSED)

@@ -254,7 +254,7 @@ def test_context_is_truncated_before_the_response(capsys: pytest.CaptureFixture)
     (example,) = sft.make_examples([chat.Row("Who?", context, response * 9)], 60, BYTES, "rows")
     prompt = chat.prompt_text("Who?").encode()
     assert bytes(example.ids.tolist()) == (prompt + response.encode() * 9)[:61] and example.n_prompt == len(prompt)
-    assert "rows: 1 responses truncated to T=60" in capsys.readouterr().out
+    assert "rows: 1 rows with a response truncated to fit into 60" in capsys.readouterr().out
 
 
 def test_truncated_and_dropped_rows_are_counted(cfg: Config, tmp_path: Path) -> None:
@@ -262,14 +262,15 @@ def test_truncated_and_dropped_rows_are_counted(cfg: Config, tmp_path: Path) -> 
     path = write_rows(tmp_path / "odd.jsonl", [dict(prompt=prompt, response=text) for prompt, text in rows])
     noted = notes(tune(cfg, data=path, val_data=cfg.data, T=90, max_steps=1))
     assert f"{path}: 1 of 4 rows dropped: 1 with a blank" in noted and f"{path}: 1 rows dropped" in noted
-    assert f"{path}: 1 responses truncated to T=90" in noted and "2 rows to train on, 40 held out" in noted
+    assert f"{path}: 1 rows with a response truncated to fit into 90" in noted
+    assert "2 rows to train on, 40 held out" in noted
 
 
 def test_unusable_data_is_refused(cfg: Config, tmp_path: Path) -> None:
     blank, good = dict(prompt="a", response=" \n"), dict(prompt="b", response="c")
     refused(cfg, "bad.jsonl", "3 with a blank", data=write_rows(tmp_path / "bad.jsonl", [blank] * 3))
     long = [dict(prompt=letter * 100, response="c") for letter in "xyz"]
-    refused(cfg, "bad.jsonl", "T=96", data=write_rows(tmp_path / "bad.jsonl", long))
+    refused(cfg, "bad.jsonl", "96 tokens", data=write_rows(tmp_path / "bad.jsonl", long))
     refused(cfg, "the same prompt", "--val_data", data=write_rows(tmp_path / "bad.jsonl", [good] * 3))
     for name in ("data", "val_data"):
         refused(cfg, "none.jsonl", **{name: str(tmp_path / "none.jsonl")})
@@ -289,19 +290,16 @@ def test_unusual_prompts_are_answered(cfg: Config) -> None:
 def test_what_changes_the_curve_is_reported(cfg: Config, tmp_path: Path) -> None:
     held_out = write_rows(tmp_path / "held_out.jsonl", make_rows(5))
     changes = {"seed 1337 -> 5": dict(seed=5), "packing False -> True": dict(packing=True), "T 80 -> 70": dict(T=70)}
-    changes |= {
-        "training_data": lambda: write_rows(Path(cfg.data), make_rows(39)),
-        "rows_per_step": dict(rows_per_step=2),
-    }
+    changes |= {"rows_per_step": dict(rows_per_step=2)}
+    changes |= {"training_data": lambda: write_rows(Path(cfg.data), make_rows(39))}
     changes |= {"validation_data": lambda: write_rows(Path(held_out), make_rows(4))}
     harness.check_changes_are_reported(sft.main, replace(cfg, val_data=held_out, T=80, rows_per_step=4), changes)
 
 
 def test_changed_batch_size_continues_the_order(cfg: Config, tmp_path: Path) -> None:
     rows = [dict(prompt=f"What is {i}?", response=f"{i * i % 89:02d}") for i in range(20)]  # two letters, end-of-text
-    harness.check_changed_batch_size(
-        sft.main, replace(cfg, data=write_rows(tmp_path / "equal.jsonl", rows)), "rows_per_step", 1
-    )
+    cfg = replace(cfg, data=write_rows(tmp_path / "equal.jsonl", rows))
+    harness.check_changed_batch_size(sft.main, cfg, "rows_per_step", 1)
 
 
 def test_other_weights_and_adapters_are_refused_on_resume(cfg: Config, tmp_path: Path) -> None:

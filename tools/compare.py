@@ -31,7 +31,7 @@ CONFIGS = {"gpt2": Config(), "demo": Config(checkpoints=("out/demo", "out/nd-dem
 
 def main(cfg: Config) -> None:
     """Evaluate every model, dense and pruned; print the table and write its rows."""
-    prune.check(cfg)
+    config.check(cfg)
     rt = runtime.setup(cfg.device, cfg.precision)
     models = [checkpoint.load_model(source) for source in cfg.checkpoints]
     variants = {"-": prune.Config(method="magnitude", ratio=0.0)}  # dense

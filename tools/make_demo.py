@@ -5,7 +5,7 @@
 Writes `input.txt`, 0.9 MB of short texts about the sixteen characters of `world.py`, and in the folder `demo`:
 
 - `hellaswag.jsonl`: beginnings of stories with four endings each. One in four pairs of a character and a story is held
-  out: `input.txt` never tells this story about this character, but it states elsewhere what decides the ending.
+  out: `input.txt` never tells this story about this character, but other texts state the fact that the ending needs.
 - `sft.jsonl`: questions and answers, with and without a passage, in the format of databricks-dolly-15k.
 - `sft_held_out.jsonl`: questions about one fact in four and about passages that are in neither sft.jsonl nor dpo.jsonl.
 - `dpo.jsonl`: pairs of answers in the format of red_teaming_reward_modeling_pairwise.

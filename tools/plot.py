@@ -67,7 +67,7 @@ def read_log(path: str | Path) -> Run:
 
 
 def transform(run: Run, x: str) -> Run:
-    """The run with curves over x instead of steps, and a training loss averaged over 2 % of the steps."""
+    """The run with curves over x instead of steps, and the training loss averaged over 2 % of the steps."""
     curves = dict(run.curves)
     if "train" in curves:
         n = 1 + len(curves["train"][0]) // 50
@@ -81,9 +81,7 @@ def transform(run: Run, x: str) -> Run:
 
 
 def draw(runs: list[Run], folder: str | Path, x: str = "steps") -> list[Path]:
-    """Write Loss.png and, if a run was scored on HellaSwag, Hellaswag.png into `folder`; return their paths. x: as in
-    Config; raises ValueError if a log has no values of x.
-    """
+    """Write Loss.png and, if a run was scored on HellaSwag, Hellaswag.png into `folder`; return their paths."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -99,11 +97,9 @@ def draw(runs: list[Run], folder: str | Path, x: str = "steps") -> list[Path]:
             axes = Figure(figsize=(8, 5)).subplots()
             for i, (label, curves, _) in enumerate(runs):
                 if name in curves:
-                    kind = ", validation" if name == "val" else ""
-                    axes.plot(*curves[name], color=f"C{i}", marker="o", label=label + kind)
+                    axes.plot(*curves[name], f"C{i}o-", label=f"{label}, validation" if name == "val" else label)
                 if name == "val" and "train" in curves:
-                    thin = dict(color=f"C{i}", alpha=0.45, linewidth=1.2, zorder=1)
-                    axes.plot(*curves["train"], **thin, label=f"{label}, training")
+                    axes.plot(*curves["train"], f"C{i}", alpha=0.45, lw=1.2, zorder=1, label=f"{label}, training")
             if name == "val":
                 # without the first evaluation: an untrained model's loss would flatten the curves
                 low = np.concatenate([line.get_ydata() for line in axes.lines])

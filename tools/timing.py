@@ -25,7 +25,6 @@ def run_alternating(
     variants: dict[str, Callable[[], Any]], repeats: int, unit: str, only: tuple[str, ...] = ()
 ) -> list[dict]:
     """Time every variant, or `only` these, `repeats` times, in alternating order; print and return rates per second.
-
     The first repeat warms up and is not counted. A variant returns its number of units, or (that number, clock() after
     its setup). The first variant is the baseline of the ratios.
     """
@@ -39,7 +38,7 @@ def run_alternating(
             n, start = done if isinstance(done, tuple) else (done, start)
             rates[name].append(n / (clock() - start))
     rows, table = [], [("", f"median {unit}", "min", "max", "ratio")]
-    baseline = statistics.median(rates[next(iter(rates))][1:])
+    baseline = statistics.median(rates[next(iter(rates))][1:])  # the first variant
     for name, (_, *counted) in rates.items():
         median, low, high = statistics.median(counted), min(counted), max(counted)
         rows.append(dict(name=name, unit=unit, median=median, min=low, max=high, ratio=median / baseline))

@@ -50,21 +50,12 @@ for c in CHARACTERS:
     c.friend = next(x for x in CHARACTERS if x.name == c.friend)  # the character instead of the name
 ATTRIBUTES = columns[2:]  # from kind to friend
 
-PRONOUNS = {
-    "she": {"he": "she", "his": "her", "him": "her", "He": "She", "His": "Her"},
-    "he": {"he": "he", "his": "his", "him": "him", "He": "He", "His": "His"},
-}
+PRONOUNS = dict(she=dict(he="she", his="her", him="her", He="She", His="Her"))
+PRONOUNS |= dict(he=dict(he="he", his="his", him="him", He="He", His="His"))
 TRADES = ("baker", "doctor", "farmer", "sailor")  # the kinds of people; the other kinds are animals
-DID = {  # what each kind does all day
-    "baker": "baked bread",
-    "doctor": "looked after the sick",
-    "farmer": "worked in the field",
-    "sailor": "mended the sails",
-    "cat": "slept in the sun",
-    "fox": "ran through the woods",
-    "goat": "climbed the rocks",
-    "rabbit": "dug holes",
-}
+# what each kind does all day
+DID = dict(baker="baked bread", doctor="looked after the sick", farmer="worked in the field", sailor="mended the sails")
+DID |= dict(cat="slept in the sun", fox="ran through the woods", goat="climbed the rocks", rabbit="dug holes")
 ITEMS = ("cup", "egg", "glove", "hat", "jug", "nut", "pen", "spoon")
 SPOTS = ("at the gate", "behind the door", "in the garden", "near the well", "on the table", "under the bed")
 
@@ -172,7 +163,7 @@ PASSAGES = (  # passage, question, answer
     ("{c} hid a {item} {spot}.", "What did {c} hide?", "{c} hid a {item}."),
     ("{c} found a {item} {spot}.", "Where did {c} find the {item}?", "{c} found it {spot}."),
 )
-TWO_STEPS = {  # question: passages of two events, each with its answer; the second event matters in the first passage
+TWO_STEPS = {  # question: two passages of two events, with answers; only in the first passage the second event matters
     "Where is the {item}?": (
         ("{o} put a {item} {spot} and a {item2} {spot2}. {c} put the {item} {spot3}.", "The {item} is {spot3}."),
         ("{o} put a {item} {spot} and a {item2} {spot2}. {c} put the {item2} {spot3}.", "The {item} is {spot}."),
@@ -184,8 +175,5 @@ TWO_STEPS = {  # question: passages of two events, each with its answer; the sec
 }
 POLITE = "I am glad to help."
 RUDE = ("Now leave me alone.", "Do not ask me again.", "What a silly question.")
-RAMBLING = (
-    "And it rained all day, and there was nothing to do.",
-    "Once upon a time there was a fair in the village.",
-    "I was on my way home, and then it was cold.",
-)
+RAMBLING = ("And it rained all day, and there was nothing to do.", "Once upon a time there was a fair in the village.")
+RAMBLING += ("I was on my way home, and then it was cold.",)
