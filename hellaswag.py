@@ -164,6 +164,19 @@ def load_questions(
     return prepare(read_rows(source, limit, rt), tokenizer, style, block_size)
 
 
+def try_load_questions(
+    source: str, limit: int | None, tokenizer: tiktoken.Encoding, block_size: int, rt: runtime.Runtime
+) -> Questions | None:
+    """`load_questions` in completion style for a training run; None, on all ranks, if they cannot be downloaded."""
+    questions = None
+    try:
+        questions = load_questions(source, limit, tokenizer, "completion", block_size, rt)
+    except OSError as error:  # no network
+        runtime.print0(f"training without HellaSwag: {error}")
+    n_ready = runtime.all_reduce_sum(torch.tensor(float(questions is not None), device=rt.device), rt)
+    return questions if n_ready == rt.world_size else None
+
+
 class Result(NamedTuple):
     """Scores; the dictionaries have the keys "sum", "per token", "per character" and "per byte"."""
 

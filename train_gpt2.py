@@ -33,36 +33,36 @@ class Config:
     model: str = "gpt2"  # a name in SIZES of neogpt/model.py
     attention: Literal["flash", "manual"] = "flash"  # flash: fused kernels; manual: written out, slower
     residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream in bf16 runs
-    T: int = 1024  # sequence length, tokens; becomes the model's block_size
-    B: int | None = None  # sequences per forward pass and device; None: as many as fit. Does not change the curve
+    T: config.PositiveInt = 1024  # sequence length, tokens; becomes the model's block_size
+    B: config.PositiveInt | None = None  # sequences per forward pass, the same curve for any; None: as many as fit
     sharded: bool = False  # divide weights, gradients and moments among the devices (FSDP2), for models of billions
     recompute: bool = False  # compute activations again in the backward pass: a third more work, much less memory
-    total_batch_size: int = 2**19  # tokens per optimizer step over all devices (GPT-3 paper, table 2.1: 0.5M)
+    total_batch_size: config.PositiveInt = 2**19  # tokens per step of all devices (GPT-3 paper, table 2.1: 0.5M)
 
-    max_steps: int = 19073  # optimizer steps; 10e9 tokens / 2**19 is one epoch of sample-10BT
+    max_steps: config.PositiveInt = 19073  # optimizer steps; 10e9 tokens / 2**19 is one epoch of sample-10BT
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
-    max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1)
-    min_lr_frac: float = 0.1  # the schedule ends at this fraction of max_lr (GPT-3 paper, appendix B)
-    warmup_steps: int = 715  # linear warmup; 375e6 tokens / 2**19 (GPT-3 paper, appendix B)
+    max_lr: config.NonNegativeFloat = 6e-4  # peak learning rate (GPT-3 paper, table 2.1)
+    min_lr_frac: config.Fraction = 0.1  # the schedule ends at this fraction of max_lr (GPT-3 paper, appendix B)
+    warmup_steps: config.NonNegativeInt = 715  # linear warmup; 375e6 tokens / 2**19 (GPT-3 paper, appendix B)
     schedule: Literal["cosine", "wsd"] = "cosine"  # after the warmup; wsd: constant, then linear decay
-    decay_frac: float = 0.2  # wsd: the fraction of max_steps that decays
-    weight_decay: float = 0.1  # on matrices and embeddings only (GPT-3 paper, appendix B)
-    beta1: float = 0.9  # AdamW (GPT-3 paper, appendix B)
-    beta2: float = 0.95  # AdamW (GPT-3 paper, appendix B)
-    eps: float = 1e-8  # AdamW (GPT-3 paper, appendix B)
-    momentum: float = 0.95  # Muon (Jordan et al. 2024)
-    grad_clip: float = 1.0  # largest gradient norm; 0: no clipping (GPT-3 paper, appendix B)
-    seed: int = 1337  # of initial weights, data order and samples
-    eval_every: int = 250  # steps between validation losses and samples
-    val_tokens: int = 10_485_760  # validation tokens; all if there are fewer
-    hellaswag_every: int | None = None  # steps between HellaSwag scores; 0: never; None: eval_every on CUDA, else 0
-    hellaswag_rows: int | None = None  # score only this many rows; None: all
+    decay_frac: config.Fraction = 0.2  # wsd: the fraction of max_steps that decays
+    weight_decay: config.NonNegativeFloat = 0.1  # on matrices and embeddings only (GPT-3 paper, appendix B)
+    beta1: config.Decay = 0.9  # AdamW (GPT-3 paper, appendix B)
+    beta2: config.Decay = 0.95  # AdamW (GPT-3 paper, appendix B)
+    eps: config.NonNegativeFloat = 1e-8  # AdamW (GPT-3 paper, appendix B)
+    momentum: config.Decay = 0.95  # Muon (Jordan et al. 2024)
+    grad_clip: config.NonNegativeFloat = 1.0  # largest gradient norm; 0: no clipping (GPT-3 paper, appendix B)
+    seed: config.Seed = 1337  # of initial weights, data order and samples
+    eval_every: config.PositiveInt = 250  # steps between validation losses and samples
+    val_tokens: config.PositiveInt = 10_485_760  # validation tokens; all if there are fewer
+    hellaswag_every: config.NonNegativeInt | None = None  # steps between scores; 0: never; None: eval_every on CUDA
+    hellaswag_rows: config.PositiveInt | None = None  # score only this many rows; None: all
     hellaswag_data: str = ""  # rows, a .jsonl or .parquet file; "": the validation set, downloaded once
-    n_samples: int = 4  # samples at each evaluation
-    sample_tokens: int = 32  # length of a sample, tokens
+    n_samples: config.NonNegativeInt = 4  # samples at each evaluation
+    sample_tokens: config.NonNegativeInt = 32  # length of a sample, tokens
     prompt: str = "Hello, I'm a language model,"  # what the samples continue
-    save_every: int = 250  # steps between checkpoints
-    keep_last: int = 2  # number of newest checkpoints to keep; one of gpt2 takes 1.5 GB
+    save_every: config.PositiveInt = 250  # steps between checkpoints
+    keep_last: config.PositiveInt = 2  # number of newest checkpoints to keep; one of gpt2 takes 1.5 GB
     track: Literal["", "tensorboard", "wandb", "trackio"] = ""  # show the values of log.txt there too; "": nowhere
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
@@ -130,17 +130,9 @@ CONFIGS = {
 }
 
 
-def check(cfg: Config, world_size: int) -> None:
-    """Raise ValueError for the first constant that is out of range."""
-    config.require("[1, inf)", T=cfg.T, B=cfg.B, total_batch_size=cfg.total_batch_size, max_steps=cfg.max_steps)
-    config.require("[1, inf)", eval_every=cfg.eval_every, save_every=cfg.save_every, keep_last=cfg.keep_last)
-    config.require("[1, inf)", hellaswag_rows=cfg.hellaswag_rows, val_tokens=cfg.val_tokens)
-    config.require("[0, inf)", hellaswag_every=cfg.hellaswag_every, n_samples=cfg.n_samples, eps=cfg.eps)
-    config.require("[0, inf)", sample_tokens=cfg.sample_tokens, warmup_steps=cfg.warmup_steps, max_lr=cfg.max_lr)
-    config.require("[0, inf)", weight_decay=cfg.weight_decay, grad_clip=cfg.grad_clip)
-    config.require("[0, 1)", beta1=cfg.beta1, beta2=cfg.beta2, momentum=cfg.momentum)
-    config.require("[0, 1]", min_lr_frac=cfg.min_lr_frac, decay_frac=cfg.decay_frac)
-    config.require("[0, 9e18]", seed=cfg.seed)
+def check(cfg: Config, world_size: int) -> int:
+    """Raise ValueError for the first constant that is out of range. Returns the sequences per device and step."""
+    config.check(cfg)
     if cfg.model not in model.SIZES:
         raise ValueError(f"--model={cfg.model}: expected one of {', '.join(model.SIZES)}")
     if cfg.branch_from:
@@ -151,6 +143,7 @@ def check(cfg: Config, world_size: int) -> None:
         raise ValueError(f"--total_batch_size={cfg.total_batch_size} must be a multiple of T x devices = {unit}")
     if cfg.B and per_rank % cfg.B:
         raise ValueError(f"--B={cfg.B} does not divide the {per_rank} sequences per device and step: omit it")
+    return per_rank
 
 
 def lr_schedule(cfg: Config) -> Callable[[int], float]:
@@ -159,15 +152,12 @@ def lr_schedule(cfg: Config) -> Callable[[int], float]:
 
 
 def check_branch(cfg: Config, start: checkpoint.Checkpoint) -> None:
-    """Raise ValueError unless the learning rates of the steps before a branch are those of a run of cfg.max_steps. Then
-    the branch equals that run, bit for bit.
-    """
+    """Raise ValueError unless the steps before a branch had the learning rates of this configuration."""
     names = "schedule", "max_steps", "warmup_steps", "max_lr", "min_lr_frac", "decay_frac"
     old, new = lr_schedule(replace(cfg, **{name: start.config[name] for name in names})), lr_schedule(cfg)
-    for step in [step for step in range(start.step) if old(step) != new(step)][:1]:
-        problem = f"--branch_from={cfg.branch_from}: the learning rate at step {step} was {old(step):.3g}"
-        remedy = "use --schedule=wsd and a checkpoint of a step before the decay"
-        raise ValueError(f"{problem}, with --max_steps={cfg.max_steps} it would be {new(step):.3g}: {remedy}")
+    if changed := [step for step in range(start.step) if old(step) != new(step)]:
+        rates = f"the learning rate of step {changed[0]} was {old(changed[0]):.3g} and would be {new(changed[0]):.3g}"
+        raise ValueError(f"--branch_from={cfg.branch_from}: {rates}; use --schedule=wsd, and branch before the decay")
 
 
 def expected_config(cfg: Config, n_tokens: int) -> model.GPTConfig:
@@ -179,7 +169,6 @@ def expected_config(cfg: Config, n_tokens: int) -> model.GPTConfig:
 def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.Checkpoint | None) -> model.GPT:
     """The model on the CPU: resumed, from init_from, or with random weights. Raises ValueError on another shape."""
     expected = expected_config(cfg, tokenizer.n_vocab)
-    kernels = dict(attention=cfg.attention, residual=cfg.residual)  # can change when a run is resumed
     if resumed:
         if changed := checkpoint.differences(resumed.config, dict(optimizer=cfg.optimizer)):
             raise ValueError(f"the run in {cfg.out_dir} has another {changed}: use another --out_dir")
@@ -191,13 +180,13 @@ def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.C
     else:
         torch.manual_seed(cfg.seed)
         return model.GPT(expected)
-    start, weights = raw.config, raw.state_dict()
+    start, weights = replace(raw.config, attention=cfg.attention, residual=cfg.residual), raw.state_dict()
     if cfg.T < start.block_size and not resumed:  # the first positions serve shorter sequences
         start = replace(start, block_size=cfg.T)
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: cfg.T].clone()
     # OpenAI's vocabulary is not padded, and a run that starts from its weights keeps that size
     expected = replace(expected, vocab_size=start.vocab_size)
-    if changed := checkpoint.differences(asdict(start) | kernels, asdict(expected)):
+    if changed := checkpoint.differences(asdict(start), asdict(expected)):
         where = f"{cfg.out_dir}, use another --out_dir" if resumed else cfg.init_from
         raise ValueError(f"--model={cfg.model} has another shape ({changed}) than the model in {where}")
     return model.GPT.from_weights(expected, weights)
@@ -215,36 +204,18 @@ def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
         return net(batch["x"], batch["y"], reduction="sum"), {}
 
 
-def pick_B(cfg: Config, per_rank: int, run: Run) -> int:
-    """The micro-batch size: that of the configuration or of the resumed run, else as many sequences as fit."""
-    rt, resumed = run.rt, run.resumed
-    if cfg.B:
-        return cfg.B
-    if resumed and resumed.world_size == rt.world_size and resumed.B and per_rank % resumed.B == 0:
-        return resumed.B  # the same B gives the same bits
-    limit = 2**16 if rt.device.type == "cuda" else 2**12  # tokens: larger is not faster on a GPU, and slower on a CPU
-    sizes = [B for B in range(1, per_rank + 1) if per_rank % B == 0 and (B == 1 or B * cfg.T <= limit)]
-    if runtime.is_sharded(run.raw):  # trials would hang if they failed on one rank only
-        options = dict(T=cfg.T, optimizer=cfg.optimizer, sharded=True, recompute=cfg.recompute)
-        plan = partial(training.plan_memory, run.raw, rt=rt, **options)
-        return max(B for B in sizes if B == 1 or sum(plan(B)) < 0.85 * runtime.device_memory(rt.device))
-
-    def forward_backward(B: int) -> None:
-        torch._dynamo.reset()  # it compiles a function at most eight times
-        xy = torch.zeros(B, cfg.T + 1, dtype=torch.int64, device=rt.device)
-        run.warm_up(make_batch(xy, B), loss_fn, sync=False)
-
-    moments = 0 if resumed else 8 * run.raw.n_params()  # bytes; the first step allocates them
-    return runtime.fit_micro_batch(forward_backward, sizes, moments, rt)
+def try_micro_batch(run: Run, B: int) -> None:
+    """A forward and backward pass of B sequences."""
+    torch._dynamo.reset()  # it compiles a function at most eight times
+    xy = torch.zeros(B, run.cfg.T + 1, dtype=torch.int64, device=run.rt.device)
+    run.warm_up(make_batch(xy, B), loss_fn, sync=False)
 
 
 def print_samples(run: Run) -> None:
     """Print continuations of the prompt. The seeds depend on cfg.seed and the step."""
     cfg, n, eot = run.cfg, run.cfg.n_samples, run.tokenizer.eot_token
-    if not n or not run.step:  # most models are untrained at step 0
-        return
-    raw = run.full_model()
-    if run.rt.rank:
+    raw = run.full_model()  # on all ranks
+    if run.rt.rank or not n or not run.step:  # most models are untrained at step 0
         return
     prompt = run.tokenizer.encode_ordinary(cfg.prompt) or [eot]
     seeds = range(cfg.seed + run.step * n, cfg.seed + (run.step + 1) * n)
@@ -253,20 +224,12 @@ def print_samples(run: Run) -> None:
             runtime.print0(f"  > {run.tokenizer.decode(prompt + ids)}")
 
 
-def warn_if_slow(cfg: Config, raw: model.GPT, rt: runtime.Runtime) -> None:
-    """Warn if a step would take a CPU of 0.1 TFLOP/s more than two minutes, or the run more than a day."""
-    minutes = raw.flops_per_token(cfg.T) * cfg.total_batch_size / 1e11 / 60
-    if rt.device.type == "cpu" and (minutes >= 2 or minutes * cfg.max_steps >= 24 * 60):
-        times = f"{minutes:,.1f} minutes, the run {minutes * cfg.max_steps / 60:,.0f} hours"
-        runtime.print0(f"on a CPU a step can take {times}: lower --total_batch_size or --max_steps, or use the demo")
-
-
 def results_table(cfg: Config, run: Run) -> str:
     """The results of this run and, for GPT-2's tokenizer and all HellaSwag rows, of published models; how to plot."""
     scores = [f"{run.scores[name]:.4f}" if name in run.scores else "-" for name in ("val", "hella")]
     cost = f"{run.n_tokens:,}", f"{run.seconds / 3600:.2f}", f"{run.n_tokens / run.seconds:,.0f}"
-    rows = [["", "validation loss", "HellaSwag", "parameters", "tokens", "hours", "tok/s"]]
-    rows.append([cfg.out_dir, *scores, f"{run.raw.n_params():,}", *cost])
+    header = ["", "validation loss", "HellaSwag", "parameters", "tokens", "hours", "tok/s"]
+    rows = [header, [cfg.out_dir, *scores, f"{run.raw.n_params():,}", *cost]]
     if cfg.tokenizer == "gpt2" and not (cfg.hellaswag_data or cfg.hellaswag_rows):
         rows.append(["GPT-2 124M on FineWeb-Edu", "3.2924", "0.2955", "124,439,808", "-", "-", "-"])
         rows.append(["GPT-3 124M", "-", "0.3370", "125,000,000", "300,000,000,000", "-", "-"])
@@ -276,9 +239,8 @@ def results_table(cfg: Config, run: Run) -> str:
 def main(cfg: Config) -> None:
     """Train until max_steps; evaluate, sample and save in between."""
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
-    check(cfg, rt.world_size)
-    n = cfg.total_batch_size // cfg.T  # sequences per step
-    per_rank = n // rt.world_size
+    per_rank = check(cfg, rt.world_size)
+    n = per_rank * rt.world_size  # sequences per step
     tokenizer = data.get_tokenizer(cfg.tokenizer)
     plan = dict(T=cfg.T, optimizer=cfg.optimizer, sharded=cfg.sharded, recompute=cfg.recompute, n_rows=per_rank)
     with torch.device("meta"):  # allocates nothing
@@ -294,21 +256,16 @@ def main(cfg: Config) -> None:
     raw = training.place(raw, rt, sharded=cfg.sharded, recompute=cfg.recompute, compile=compiled)
     run.attach(raw, optim.make_optimizers(raw, optimizer=cfg.optimizer, **settings), compiled)
     run.flops_per_token = raw.flops_per_token(cfg.T)
-    questions, limit = None, cfg.hellaswag_rows
-    if cfg.hellaswag_every or (cfg.hellaswag_every is None and rt.device.type == "cuda"):
-        try:
-            questions = hellaswag.load_questions(cfg.hellaswag_data, limit, tokenizer, "completion", cfg.T, rt)
-        except OSError as error:  # no network
-            runtime.print0(f"training without HellaSwag: {error}")
-        n_ready = runtime.all_reduce_sum(torch.tensor(float(questions is not None), device=rt.device), rt)
-        questions = questions if n_ready == rt.world_size else None  # all ranks score it, or none
+    questions, every = None, cfg.hellaswag_every
+    if every or (every is None and rt.device.type == "cuda"):
+        questions = hellaswag.try_load_questions(cfg.hellaswag_data, cfg.hellaswag_rows, tokenizer, cfg.T, rt)
 
     def read(step: int) -> training.Batch:
         windows = run.items(step, n, len(train))[rt.rank * per_rank : (rt.rank + 1) * per_rank]
         xy = runtime.to_device(torch.from_numpy(train.read(windows)), rt.device)  # (per_rank, T + 1)
         return make_batch(xy, run.B, n)
 
-    run.B = pick_B(cfg, per_rank, run)
+    run.B = training.pick_B(run, per_rank, partial(try_micro_batch, run))
     kernel = runtime.attention_kernel(raw.config, run.B, cfg.T, rt)
     scored = data.checksum(p.inputs for p in questions.packed) if questions else "none"
     contents = dict(training_data=data.fingerprint(train.shards), validation_data=data.fingerprint(val.shards))
@@ -318,7 +275,7 @@ def main(cfg: Config) -> None:
     runtime.print0(f"{cfg.total_batch_size:,} tokens per step, {per_rank // run.B} x B={run.B} sequences per device")
     runtime.print0(f"{rt.world_size} x {rt.device.type}, {rt.precision}, compile={compiled}, {kernel}")
     runtime.print0(training.check_memory(raw, run.B, rt, **plan))
-    warn_if_slow(cfg, raw, rt)
+    training.warn_if_slow(run.flops_per_token * cfg.total_batch_size, cfg.max_steps, rt)
     lr_at = lr_schedule(cfg)
     batches = data.prefetch(read, run.step, cfg.max_steps)
     for step in run.steps(cfg.max_steps):

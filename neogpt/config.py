@@ -21,6 +21,7 @@ NonNegativeInt = Annotated[int, "[0, inf)"]
 PositiveFloat = Annotated[float, "(0, inf)"]
 NonNegativeFloat = Annotated[float, "[0, inf)"]
 Fraction = Annotated[float, "[0, 1]"]
+Decay = Annotated[float, "[0, 1)"]  # of an average
 Seed = Annotated[int, "[0, 9e18]"]
 
 

@@ -84,9 +84,8 @@ class Run:
     def __init__(
         self, cfg: Any, stage: str, tokenizer: tiktoken.Encoding, rt: runtime.Runtime, branch_from: str = ""
     ) -> None:
-        """cfg: a Config with out_dir, keep_last, grad_clip, seed, precision and track. stage: as in Checkpoint.
-        branch_from: the checkpoint of another run to continue from, as if it were in out_dir, if out_dir has none. Use
-        self.rt: a resumed run keeps the precision that was selected where it began.
+        """cfg: a Config with out_dir, keep_last, grad_clip, seed, precision and track. stage: as in Checkpoint. The run
+        continues the checkpoint branch_from if out_dir has none. A resumed run keeps its precision: use self.rt.
         """
         self.cfg, self.stage, self.tokenizer, self.rt = cfg, stage, tokenizer, rt
         self.out_dir = files.make_folder(cfg.out_dir)
@@ -109,13 +108,11 @@ class Run:
         self.log.header(**self.facts, python=platform.python_version(), tokenizer=tokenizer.name)
         self.log.header(**{name: repr(value) for name, value in asdict(cfg).items()})
         start = self.resumed or checkpoint.Checkpoint(stage, 0, {}, {}, tokenizer.name)
-        self.start_step, self.start_sequences = start.step, start.n_sequences
+        self.start_step, self.start_sequences, self.scores = start.step, start.n_sequences, start.scores
         self.step, self.n_sequences, self.n_tokens = start.step, start.n_sequences, start.n_tokens
-        self.scores = start.scores  # of the latest evaluation
         self.started = time.perf_counter() - start.seconds
-        self.saved_step = start.step  # of the newest checkpoint
         self.B, self.base, self.flops_per_token = 0, "", 0  # set by the scripts: as in Checkpoint; for the MFU
-        self.stopped, self.n_nonfinite = False, 0
+        self.stopped, self.n_nonfinite, self.saved_step = False, 0, start.step
         self.stop_requested = lambda: False  # until the first step a signal ends the program at once
         self.pending = deque()  # steps whose losses are not read: (step, lr, n_tokens, function that reads them, end)
         self.writer, self.writing = ThreadPoolExecutor(1), None  # writing: the Future of the last checkpoint
