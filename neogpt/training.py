@@ -115,8 +115,8 @@ def place(
     the activations of each block again, instead of keeping them (arXiv:1604.06174). compile, dynamic: as there.
 
     sharded: each rank stores its part of the rows of every parameter (FSDP2, arXiv:2304.11277). A forward or backward
-    pass gathers one block at a time, so all ranks must run equally many. In bf16 runs blocks are gathered in bf16; what
-    is stored and summed is fp32. The embeddings and the final norm are gathered together.
+    pass gathers one block at a time, so all ranks must run equally many. In bf16 runs on CUDA blocks are gathered in
+    bf16; what is stored and summed is fp32. The embeddings and the final norm are gathered together.
     """
     sharded = sharded and rt.world_size > 1
     for block in raw.transformer.h:
@@ -132,7 +132,8 @@ def place(
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(rt.device.type, (rt.world_size,))
-    dtypes = (torch.bfloat16, torch.float32) if rt.precision == "bf16" else (None, None)
+    low = rt.precision == "bf16" and rt.device.type == "cuda"  # on a CPU layer norms cannot mix dtypes
+    dtypes = (torch.bfloat16, torch.float32) if low else (None, None)
     policy = MixedPrecisionPolicy(*dtypes, cast_forward_inputs=False)  # autocast selects the dtype of inputs
     for block in raw.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)

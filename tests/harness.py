@@ -214,7 +214,7 @@ def work_on_rank(rank: int, env: dict[str, str], folder: Path, work: Callable) -
     """The process of one rank: write down what `work(rt)` returns."""
     os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    rt = runtime.setup("cpu")
+    rt = runtime.setup("cpu", "fp32")
     torch.save(work(rt), folder / f"rank{rank}.pt")
     runtime.barrier(rt)
     runtime.cleanup(rt)

@@ -362,7 +362,13 @@ def fixed_answers(
 
 def run_of(texts: list[str], answer_tokens: int, rt: runtime.Runtime = ALONE) -> Any:
     """Stands for a run.Run whose model answers with these texts."""
-    return SimpleNamespace(raw=texts, tokenizer=BYTES, rt=rt, cfg=SimpleNamespace(T=T, answer_tokens=answer_tokens))
+    return SimpleNamespace(
+        full_model=lambda: texts,
+        raw=texts,
+        tokenizer=BYTES,
+        rt=rt,
+        cfg=SimpleNamespace(T=T, answer_tokens=answer_tokens),
+    )
 
 
 def test_answers_end_at_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
