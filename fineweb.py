@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -53,9 +53,9 @@ class Config:
     part: str = "1/1"  # of the source files; 3/16: the third of 16 shares, into the folder <out_dir>-03-of-16
     field: str = "text"  # column of parquet or field of json
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: 50257 ids; bytes: 257 ids, needs no download
-    shard_size: int = 10**8  # tokens per shard; the first shard is validation
-    max_tokens: int | None = None  # stop after this many tokens (of the part); None: everything
-    workers: int | None = None  # processes that tokenize; None: one per core
+    shard_size: Annotated[int, "[2, inf)"] = 10**8  # tokens per shard; the first shard is validation
+    max_tokens: Annotated[int, "[2, inf)"] | None = None  # stop after this many tokens (of the part); None: everything
+    workers: config.PositiveInt | None = None  # processes that tokenize; None: one per core
     encoder: Literal["auto", "tiktoken", "gigatoken"] = "auto"  # auto: gigatoken if it is installed
 
 
@@ -316,8 +316,7 @@ def write_missing(cfg: Config, folder: Path, manifest: dict, paths: list[Path]) 
 
 def main(cfg: Config) -> None:
     """Write the missing shards and print a summary."""
-    config.require("[2, inf)", shard_size=cfg.shard_size, max_tokens=cfg.max_tokens)
-    config.require("[1, inf)", workers=cfg.workers)
+    config.check(cfg)
     k, n = map(int, cfg.part.split("/") if re.fullmatch(r"[1-9]\d{0,5}/[1-9]\d{0,5}", cfg.part) else (1, 0))
     if k > n:
         raise ValueError(f"--part={cfg.part}: expected K/N with K from 1 to N, such as 3/16")

@@ -21,7 +21,7 @@ import multiprocessing
 import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from neogpt import config, data, files
 
@@ -41,24 +41,24 @@ class Config:
     bench: Literal["overview", "train", "choices", "sample", "hellaswag", "tokenize"] = "overview"  # what to measure
     data: str = str(config.ROOT / "input.txt")  # text or shards; hellaswag: rows; tokenize: parquet or text files
     tokenizer: Literal["gpt2", "bytes"] = "bytes"  # of the data
-    n_tokens: int | None = None  # vocabulary of the model; None: that of the tokenizer
+    n_tokens: config.PositiveInt | None = None  # vocabulary of the model; None: that of the tokenizer
     models: tuple[str, ...] = ("demo",)  # names of model.SIZES; the weights are random
-    T: int = 256  # sequence length, tokens
+    T: config.PositiveInt = 256  # sequence length, tokens
     B: tuple[int, ...] = (8,)  # sequences per forward pass
     total_batch_size: int = 8 * 256  # tokens per optimizer step
     optimizer: Literal["adamw", "muon"] = "adamw"  # of both training loops
-    steps: int = 10  # optimizer steps per repeat
-    repeats: int = 7  # the first one warms up and is not counted
-    new_tokens: int = 512  # sample: generated after each prompt
-    uncached_stride: int = 64  # sample: without a cache, measure only every uncached_stride-th length
+    steps: config.PositiveInt = 10  # optimizer steps per repeat
+    repeats: Annotated[int, "[2, inf)"] = 7  # the first one warms up and is not counted
+    new_tokens: Annotated[int, "[17, inf)"] = 512  # sample: generated after each prompt
+    uncached_stride: config.PositiveInt = 64  # sample: without a cache, measure only every uncached_stride-th length
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
     plain_precision: Literal["", "bf16", "fp32"] = ""  # train: of the plain loop; "": as NeoGPT
     compile: bool | None = None  # None: as in train_gpt2.py
     profile: bool = False  # train: in one more repeat, print the 30 kernels (on a CPU: operators) that take longest
     only: tuple[str, ...] = ()  # choices: only these, besides the default; sample: only these
-    workers: int | None = None  # tokenize: processes; None: one per core
-    rows: int = 40  # hellaswag: rows per repeat, evenly spaced in the file
+    workers: config.PositiveInt | None = None  # tokenize: processes; None: one per core
+    rows: config.PositiveInt = 40  # hellaswag: rows per repeat, evenly spaced in the file
     out_dir: str = "out/bench"  # folder of <bench>.json
 
 
@@ -278,10 +278,8 @@ PER_MODEL = dict(train=bench_train, choices=bench_choices, sample=bench_sample, 
 
 def main(cfg: Config) -> None:
     """Run one measurement and write its results."""
-    config.require("[1, inf)", T=cfg.T, B=min(cfg.B, default=0), steps=cfg.steps, rows=cfg.rows, workers=cfg.workers)
-    config.require("[1, inf)", uncached_stride=cfg.uncached_stride, n_tokens=cfg.n_tokens)
-    config.require("[2, inf)", repeats=cfg.repeats)
-    config.require("[17, inf)", new_tokens=cfg.new_tokens)  # the first tokens are not timed
+    config.check(cfg)
+    config.require("[1, inf)", B=min(cfg.B, default=0))
     config.require(f"[{cfg.T}, inf)", total_batch_size=cfg.total_batch_size)
     files.make_folder(cfg.out_dir)
     write = functools.partial(timing.write_json, Path(cfg.out_dir) / f"{cfg.bench}.json", config=asdict(cfg))

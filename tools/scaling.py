@@ -33,17 +33,17 @@ class Config:
     sizes: tuple[str, ...] = ("d4", "d6", "d8", "d10", "d12")  # names in SIZES of neogpt/model.py, smallest first
     lengths: tuple[int, ...] = (1000, 2000, 4000, 8000)  # optimizer steps, multiples of 10, shortest first
     max_lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # peak learning rates to try at the shortest length, for each size
-    held_out: int = 2  # train the largest size also for this many times the longest length, to test the prediction
-    fresh_tokens: int = 0  # train on this many tokens of new text of the demo world; 0: on --data of `train`
+    held_out: config.PositiveInt = 2  # also train the largest size for this many times the longest length, as a test
+    fresh_tokens: config.NonNegativeInt = 0  # size of a new text of the demo world to train on; 0: --data of `train`
     out_dir: str = "out/scaling"  # folder of the runs, scaling.json and Scaling.png
     launch: str = ""  # command in front of train_gpt2.py, such as torchrun; "": this Python
-    jobs: int = 1  # runs at the same time, each of another size
+    jobs: config.PositiveInt = 1  # runs at the same time, each of another size
 
 
 DEMO = Config(
     train="demo --T=192 --total_batch_size=576 --B=3 --val_tokens=131072 --device=cpu --precision=fp32",
     sizes=("demo-w24", "demo-w32", "demo-w48", "demo-w64", "demo-w96"),
-    max_lrs=(7e-3, 1.4e-2, 2.8e-2),
+    max_lrs=(3.5e-3, 7e-3, 1.4e-2),
     fresh_tokens=16_000 * 576,
     out_dir="out/scaling-demo",
     jobs=2,  # models this small are fastest on one thread each
@@ -65,7 +65,7 @@ class Point(NamedTuple):
 
 def check(cfg: Config, base: train_gpt2.Config) -> None:
     """Raise ValueError for the first constant that is out of range."""
-    config.require("[1, inf)", held_out=cfg.held_out, jobs=cfg.jobs)
+    config.check(cfg)
     if unknown := {*cfg.sizes} - {*model.SIZES}:
         raise ValueError(f"--sizes {min(unknown)}: expected names of {', '.join(model.SIZES)}")
     if len(cfg.sizes) * len(cfg.lengths) < 6 or [*cfg.lengths] != sorted({*cfg.lengths}) or not cfg.max_lrs:
