@@ -1,6 +1,6 @@
 """Reinforcement learning with verifiable rewards (GRPO, arXiv:2402.03300): a model learns from its own answers.
 
-    python grpo.py demo                                  # after `python sft.py demo`: two minutes
+    python grpo.py demo                                  # after `python sft.py demo`: two to three minutes
     python grpo.py --reward="ends(100) + repetition"     # out/sft on databricks-dolly-15k: answers that come to an end
     torchrun --nproc_per_node=8 grpo.py --data=openai/gsm8k:main --reward="gsm8k + 0.1*my_rewards.py:score"
     python sample.py --checkpoint=out/grpo --chat        # talk to the result
@@ -64,7 +64,7 @@ CONFIGS = {
         out_dir="out/demo-grpo",
         reward="exact",
         B=32,
-        max_steps=40,
+        max_steps=80,
         max_lr=3e-5,
         n_eval_prompts=160,
         prompts=("Where does Ada live?", "What does Leo like to eat?", "Whom does Rosa like best?"),
