@@ -252,7 +252,8 @@ def test_readme_uses_only_options_that_exist() -> None:
         name = match[1].removeprefix("-m ").removesuffix(".py")
         module = importlib.import_module(name)
         constants = {field.name for field in dataclasses.fields(module.Config)}
-        options = set(re.findall(r"--(\w+)", (match[2] or "") + match[3]))
+        unquoted = re.sub('"[^"]*"', "", (match[2] or "") + match[3])
+        options = set(re.findall(r"--(\w+)", unquoted))
         n_options += len(options)
         assert options <= constants, f"{line}: {options - constants}"
         if match[2] and not match[2].startswith("-"):
