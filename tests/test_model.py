@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -113,6 +114,28 @@ def test_attention_equals_the_definition(attend: Any, T: int, S: int) -> None:
         y = attend(q, k, v, mask)
         torch.testing.assert_close(y[:1], attend(q[:1], k[:1], v[:1]))
         torch.testing.assert_close(y[1:], attend(q[1:], k[1:, :, :2], v[1:, :, :2]))
+
+
+@pytest.mark.parametrize("T, manual", [(1, 0), (512, 1), (513, 0)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_bf16_on_a_cpu(masked: bool, T: int, manual: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short sequences use manual attention; others, and single queries, the fused kernels in fp32."""
+    generator, S = torch.Generator().manual_seed(0), max(T, 20)
+    q, k, v = (torch.randn(1, 2, n, 8, generator=generator).bfloat16().requires_grad_() for n in (T, S, S))
+    mask = torch.rand(1, 1, T, S, generator=generator) < 0.5 if masked else None
+    mask = mask.index_fill(3, torch.tensor(0), True) if masked else None  # every query has a key
+    spy = Mock(wraps=manual_attention)
+    monkeypatch.setattr("neogpt.model.manual_attention", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = flash_attention(q, k, v, mask)
+    assert spy.call_count == manual
+    expected = manual_attention(q.double(), k.double(), v.double(), mask)
+    g = torch.randn(expected.shape, generator=generator)
+    found = torch.autograd.grad((y.float() * g).sum(), (q, k, v))
+    grads = torch.autograd.grad((expected * g).sum(), (q, k, v))
+    for a, b in zip((y, *found), (expected, *grads)):
+        # bf16 has 8 bits; the scores, of order 1, and the weights are rounded to it
+        assert (a.double() - b).norm() < 0.02 * b.norm()
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
