@@ -308,6 +308,7 @@ def write_missing(cfg: Config, folder: Path, manifest: dict, paths: list[Path]) 
         with tqdm(total=n_tokens, initial=n_done, unit=" tokens", unit_scale=True, mininterval=1) as bar:
             write_shards(tokenize_all(chunks, cfg, pool), folder, manifest, bar)
     except BrokenExecutor as error:
+        pool._call_queue._reader.close()  # or old Pythons wait for ever: github.com/python/cpython/issues/94777
         raise OSError("a worker died (out of memory?): run the same command with fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
@@ -326,8 +327,8 @@ def main(cfg: Config) -> None:
     source, paths = find_source(cfg.data, k, n, manifest)
     settings = dict(tokenizer=cfg.tokenizer, shard_size=cfg.shard_size, max_tokens=cfg.max_tokens or 0)
     settings |= dict(source=source, field=cfg.field, part=dict(k=k, n=n))
-    empty = dict(n_tokens=0, n_documents=0, n_skipped=0, shards=[], next=data.NEXT)
-    manifest = manifest or dict(complete=False) | settings | empty
+    empty = dict(complete=False, n_tokens=0, n_documents=0, n_skipped=0, shards=[], next=data.NEXT)
+    manifest = manifest or settings | empty
     for name, value in settings.items():
         if (old := manifest.get(name)) != value:
             raise ValueError(f"{folder} was begun with {name}={old}, not {value}: change --out_dir")

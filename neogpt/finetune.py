@@ -114,13 +114,13 @@ def encode_prompts(run: Run, rows: list[chat.Row], budget: int, source: str) -> 
 
 def answer(run: Run, prompts: list[Prompt], seeds: list[int] | None = None) -> list[rewards.Answer]:
     """The answer to each prompt: sampled with these seeds, or greedy without seeds."""
-    answers, n, eot = [], run.cfg.answer_tokens, run.tokenizer.eot_token
+    raw, answers, n, eot = run.full_model(), [], run.cfg.answer_tokens, run.tokenizer.eot_token
     size = 256 if seeds else 64  # prompts per batch
     for start in range(0, len(prompts), size):
         part = slice(start, start + size)
         options = dict(temperature=1.0, seeds=seeds[part]) if seeds else dict(temperature=0.0)
         with run.rt.autocast():
-            found = generate.complete(run.full_model(), [ids for _, ids in prompts[part]], n, eot, **options)
+            found = generate.complete(raw, [ids for _, ids in prompts[part]], n, eot, **options)
         for (row, _), (ids, ended) in zip(prompts[part], found):
             texts = chat.whole_prompt(row), row.response, run.tokenizer.decode(ids)
             answers.append(rewards.Answer(*texts, ids + [eot] * ended, ended))
