@@ -1,7 +1,6 @@
 """Tokenize FineWeb-Edu, or other parquet, json or text files, into shards of token ids for train_gpt2.py.
 
     python fineweb.py                                           # FineWeb-Edu sample-10BT -> edu_fineweb10B
-    python fineweb.py --max_tokens=1000000000                   # only the first billion tokens
     python fineweb.py --data='books-*.parquet' --out_dir=books  # local files: a file, a folder or a pattern
     python fineweb.py --data=hf://datasets/OWNER/NAME/FOLDER --out_dir=NAME  # another dataset of the hub
     python fineweb.py sample-100BT --out_dir=/big/disk/edu100B --part=3/16  # one of 16 machines: edu100B-03-of-16
@@ -9,8 +8,7 @@
 
 Reads parquet, jsonl, json (a list) and txt (documents separated by <|endoftext|>), also .gz and .zst. Documents without
 text are skipped. Every document begins with end-of-text. Writes val_000000.npy (validation), train_000001.npy, …
-(training), uint16, and manifest.json, which lists them, into out_dir. Of several parts only the first has a validation
-shard, with the same tokens as without parts: validation losses are comparable, and the others are all for training.
+(training), uint16, and manifest.json, which lists them, into out_dir. Only the first of several parts has a val shard.
 
 After an interruption the same command continues after the last finished shard. Needs 2 bytes of disk per token and
 space for two files of the hub, which are deleted after they are read (sample-10BT: 20 GB and twice 2.2 GB).
@@ -23,6 +21,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import zlib
@@ -308,7 +307,8 @@ def write_missing(cfg: Config, folder: Path, manifest: dict, paths: list[Path]) 
         with tqdm(total=n_tokens, initial=n_done, unit=" tokens", unit_scale=True, mininterval=1) as bar:
             write_shards(tokenize_all(chunks, cfg, pool), folder, manifest, bar)
     except BrokenExecutor as error:
-        pool._call_queue._reader.close()  # or old Pythons wait for ever: github.com/python/cpython/issues/94777
+        if sys.version_info < (3, 11, 5):  # they wait for ever: https://github.com/python/cpython/issues/94777
+            pool._call_queue._reader.close()
         raise OSError("a worker died (out of memory?): run the same command with fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
