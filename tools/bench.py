@@ -198,7 +198,8 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
         return sum(map(len, long_prompts))
 
     variants = {"no cache": uncached}
-    if importlib.util.find_spec("transformers"):
+    fits = len(prompts[0]) + cfg.new_tokens <= raw.config.block_size  # transformers has no positions beyond it
+    if fits and importlib.util.find_spec("transformers"):
         variants["transformers"] = timing.transformers_decoder(raw, prompts, cfg.new_tokens, rt)
     variants |= {"cache": lambda: decode(False), "cache, compiled": lambda: decode(True), "prefill": prefill}
     return timing.run_alternating(variants, cfg.repeats, "tok/s", cfg.only)
