@@ -142,7 +142,10 @@ def micro_batches(
     order = [i for i, advantage in enumerate(advantages) if advantage or keep_all]
     order.sort(key=lambda i: -len(examples[i].ids))
     per_answer = n_trained / (cfg.prompts_per_step * cfg.samples_per_prompt)
-    for start in range(0, max(1, len(order)), cfg.B):  # a rank without examples has an empty row
+    sizes = [len(order)] * run.rt.world_size
+    if run.rt.world_size > 1:
+        torch.distributed.all_gather_object(sizes, len(order))
+    for start in range(0, max(1, *sizes), cfg.B):  # equally many on all ranks, as FSDP2 needs: some have an empty row
         part = order[start : start + cfg.B]
         batch = chat.collate([[examples[i]] for i in part] or [[]], run.rt.device)
         lengths = (batch["y"] >= 0).sum(dim=1, keepdim=True).clamp(min=1)

@@ -63,7 +63,7 @@ def require_prunable(raw: model.GPT, cfg: Config) -> None:
 
 
 def make_mask(weight: Tensor, norm: Tensor | None, cfg: Config) -> Tensor:
-    """The mask of a weight matrix, (out, in), True where a weight is kept. norm: L2 of each input, (in,), for Wanda."""
+    """The mask of a weight matrix, (out, in): True is kept. norm: L2 norm of each input, (in,), for Wanda, or None."""
     score = weight.abs().float() * (1.0 if norm is None else norm)  # Eq. 1, arXiv:2306.11695
     if cfg.pattern:
         n, m = map(int, cfg.pattern.split(":"))

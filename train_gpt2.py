@@ -214,8 +214,8 @@ def try_micro_batch(run: Run, B: int) -> None:
 def print_samples(run: Run) -> None:
     """Print continuations of the prompt. The seeds depend on cfg.seed and the step."""
     cfg, n, eot = run.cfg, run.cfg.n_samples, run.tokenizer.eot_token
-    raw = run.full_model()  # on all ranks
-    if run.rt.rank or not n or not run.step:  # most models are untrained at step 0
+    raw = run.full_model() if n and run.step else None  # on all ranks; most models are untrained at step 0
+    if run.rt.rank or not raw:
         return
     prompt = run.tokenizer.encode_ordinary(cfg.prompt) or [eot]
     seeds = range(cfg.seed + run.step * n, cfg.seed + (run.step + 1) * n)

@@ -103,8 +103,8 @@ def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 MAX_MANUAL = 512  # longest sequence for which `manual_attention` is faster in bf16 on a CPU
 
 
-def is_slow_on_cpu(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's fused kernels are slow: in bf16 on a CPU."""
+def fused_is_slow(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's fused attention kernels are slow: in bf16 on a CPU."""
     return device.type == "cpu" and dtype == torch.bfloat16
 
 
@@ -112,7 +112,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     """`manual_attention` with PyTorch's fused kernels. Without a mask, T must be S, or 1 (one new token)."""
     # is_causal aligns the triangle to the top left, which for one query would hide all keys but the first
     T, is_causal = q.size(-2), mask is None and q.size(-2) > 1
-    if not is_slow_on_cpu(q.device, q.dtype):
+    if not fused_is_slow(q.device, q.dtype):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
     if 1 < T <= MAX_MANUAL:
         return manual_attention(q, k.to(q.dtype), v.to(q.dtype), mask)

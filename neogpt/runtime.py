@@ -208,9 +208,9 @@ def single_shape_attention() -> Iterator[None]:
 def attention_kernel(config: model.GPTConfig, B: int, T: int, rt: Runtime) -> str:
     """The attention kernel in training, which PyTorch selects by device, dtype, head size and versions."""
     dtype = torch.bfloat16 if rt.precision == "bf16" else torch.float32
-    if config.attention == "manual" or T <= model.MAX_MANUAL and model.is_slow_on_cpu(rt.device, dtype):
+    if config.attention == "manual" or T <= model.MAX_MANUAL and model.fused_is_slow(rt.device, dtype):
         return "manual attention"
-    if rt.device.type == "mps" or model.is_slow_on_cpu(rt.device, dtype):
+    if rt.device.type == "mps" or model.fused_is_slow(rt.device, dtype):
         return "flash attention"
     shape = B, config.n_head, T, config.n_embd // config.n_head
     with strict_determinism(), single_shape_attention():

@@ -63,29 +63,23 @@ def train_step(
 
     Equal to one large batch, however it is split: losses are summed and divided by the number of units in the whole
     step, because a mean of means would be wrong where micro-batches differ in units. grad_clip: largest gradient norm,
-    0 for no limit. The optimizers must honor `optimizer.found_inf`.
+    0 for no limit. The optimizers must honor `optimizer.found_inf`. If net is sharded, all ranks need equally many
+    micro-batches.
     """
     n = sum(batch["n"] for batch in micro_batches)
     if rt.world_size > 1:
         n = runtime.all_reduce_sum(torch.full((), n, dtype=torch.float64, device=rt.device), rt)
     sums = torch.zeros(1, device=rt.device)  # of the loss, then of each metric
-    n_passes = n_own = len(micro_batches)
-    if sharded := runtime.is_sharded(net):  # every pass needs all ranks: those with fewer repeat their last
-        counts = [n_own] * rt.world_size
-        torch.distributed.all_gather_object(counts, n_own)
-        n_passes = max(counts)
-    for i in range(n_passes):
-        batch, weight = micro_batches[min(i, n_own - 1)], float(i < n_own)
+    for i, batch in enumerate(micro_batches):
         # gradients are reduced with the last micro-batch, because DDP stores all of them, or with every micro-batch if
         # no rank could store all; DDP needs no_sync around the forward pass too
-        accumulate = isinstance(net, DistributedDataParallel) and i < n_own - 1
+        accumulate = isinstance(net, DistributedDataParallel) and i < len(micro_batches) - 1
         with net.no_sync() if accumulate else nullcontext():
-            scale = rt.world_size / n * weight  # DDP and FSDP2 average; we want the sum
-            loss, metrics = backward(net, batch, loss_fn, scale, rt)
-        if weight:
-            sums = sums + torch.stack([loss, *metrics.values()])
+            # DDP and FSDP2 average; we want the sum
+            loss, metrics = backward(net, batch, loss_fn, rt.world_size / n, rt)
+        sums = sums + torch.stack([loss, *metrics.values()])
     norm = nn.utils.clip_grad_norm_(net.parameters(), grad_clip or math.inf)
-    norm = norm.full_tensor() if sharded else norm
+    norm = norm.full_tensor() if runtime.is_sharded(net) else norm
     # one all-reduce, so that every rank has the same numbers and takes the same decision
     sums = runtime.all_reduce_sum(torch.cat([sums, sums.new_full((1,), stop)]), rt)
     numbers = torch.cat([torch.stack([norm, sums[-1], sums[0] / n]), sums[1:-1] / n])
@@ -112,7 +106,7 @@ def place(
     raw: model.GPT, rt: runtime.Runtime, *, sharded: bool, recompute: bool, compile: bool, dynamic: bool = False
 ) -> model.GPT:
     """The model on this rank's device, before `runtime.wrap` and the optimizers. recompute: the backward pass computes
-    the activations of each block again, instead of keeping them (arXiv:1604.06174). compile, dynamic: as there.
+    the activations of each block again, instead of keeping them (arXiv:1604.06174). compile, dynamic: as in `wrap`.
 
     sharded: each rank stores its part of the rows of every parameter (FSDP2, arXiv:2304.11277). A forward or backward
     pass gathers one block at a time, so all ranks must run equally many. In bf16 runs on CUDA blocks are gathered in
@@ -207,7 +201,7 @@ def plan_memory(
     mlp = 8 * c.n_embd if c.mlp == "dense" else (2 + 2 * c.mlp_modes) * (c.mlp_width or 4 * c.n_embd)
     block = n_tokens * (2 * residual * c.n_embd + size * (6 * c.n_embd + mlp))
     dtype = torch.bfloat16 if size == 2 else torch.float32
-    if c.attention == "manual" or T <= model.MAX_MANUAL and model.is_slow_on_cpu(rt.device, dtype):
+    if c.attention == "manual" or T <= model.MAX_MANUAL and model.fused_is_slow(rt.device, dtype):
         block += n_tokens * T * c.n_head * (size + 4 * (size == 2 and rt.device.type == "cuda"))  # fp32 softmax
     blocks = c.n_layer * n_tokens * residual * c.n_embd + block if recompute else c.n_layer * block
     # the log-softmax and two gradients of it, fp32

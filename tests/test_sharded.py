@@ -39,14 +39,14 @@ def loss_fn(net: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Te
 
 def train(rt: runtime.Runtime, optimizer: str) -> tuple[list, dict[str, Tensor], list]:
     """20 steps of a float64 model whose 257 rows of the embedding do not divide by the number of ranks; the results,
-    the weights and the gathered moments. Ranks have micro-batches of different numbers and sizes.
+    the weights and the gathered moments. Ranks have micro-batches of different sizes.
     """
     raw = harness.tiny_model(scale=0.1, vocab_size=257, block_size=T).double()
     training.place(raw, rt, sharded=True, recompute=False, compile=False)
     optimizers, results = optim.make_optimizers(raw, optimizer=optimizer, weight_decay=0.1), []
     for step in range(N_STEPS):
         xy = torch.randint(257, (12, T + 1), generator=torch.Generator().manual_seed(step)).tensor_split(rt.world_size)
-        batches = [dict(x=r[:, :-1], y=r[:, 1:], n=len(r) * T) for r in xy[rt.rank].split(2 + rt.rank % 2)]
+        batches = [dict(x=r[:, :-1], y=r[:, 1:], n=len(r) * T) for r in xy[rt.rank].tensor_split([1 + rt.rank % 2])]
         for i, batch in enumerate(batches):
             batch["poison"] = step == POISONED and rt.rank == rt.world_size - 1 and i == 0
         settings = dict(lr=1e-2, grad_clip=0.1 if step % 2 else 0.0, rt=rt)
