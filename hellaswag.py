@@ -198,7 +198,7 @@ def log_probs(raw: model.GPT, batch: list[Packed], T: int, head_rows: int, devic
     x = raw.trunk(idx, pos=pos, mask=mask).flatten(0, 1)[source]  # (P, C)
     found = []
     for x_rows, targets in zip(x.split(head_rows), target.split(head_rows)):
-        logits = raw.lm_head(x_rows)[:, : raw.config.n_tokens].to(torch.promote_types(x.dtype, torch.float32))
+        logits = raw.head(x_rows)[:, : raw.config.n_tokens].to(torch.promote_types(x.dtype, torch.float32))
         found.append(-F.cross_entropy(logits, targets, reduction="none"))
     return torch.cat(found)
 

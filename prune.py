@@ -57,7 +57,7 @@ def require_prunable(raw: model.GPT, cfg: Config) -> None:
     n, _, m = cfg.pattern.partition(":")
     if cfg.pattern and not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
         raise ValueError(f"--pattern={cfg.pattern}: expected N:M with 0 < N < M, for example 2:4")
-    for name, linear in raw.weight_matrices().items() if cfg.pattern else ():
+    for name, linear in model.weight_matrices(raw).items() if cfg.pattern else ():
         if linear.in_features % int(m):
             raise ValueError(f"--pattern={cfg.pattern}: {m} does not divide the {linear.in_features} inputs of {name}")
 
@@ -79,7 +79,7 @@ def make_mask(weight: Tensor, norm: Tensor | None, cfg: Config) -> Tensor:
 def prune_model(raw: model.GPT, idx: Tensor, cfg: Config, rt: runtime.Runtime) -> None:
     """Prune the model in place, block by block. idx: calibration tokens, (n, T). Needs memory for (n, T, C) floats."""
     if cfg.method == "magnitude":
-        for linear in raw.weight_matrices().values():
+        for linear in model.weight_matrices(raw).values():
             linear.weight.mul_(make_mask(linear.weight, None, cfg))
         return
     squared_norms: dict[nn.Module, Tensor] = {}  # per linear layer: (in,) fp32, sums over all tokens
@@ -90,7 +90,7 @@ def prune_model(raw: model.GPT, idx: Tensor, cfg: Config, rt: runtime.Runtime) -
 
     x = torch.cat([raw.embed(rows) for rows in idx.split(cfg.B)])  # (n, T, C), the input of the block
     for block in raw.transformer.h:
-        matrices = block.weight_matrices().values()
+        matrices = model.weight_matrices(block).values()
         hooks = [linear.register_forward_pre_hook(add) for linear in matrices]
         with rt.autocast():
             for rows in x.split(cfg.B):
@@ -120,7 +120,7 @@ def evaluate(
     raw: model.GPT, val: data.Windows, questions: hellaswag.Questions | None, cfg: EvalConfig, rt: runtime.Runtime
 ) -> dict[str, Any]:
     """Fraction of zeros, numbers of parameters, loss in nats per token, perplexity, HellaSwag's acc and acc_norm."""
-    weights = [linear.weight for linear in raw.weight_matrices().values()]
+    weights = [linear.weight for linear in model.weight_matrices(raw).values()]
     n_weights, n_params = sum(w.numel() for w in weights), raw.n_params()
     n_zeros = n_weights - sum(int(w.count_nonzero()) for w in weights)
     metrics = dict(sparsity=n_zeros / n_weights, parameters=n_params, nonzero_parameters=n_params - n_zeros)

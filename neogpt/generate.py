@@ -88,7 +88,7 @@ def prefill(raw: model.GPT, prompts: list[list[int]], cache: KVCache) -> Tensor:
     cache.longest, cache.masked = 0, False
     x = raw.trunk(torch.tensor(padded, device=device), cache)  # (B, T, C)
     cache.set_lengths(lengths, device)
-    return raw.lm_head(x[cache.rows, cache.lengths - 1])
+    return raw.head(x[cache.rows, cache.lengths - 1])
 
 
 def decode_one_token(raw: model.GPT, tokens: Tensor, cache: KVCache) -> Tensor:
@@ -97,7 +97,7 @@ def decode_one_token(raw: model.GPT, tokens: Tensor, cache: KVCache) -> Tensor:
     mask = (cache.slots <= lengths)[:, None, None] if cache.masked else None  # (B, 1, 1, S): filled slots and its own
     x = raw.trunk(tokens[:, None], cache, pos=lengths, mask=mask)  # (B, 1, C)
     cache.lengths += 1
-    return raw.lm_head(x[:, 0])
+    return raw.head(x[:, 0])
 
 
 def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -245,8 +245,9 @@ def complete(
 
 def cast_linears(raw: model.GPT, dtype: torch.dtype) -> None:
     """Convert the linear layers and the tied embedding, which autocast would cast for every token. Not for training."""
+    small_head = raw.config.vocab_size <= model.SMALL_VOCAB  # fp32: see GPT.head
     for module in raw.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and not (small_head and module is raw.lm_head):
             module.to(dtype)
 
 

@@ -33,7 +33,7 @@ class LoRALinear(nn.Linear):
 def add_lora(raw: model.GPT, rank: int, alpha: float) -> None:
     """Add an adapter to every weight matrix of the blocks, and freeze all other parameters."""
     raw.requires_grad_(False)
-    for name, linear in raw.weight_matrices().items():
+    for name, linear in model.weight_matrices(raw).items():
         raw.set_submodule(name, LoRALinear(linear, rank, alpha))
 
 
@@ -65,14 +65,14 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
 def merged_weights(raw: model.GPT) -> dict[str, Tensor]:
     """The state dict of the model without adapters that computes the same as `raw`: W + (alpha / rank) · B A."""
     weights = {name: tensor for name, tensor in raw.state_dict().items() if "lora_" not in name}
-    for name, linear in raw.weight_matrices().items():
+    for name, linear in model.weight_matrices(raw).items():
         weights[f"{name}.weight"] = linear.weight + linear.scale * linear.lora_B @ linear.lora_A
     return weights
 
 
 def save_adapter(folder: Path, raw: model.GPT, base: str, base_fingerprint: str) -> None:
     """Write adapters as PEFT does. base: the source of their model. base_fingerprint: `fingerprint` of its weights."""
-    matrices = raw.transformer.h[0].weight_matrices()
+    matrices = model.weight_matrices(raw.transformer.h[0])
     r, scale = len(matrices["attn.c_attn"].lora_A), matrices["attn.c_attn"].scale
     config = dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=r, lora_alpha=scale * r)
     config |= dict(target_modules=list(dict.fromkeys(name.split(".", 1)[1] for name in matrices)), lora_dropout=0.0)

@@ -54,7 +54,7 @@ class GPTConfig:
     n_embd: int = 768
     block_size: int = 1024  # longest sequence, tokens
     n_tokens: int = 50257  # number of ids of the tokenizer; padded ids are never sampled
-    vocab_size: int = 50304  # rows of the embedding: n_tokens padded to a multiple of 64, for speed
+    vocab_size: int = 50304  # rows of the embedding: see `pad_vocab`
     attention: str = "flash"  # flash: PyTorch's fused kernels; manual: `manual_attention` below
     residual: str = "fp32"  # dtype of the residual stream under autocast: bf16 halves its traffic and rounds it
     gelu: str = "tanh"  # tanh: GPT-2's approximation; erf: exact, three times as fast on a CPU
@@ -72,14 +72,23 @@ class GPTConfig:
             raise ValueError(f"{self}: n_head must divide n_embd, and n_tokens must not exceed vocab_size")
 
 
+SMALL_VOCAB = 1024  # up to here a head in fp32 costs nothing, and padding does not pay
+
+
 def pad_vocab(n_tokens: int) -> int:
-    """The next multiple of 64, for the rows of the embedding (50257 -> 50304)."""
-    return -(-n_tokens // 64) * 64
+    """The rows of the embedding: the next multiple of 64 (50257 -> 50304), or n_tokens if they are few."""
+    return n_tokens if n_tokens <= SMALL_VOCAB else -(-n_tokens // 64) * 64
 
 
 def is_matrix(p: Tensor) -> bool:
     """Whether a parameter is a matrix with more than one row and column: not a bias or a gain."""
     return p.dim() >= 2 and min(p.shape) > 1
+
+
+def weight_matrices(module: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers within a GPT, but its head, or within a block, whose weight is a matrix, by name."""
+    linears = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
+    return {name: m for name, m in linears.items() if is_matrix(m.weight)}
 
 
 class Cache(Protocol):
@@ -100,24 +109,24 @@ def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     return F.softmax(scores, dim=-1) @ v  # (B, nh, T, hs)
 
 
-MAX_MANUAL = 512  # longest sequence for which `manual_attention` is faster in bf16 on a CPU
-
-
-def fused_is_slow(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's fused attention kernels are slow: in bf16 on a CPU."""
-    return device.type == "cpu" and dtype == torch.bfloat16
+CHUNK = 256  # queries at a time, whose scores stay in a CPU's cache
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`manual_attention` with PyTorch's fused kernels. Without a mask, T must be S, or 1 (one new token)."""
-    # is_causal aligns the triangle to the top left, which for one query would hide all keys but the first
-    T, is_causal = q.size(-2), mask is None and q.size(-2) > 1
-    if not fused_is_slow(q.device, q.dtype):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal)
-    if 1 < T <= MAX_MANUAL:
-        return manual_attention(q, k.to(q.dtype), v.to(q.dtype), mask)
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, is_causal=is_causal)
+    """`manual_attention` with PyTorch's fused kernels; in bf16 on a CPU, where they are slow, in chunks of queries."""
+    T, S = q.size(-2), k.size(-2)
+    if not (q.is_cpu and q.dtype == torch.bfloat16):
+        # is_causal aligns the triangle to the top left, which for one query would hide all keys but the first
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
+    if T == 1:  # the keys and values of generate.KVCache are fp32 on a CPU
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
+    k, v, parts = k.to(q.dtype), v.to(q.dtype), []
+    for end in range(CHUNK, T + CHUNK, CHUNK):
+        rows, n_keys = slice(end - CHUNK, end), S - T + end if mask is None else S  # later keys are hidden
+        part = mask if mask is None else mask[..., rows, :]
+        parts.append(manual_attention(q[..., rows, :], k[..., :n_keys, :], v[..., :n_keys, :], part))
+    return torch.cat(parts, dim=-2)
 
 
 class CausalSelfAttention(nn.Module):
@@ -175,10 +184,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cache: Cache | None = None, mask: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache, mask)
         return x + self.mlp(self.ln_2(x))
-
-    def weight_matrices(self) -> dict[str, nn.Linear]:
-        """The linear layers whose weight is a matrix, by name ("attn.c_attn", …)."""
-        return {name: m for name, m in self.named_modules() if isinstance(m, nn.Linear) and is_matrix(m.weight)}
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -242,6 +247,13 @@ class GPT(nn.Module):
             x = block(x, cache, mask)
         return self.transformer.ln_f(x)
 
+    def head(self, x: Tensor) -> Tensor:
+        """Normalized hidden states (…, C) -> logits (…, V), under autocast too in fp32 if the vocabulary is small."""
+        if self.config.vocab_size > SMALL_VOCAB:
+            return self.lm_head(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.lm_head(x.to(self.lm_head.weight.dtype))
+
     def forward(
         self,
         idx: Tensor,
@@ -255,13 +267,8 @@ class GPT(nn.Module):
         Training returns the loss alone: a compiled graph that also returned the logits would fill and read a gradient
         of zeros for them.
         """
-        logits = self.lm_head(self.trunk(idx, pos=pos, mask=mask))
+        logits = self.head(self.trunk(idx, pos=pos, mask=mask))
         return logits if targets is None else cross_entropy(logits, targets, reduction)
-
-    def weight_matrices(self) -> dict[str, nn.Linear]:
-        """The linear layers of all blocks whose weight is a matrix, by name ("transformer.h.0.mlp.c_fc", …)."""
-        blocks = enumerate(self.transformer.h)
-        return {f"transformer.h.{i}.{name}": m for i, block in blocks for name, m in block.weight_matrices().items()}
 
     def n_params(self) -> int:
         """Number of parameters; the tied embedding counts once."""
@@ -271,7 +278,7 @@ class GPT(nn.Module):
         """Training FLOPs per token of a sequence of T tokens (PaLM, arXiv:2204.02311, appendix B): 6 per weight of the
         matrices and the head, and 12 · n_layer · C · T for attention, without a causal discount.
         """
-        n_weights = sum(linear.weight.numel() for linear in [*self.weight_matrices().values(), self.lm_head])
+        n_weights = sum(linear.weight.numel() for linear in [*weight_matrices(self).values(), self.lm_head])
         return 6 * n_weights + 12 * self.config.n_layer * self.config.n_embd * T
 
     @classmethod

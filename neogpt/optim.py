@@ -211,7 +211,7 @@ def zero_masks(raw: model.GPT) -> dict[str, Tensor]:
     A matrix counts as pruned if at least 1 %, but not all, of its weights are exactly zero: training and rounding do
     not produce that many zeros, and a matrix of zeros has only been initialized.
     """
-    masks = {f"{name}.weight": linear.weight.detach() != 0 for name, linear in raw.weight_matrices().items()}
+    masks = {f"{name}.weight": linear.weight.detach() != 0 for name, linear in model.weight_matrices(raw).items()}
     return {name: mask for name, mask in masks.items() if 0 < mask.float().mean() <= 0.99}
 
 

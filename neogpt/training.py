@@ -191,7 +191,7 @@ def plan_memory(
     """
     c, n, n_tokens = raw.config, rt.world_size if sharded else 1, B * T
     n_trained = sum(p.numel() for p in raw.parameters() if p.requires_grad)
-    n_matrices = sum(linear.weight.numel() for linear in raw.weight_matrices().values())
+    n_matrices = sum(linear.weight.numel() for linear in model.weight_matrices(raw).values())
     n_muon = n_matrices if optimizer == "muon" else 0
     n_block = sum(p.numel() for p in raw.transformer.h[0].parameters())
     n_root = raw.n_params() - c.n_layer * n_block
@@ -200,9 +200,9 @@ def plan_memory(
     # of one block: the residual stream twice; the outputs of both norms, q, k, v and the output of attention; the MLP
     mlp = 8 * c.n_embd if c.mlp == "dense" else (2 + 2 * c.mlp_modes) * (c.mlp_width or 4 * c.n_embd)
     block = n_tokens * (2 * residual * c.n_embd + size * (6 * c.n_embd + mlp))
-    dtype = torch.bfloat16 if size == 2 else torch.float32
-    if c.attention == "manual" or T <= model.MAX_MANUAL and model.fused_is_slow(rt.device, dtype):
-        block += n_tokens * T * c.n_head * (size + 4 * (size == 2 and rt.device.type == "cuda"))  # fp32 softmax
+    if c.attention == "manual" or size == 2 and rt.device.type == "cpu":
+        n_keys = T if c.attention == "manual" else min(T, (T + model.CHUNK) / 2)  # per query
+        block += n_tokens * n_keys * c.n_head * (size + 4 * (size == 2 and rt.device.type == "cuda"))  # fp32 softmax
     blocks = c.n_layer * n_tokens * residual * c.n_embd + block if recompute else c.n_layer * block
     # the log-softmax and two gradients of it, fp32
     activations = blocks + n_tokens * ((residual + size) * c.n_embd + 12 * c.vocab_size)

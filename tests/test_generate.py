@@ -11,7 +11,7 @@ from torch import Tensor
 from neogpt import cpu
 from neogpt import generate as generation
 from neogpt.generate import KVCache, cast_linears, decode_one_token, generate, prefill, sample
-from neogpt.model import GPT
+from neogpt.model import GPT, weight_matrices
 
 
 def tokens_of(raw: GPT, prompts: Sequence[Sequence[int]], n: int, **options: Any) -> list[list[int | None]]:
@@ -129,7 +129,10 @@ def test_one_graph_serves_all_tokens(kind: str) -> None:
     assert len(traces) == 1
 
 
-def test_cast_linears_equal_autocast() -> None:
+@pytest.mark.parametrize("small_vocab", [0, 64])
+def test_cast_linears_equal_autocast(small_vocab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of a small vocabulary stays fp32."""
+    monkeypatch.setattr("neogpt.model.SMALL_VOCAB", small_vocab)
     raw = rough_model()
     idx = random_ids(2, 9)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -137,9 +140,11 @@ def test_cast_linears_equal_autocast() -> None:
         cast_linears(raw, torch.bfloat16)
         found = raw(idx)
     assert raw.lm_head.weight is raw.transformer.wte.weight
-    linears = [m for m in raw.modules() if isinstance(m, torch.nn.Linear)]
-    assert all(p.dtype == torch.bfloat16 for linear in linears for p in linear.parameters())
-    # the embedding, tied to the head, is rounded too: 2^-9 of values of order 1
+    assert all(linear.weight.dtype == torch.bfloat16 for linear in weight_matrices(raw).values())
+    assert (
+        found.dtype == expected.dtype == raw.lm_head.weight.dtype == (torch.float32 if small_vocab else torch.bfloat16)
+    )
+    # if the embedding, tied to the head, is rounded too: 2^-9 of values of order 1
     torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
 
 
@@ -243,7 +248,8 @@ def test_an_abandoned_generator_leaves_the_model_trainable(
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_generate_under_bf16_autocast(attention: str) -> None:
+def test_generate_under_bf16_autocast(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neogpt.model.SMALL_VOCAB", 0)
     raw, prompts = rough_model(attention=attention), random_prompts(3, 14, 30)
     with torch.autocast("cpu", torch.bfloat16):
         rows = tokens_of(raw, prompts, 40)

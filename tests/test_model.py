@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neogpt.model import GPT, SIZES, GPTConfig, cross_entropy, flash_attention, manual_attention, pad_vocab
+from neogpt.model import (
+    GPT,
+    SIZES,
+    GPTConfig,
+    cross_entropy,
+    flash_attention,
+    manual_attention,
+    pad_vocab,
+    weight_matrices,
+)
 
 ATTENTIONS = ("flash", "manual")
 
@@ -82,7 +91,7 @@ def test_flops_per_token_of_gpt2() -> None:
 
 
 def test_pad_vocab() -> None:
-    assert [pad_vocab(n) for n in (1, 64, 65, 257, 50257, 50304)] == [64, 64, 128, 320, 50304, 50304]
+    assert [pad_vocab(n) for n in (1, 257, 1024, 1025, 50257, 50304)] == [1, 257, 1024, 1088, 50304, 50304]
 
 
 NOT_SIZES = [0, -1, 1.5, 2.0, True, None, "12", 2**20 + 1, 10**30, float("nan")]
@@ -116,10 +125,10 @@ def test_attention_equals_the_definition(attend: Any, T: int, S: int) -> None:
         torch.testing.assert_close(y[1:], attend(q[1:], k[1:, :, :2], v[1:, :, :2]))
 
 
-@pytest.mark.parametrize("T, manual", [(1, 0), (512, 1), (513, 0)])
+@pytest.mark.parametrize("T, manual", [(1, 0), (256, 1), (513, 3)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_in_bf16_on_a_cpu(masked: bool, T: int, manual: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short sequences use manual attention; others, and single queries, the fused kernels in fp32."""
+    """Manual attention for 256 queries at a time; single queries use the fused kernels in fp32."""
     generator, S = torch.Generator().manual_seed(0), max(T, 20)
     q, k, v = (torch.randn(1, 2, n, 8, generator=generator).bfloat16().requires_grad_() for n in (T, S, S))
     mask = torch.rand(1, 1, T, S, generator=generator) < 0.5 if masked else None
@@ -172,8 +181,11 @@ def test_loss_is_the_mean_negative_log_likelihood_in_nats() -> None:
     assert raw(idx, torch.full_like(targets, -100), reduction="sum") == 0  # everything is ignored
 
 
-def test_loss_of_bf16_logits_is_computed_in_float32() -> None:
+def test_loss_of_bf16_logits_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = rough_model()
+    with torch.autocast("cpu", torch.bfloat16):  # a small vocabulary
+        assert raw(random_ids(3, 7)).dtype == torch.float32
+    monkeypatch.setattr("neogpt.model.SMALL_VOCAB", 0)
     idx, targets = random_ids(3, 7), random_ids(3, 7, seed=1)
     with torch.autocast("cpu", torch.bfloat16):
         logits, loss = raw(idx), raw(idx, targets)
@@ -189,8 +201,8 @@ def test_loss_of_bf16_logits_is_computed_in_float32() -> None:
 def test_weight_matrices_are_the_four_linear_layers_of_each_block() -> None:
     raw = rough_model()
     names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-    assert list(raw.weight_matrices()) == [f"transformer.h.{i}.{name}" for i in range(2) for name in names]
-    assert all(raw.get_submodule(name) is linear for name, linear in raw.weight_matrices().items())
+    assert list(weight_matrices(raw)) == [f"transformer.h.{i}.{name}" for i in range(2) for name in names]
+    assert all(raw.get_submodule(name) is linear for name, linear in weight_matrices(raw).items())
 
 
 def test_a_sequence_longer_than_block_size_is_refused() -> None:

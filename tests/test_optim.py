@@ -8,7 +8,7 @@ import torch
 from harness import bits, tiny_model
 from torch import Tensor
 
-from neogpt import optim
+from neogpt import model, optim
 
 ND = dict(mlp="ndlinear", mlp_width=32, mlp_modes=2)
 
@@ -36,7 +36,7 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(shape: dict, 
     optimizers = optim.make_optimizers(raw, optimizer=kind, weight_decay=0.1, betas=(0.8, 0.9), eps=1e-7)
     names = {id(p): name for name, p in raw.named_parameters()}
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    wte, matrices = {"transformer.wte.weight"}, {f"{name}.weight" for name in raw.weight_matrices()}
+    wte, matrices = {"transformer.wte.weight"}, {f"{name}.weight" for name in model.weight_matrices(raw)}
     others = {name for name in names.values() if name.endswith(".bias") or ".ln_" in name or ".modes.1." in name}
     expected = {"adamw": [wte | matrices, others], "muon": [wte, others, matrices]}
     assert [{names[id(p)] for p in group["params"]} for group in groups] == expected[kind]
@@ -107,7 +107,7 @@ def test_muon_equals_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "bfloat16", lambda x: x)
     raw = tiny_model().double()
     other, start = deepcopy(raw), deepcopy(raw)
-    matrices = [f"{name}.weight" for name in raw.weight_matrices()]
+    matrices = [f"{name}.weight" for name in model.weight_matrices(raw)]
     muon = optim.make_optimizers(raw, optimizer="muon", weight_decay=0.1)[1]
     settings = dict(lr=0.02, weight_decay=0.1, momentum=0.95, nesterov=True, adjust_lr_fn="match_rms_adamw")
     reference = torch.optim.Muon([other.get_parameter(name) for name in matrices], **settings)
@@ -158,7 +158,7 @@ def test_masks_of_pruned_matrices() -> None:
 @pytest.mark.parametrize("shape", [{}, ND], ids=["dense", "ndlinear"])
 def test_zeros_stay_zero_in_training(shape: dict, kind: str) -> None:
     raw = tiny_model(**shape)
-    pruned = [f"{name}.weight" for name in raw.weight_matrices() if ".h.1." in name]
+    pruned = [f"{name}.weight" for name in model.weight_matrices(raw) if ".h.1." in name]
     with torch.no_grad():
         for name in pruned:
             raw.get_parameter(name)[torch.rand(raw.get_parameter(name).shape) < 0.3] = 0

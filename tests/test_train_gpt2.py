@@ -226,7 +226,7 @@ def test_files_and_values_of_a_run(cfg: Config, capsys: pytest.CaptureFixture) -
     ckpt = newest(folder)
     assert (ckpt.step, ckpt.tokenizer, ckpt.stage) == (12, "bytes", "pretraining")
     assert ckpt.scores["val"] == pytest.approx(losses(folder, "val")[12])
-    assert ckpt.model_config["n_tokens"] == 257 and ckpt.model_config["vocab_size"] == 320
+    assert ckpt.model_config["n_tokens"] == 257 and ckpt.model_config["vocab_size"] == 257
     raw = checkpoint.load_model(str(folder)).raw
     assert harness.bits(dict(raw.state_dict())) == harness.bits(ckpt.model)
     assert len(samples(folder)) == 3  # none of the untrained model
@@ -318,7 +318,7 @@ def test_nan_is_skipped_and_training_continues(cfg: Config, monkeypatch: pytest.
 def test_init_from_a_pruned_model_keeps_its_zeros(cfg: Config, tmp_path: Path, optimizer: str) -> None:
     base = harness.tiny_model(n_layer=1, block_size=16, vocab_size=257)  # not padded, as OpenAI's
     with torch.no_grad():
-        for linear in base.weight_matrices().values():
+        for linear in model.weight_matrices(base).values():
             linear.weight[torch.rand_like(linear.weight) < 0.5] = 0.0
     source = harness.write_model(tmp_path / "base", base, pruned=dict(ratio=0.5))
     cfg = replace(cfg, init_from=str(source), optimizer=optimizer)

@@ -188,7 +188,7 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
         lengths = range(16, 16 + cfg.new_tokens, cfg.uncached_stride)
         with rt.autocast():
             for length in lengths:
-                raw.lm_head(raw.trunk(window[:, :length])[:, -1]).argmax(-1).tolist()
+                raw.head(raw.trunk(window[:, :length])[:, -1]).argmax(-1).tolist()
         return B * len(lengths)
 
     @torch.no_grad()
