@@ -108,19 +108,19 @@ def list_checkpoints(folder: str | Path) -> list[Path]:
 
 
 def check(ckpt: Checkpoint) -> None:
-    """Raise ValueError unless every value has its type; shapes are checked where the values are used."""
+    """Raise ValueError or TypeError unless every value has its type; shapes are checked where the values are used."""
 
     def is_map(value: Any, key: type, item: Any) -> bool:
         return isinstance(value, dict) and all(type(k) is key and isinstance(v, item) for k, v in value.items())
 
     maps = [(ckpt.model, Tensor), (ckpt.adapters, Tensor), (ckpt.scores, (int, float)), (ckpt.facts, str)]
     is_valid = files.matches(vars(ckpt) | dict(optimizers=None), vars(Checkpoint("", 0, {}, {}, "")))
-    is_valid = is_valid and ckpt.stage in SCRIPT_OF_STAGE and is_map(ckpt.model_config, str, object)
-    is_valid = is_valid and all(is_map(value, str, item) for value, item in maps)
+    is_valid = is_valid and ckpt.stage in SCRIPT_OF_STAGE and all(is_map(value, str, item) for value, item in maps)
     states = [] if ckpt.optimizers is None else ckpt.optimizers
     is_valid = is_valid and isinstance(states, list) and all(is_map(state, int, dict) for state in states)
     if not (is_valid and all(is_map(moments, str, Tensor) for state in states for moments in state.values())):
         raise ValueError("a value has the wrong type or range")
+    model.GPTConfig(**ckpt.model_config)
 
 
 def read(path: Path, verify: bool = True) -> Checkpoint:
@@ -206,11 +206,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def to_model(ckpt: Checkpoint) -> model.GPT:
-    """The model of a checkpoint. Raises ValueError if its configuration or its weights cannot be used."""
-    try:
-        return model.GPT.from_weights(model.GPTConfig(**ckpt.model_config), ckpt.model)
-    except TypeError as error:  # a field that GPTConfig does not have
-        raise ValueError(f"its model configuration is of another version ({files.one_line(error)})") from error
+    """The model of a checkpoint. Raises ValueError if its weights do not fit its configuration."""
+    return model.GPT.from_weights(model.GPTConfig(**ckpt.model_config), ckpt.model)
 
 
 class Loaded(NamedTuple):
