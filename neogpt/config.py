@@ -12,7 +12,6 @@ from typing import Annotated, TypeVar, get_args, get_type_hints
 from neogpt import files
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository
-MAX_COUNT = 2**63 - 1  # larger integers overflow in PyTorch and NumPy
 Config = TypeVar("Config")
 
 # Types of constants with their ranges, for `check`
@@ -83,8 +82,6 @@ def require(interval: str, **values: float | None) -> None:
     for name, value in values.items():
         if not (value is None or low < value < high or value in included):  # also for NaN
             raise ValueError(f"--{name}={value} must be in {interval}")
-        if isinstance(value, int) and abs(value) > MAX_COUNT:
-            raise ValueError(f"--{name}={value} must be at most {MAX_COUNT:,}")
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

@@ -45,22 +45,15 @@ class Log(logging.Handler):
     def __init__(self, folder: Path, rank: int = 0) -> None:
         """Open the log of rank 0; other ranks write nothing."""
         super().__init__()
-        self.path = folder / "log.txt" if rank == 0 else Path(os.devnull)
-        has_incomplete_line = self.path.is_file() and self.path.read_bytes()[-1:] not in (b"", b"\n")
-        self.open()
-        self.write("\n" * has_incomplete_line)
-
-    def open(self) -> None:
-        """Open and lock the file. It is line-buffered, so a killed run loses nothing."""
-        self.file = open(self.path, "a", 1, "utf-8", "backslashreplace")
+        path = folder / "log.txt" if rank == 0 else Path(os.devnull)
+        has_incomplete_line = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self.file = open(path, "a", 1, "utf-8", "backslashreplace")  # line-buffered: a killed run loses nothing
         files.lock(self.file)
+        self.write("\n" * has_incomplete_line)
 
     def write(self, text: str) -> None:
         """Append text. Raises OSError, for example if the disk is full."""
         try:
-            if not os.fstat(self.file.fileno()).st_nlink:  # somebody has deleted the file
-                self.open()
-                self.file.write("# the log before this line was deleted\n")
             self.file.write(text)
         except OSError as error:
             raise OSError(f"cannot write {self.file.name}: {error.strerror}; fix it and start again") from error
@@ -91,8 +84,6 @@ class Run:
         self.out_dir = files.make_folder(cfg.out_dir)
         starts_branch = bool(branch_from) and not checkpoint.list_checkpoints(self.out_dir)
         self.trunk_log = Path(branch_from).with_name("log.txt") if starts_branch else None  # its first part is copied
-        old_log = self.trunk_log or self.out_dir / "log.txt"
-        has_log = old_log.exists()
         self.log = Log(self.out_dir, rt.rank)
         runtime.logger.addHandler(self.log)
         self.resumed = checkpoint.find_resume(self.out_dir, rt, branch_from)
@@ -120,8 +111,6 @@ class Run:
         if self.resumed:
             changed = checkpoint.differences(start.config, asdict(cfg)) or "nothing"
             runtime.print0(f"continuing {self.out_dir} from step {self.step}; changed: {changed}")
-            if not has_log:
-                runtime.print0(f"{old_log} is missing: the log begins at step {self.step}")
 
     def identify(self, **facts: object) -> None:
         """Record what determines the curve besides the configuration; print what differs from the resumed run. Raises

@@ -113,19 +113,6 @@ def test_header_and_text_in_the_log(tmp_path: Path) -> None:
     assert all(line.startswith("# ") for line in header)
 
 
-def test_deleted_log_begins_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    log = run.Log(tmp_path)
-    log.scalars(1, train=2.5)
-    (tmp_path / "log.txt").unlink()
-    log.scalars(2, train=2.25)
-    assert log_lines(tmp_path)[1:] == ["2 train 2.25\n"] and "deleted" in log_lines(tmp_path)[0]
-    log.file.close()
-    train(open_run(tmp_path), 2)
-    (tmp_path / "log.txt").unlink()
-    train(open_run(tmp_path), 4)
-    assert f"{tmp_path / 'log.txt'} is missing" in capsys.readouterr().out
-
-
 def test_closed_terminal_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGHUP follows, after which the run saves."""
     opened = open_run(tmp_path)
