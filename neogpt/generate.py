@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neogpt import config, cpu, model
+from neogpt import cpu, model
 
 # Tokens per row that are generated before the host reads them, by device (else 1), so that a GPU does not wait for the
 # host after every token. Up to CHUNK - 1 tokens are discarded after the last row has ended.
@@ -142,19 +142,11 @@ def generate(
     keep the k most likely ids, 0 for all. top_p: keep the most likely ids with this total probability.
     repetition_penalty: see `penalize`; 1 for none. seeds: one per row, default 0, 1, …; a row depends on its prompt and
     seed, and on other rows only through rounding. stop: a row ends after this id. compile: compile the decode step, for
-    up to a minute. Raises ValueError for values out of range. A row that reaches block_size, where the learned
-    positions end, continues from its last block_size / 2 tokens.
+    up to a minute. A row that reaches block_size, where the learned positions end, continues from its last
+    block_size / 2 tokens.
     """
     block_size, n_tokens = raw.config.block_size, raw.config.n_tokens
     seeds = range(len(prompts)) if seeds is None else seeds
-    if not prompts or not all(prompts) or len(seeds) != len(prompts):
-        raise ValueError("generate needs prompts of at least one token, and one seed per prompt")
-    if not all(0 <= token < n_tokens for prompt in prompts for token in prompt):
-        raise ValueError(f"a prompt has a token id outside 0 … {n_tokens - 1}")
-    config.require("[0, inf)", max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k)
-    config.require("(0, 1]", top_p=top_p)
-    config.require("(0, inf)", repetition_penalty=repetition_penalty)
-
     device = raw.lm_head.weight.device
     windows = [list(prompt[-block_size:]) for prompt in prompts]
     # all random numbers come from the CPU up front: equal on every device, and independent of the other rows
