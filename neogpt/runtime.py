@@ -66,8 +66,6 @@ def setup(
     kind, _, index = device.partition(":")
     if kind not in ("cuda", "mps", "cpu") or index and not index.isdecimal() or (kind == "mps" and not has_mps):
         raise ValueError(f"--device={device} is not available: expected auto, cuda, mps or cpu")
-    if kind == "mps" and world_size > 1:
-        raise ValueError("several processes need CUDA devices or --device=cpu, not mps")
     if kind == "cuda":
         device = f"cuda:{int(index or os.environ.get('LOCAL_RANK', '0'))}"
         setup_cuda(device)
@@ -195,14 +193,12 @@ def require_compiler(device: torch.device) -> None:
 @contextmanager
 def strict_determinism() -> Iterator[None]:
     """Inside, nondeterministic kernels raise an error. In warn-only mode attention can use one in its backward pass."""
-    if not torch.is_deterministic_algorithms_warn_only_enabled():  # determinism is off, or strict already
-        yield
-        return
-    torch.use_deterministic_algorithms(True)
+    mode = torch.get_deterministic_debug_mode()  # 0: determinism is off; 1: warn; 2: raise an error
+    torch.set_deterministic_debug_mode(2 if mode else 0)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode(mode)
 
 
 @contextmanager
