@@ -128,14 +128,9 @@ def lock(file: IO) -> None:
 
 
 def make_folder(folder: str | Path) -> Path:
-    """Create a folder and its parents if missing; return it. Raises OSError if it cannot be written to."""
+    """Create a folder and its parents if missing; return it. Raises OSError, whose message has the path."""
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot create the folder {folder}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise OSError(f"cannot write to the folder {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

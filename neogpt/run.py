@@ -220,17 +220,9 @@ class Run:
             if self.rt.rank == 0:
                 self.print_step(step, lr, n_tokens, dt, result)
             if self.n_nonfinite == MAX_NONFINITE:
-                self.set_aside(step + 1 - MAX_NONFINITE)
                 problem = f"loss or gradient not finite in {MAX_NONFINITE} steps in a row (loss {result.loss})"
                 remedy = "lower --max_lr, lengthen the warmup, or use --precision=fp32; then start again"
                 raise ValueError(f"{problem}: {remedy} from the last checkpoint")
-
-    def set_aside(self, step: int) -> None:
-        """Rename the checkpoint of a step from which the loss is not finite, if there is an older one."""
-        self.wait_for_writer()
-        found = checkpoint.list_checkpoints(self.out_dir)
-        if self.rt.rank == 0 and len(found) > 1 and found[0].stem == f"ckpt_{step:06d}":
-            found[0].rename(found[0].with_suffix(".nonfinite"))
 
     def print_step(self, step: int, lr: float, n_tokens: int, dt: float, result: training.StepResult) -> None:
         """Print one line for a step that took dt seconds. n_tokens: without padding."""

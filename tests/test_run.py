@@ -182,18 +182,6 @@ def test_nonfinite_steps_end_a_run_if_too_many(tmp_path: Path, monkeypatch: pyte
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["ckpt_000004.pt"]
 
 
-def test_checkpoint_that_gives_no_finite_loss_is_set_aside(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="in a row"):
-        train(open_run(tmp_path), 99, 1, tuple(range(5, 99)))
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["ckpt_000004.pt", "ckpt_000005.nonfinite", "log.txt"]  # the loss of step 5 was not finite
-    assert math.isfinite(harness.losses(train(open_run(tmp_path), 7))[6])  # it continues from step 4
-    alone = tmp_path / "alone"
-    with pytest.raises(ValueError, match="in a row"):
-        train(open_run(alone, keep_last=1), 99, 1, tuple(range(5, 99)))
-    assert [path.name for path in checkpoint.list_checkpoints(alone)] == ["ckpt_000005.pt"]  # better than nothing
-
-
 def identify_on_rank(rt: runtime.Runtime, folder: Path) -> str:
     opened = run.Run(Config(str(folder)), "pretraining", BYTES, rt)
     opened.identify(kernel="fast")
