@@ -117,11 +117,6 @@ def sample(logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top
     return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
 
 
-def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Logits (B, V) with less weight for the ids that a row has seen, (B, V) bool (arXiv:1909.05858, section 4.1)."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-
-
 @torch.no_grad()
 def generate(
     raw: model.GPT,
@@ -140,10 +135,10 @@ def generate(
 
     prompts: B lists of token ids, not empty; only the last block_size ids are used. temperature: 0 is greedy. top_k:
     keep the k most likely ids, 0 for all. top_p: keep the most likely ids with this total probability.
-    repetition_penalty: see `penalize`; 1 for none. seeds: one per row, default 0, 1, …; a row depends on its prompt and
-    seed, and on other rows only through rounding. stop: a row ends after this id. compile: compile the decode step, for
-    up to a minute. A row that reaches block_size, where the learned positions end, continues from its last
-    block_size / 2 tokens.
+    repetition_penalty: divides the positive logits of ids that a row has, and multiplies the negative ones; 1 for none
+    (arXiv:1909.05858, section 4.1). seeds: one per row, default 0, 1, …; a row depends on its prompt and seed, and on
+    other rows only through rounding. stop: a row ends after this id. compile: compile the decode step, for up to a
+    minute. At block_size, where the learned positions end, a row continues from its last block_size / 2 tokens.
     """
     block_size, n_tokens = raw.config.block_size, raw.config.n_tokens
     seeds = range(len(prompts)) if seeds is None else seeds
@@ -158,7 +153,8 @@ def generate(
 
     def sampler(logits: Tensor, u: Tensor, newest: Tensor) -> Tensor:
         if repetition_penalty != 1:
-            logits = penalize(logits, seen.scatter_(1, newest[:, None], True), repetition_penalty)
+            lower = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+            logits = torch.where(seen.scatter_(1, newest[:, None], True), lower, logits)
         return sample(logits, u, temperature, top_k, top_p)
 
     ended = [False] * len(prompts)

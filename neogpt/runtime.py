@@ -49,9 +49,8 @@ def print0(text: str) -> None:
 def setup(
     device: str = "auto", precision: str = "auto", deterministic: bool = False, console: TextIO | None = None
 ) -> Runtime:
-    """Select device and precision and, under torchrun, join the process group (nccl on CUDA, gloo on CPU). device,
-    precision, deterministic: as in the Config of train_gpt2.py. console: where `print0` prints; None: stdout. Raises
-    ValueError if the device does not exist.
+    """Select device and precision and, under torchrun, join the process group (nccl on CUDA, gloo on CPU). console:
+    where `print0` prints; None: stdout. Raises ValueError if the device does not exist.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" not in os.environ and (world_size > 1 or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1):
@@ -73,9 +72,8 @@ def setup(
     if kind == "cpu":
         keep_freed_memory()
     if world_size > 1:
-        timeout = timedelta(minutes=30)  # rank 0 can read all shards while the others wait
         settings = dict(backend="nccl", device_id=torch.device(device)) if kind == "cuda" else dict(backend="gloo")
-        torch.distributed.init_process_group(timeout=timeout, **settings)
+        torch.distributed.init_process_group(timeout=timedelta(minutes=30), **settings)  # rank 0 can read all shards
     if precision == "auto":
         fast_on_cuda = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if fast_on_cuda or kind == "cpu" and cpu_has_bf16() else "fp32"
