@@ -82,6 +82,8 @@ def require(interval: str, **values: float | None) -> None:
     for name, value in values.items():
         if not (value is None or low < value < high or value in included):  # also for NaN
             raise ValueError(f"--{name}={value} must be in {interval}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"--{name}={value} is too large")
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

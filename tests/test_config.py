@@ -169,7 +169,7 @@ def test_ranges_are_those_of_the_types() -> None:
 
 def test_require() -> None:
     cases = {
-        "[1, inf)": ([1, 1.5, 2**62, 1e300, None], [0, -1, math.inf, math.nan]),
+        "[1, inf)": ([1, 1.5, 2**62, 1e300, None], [0, -1, math.inf, math.nan, 2**63]),
         "(0, inf)": ([1e-300, 1], [0.0, -0.0, math.inf, math.nan]),
         "[0, 1)": ([0, 0.5, None], [1, 1.0001, -1e-9]),
         "[0, 1]": ([0, 1], [-1e-9, 1 + 1e-9, math.nan]),
