@@ -21,7 +21,6 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -78,22 +77,12 @@ def sample_answers(
 ) -> tuple[list[rewards.Answer], np.ndarray, np.ndarray]:
     """n sampled answers to each prompt, the values of the terms of their rewards, (answers, terms), and the rewards,
     (prompts, n), fp64. An answer depends on weights, prompt, seed, number of the prompt and index in the group, and on
-    other prompts only through rounding. Raises ValueError on all ranks if a reward fails on one.
+    other prompts only through rounding. Raises ValueError if a reward fails.
     """
-    scores, problem = [], ""
     indices = ((numbers[:, None] << 16) + np.arange(n)).flatten().astype(np.uint64)  # of all samples of the run
     seeds = (data.mix(np.uint64(run.cfg.seed) ^ data.mix(indices)) >> 32).tolist()  # PyTorch uses 32 bits
     answers = finetune.answer(run, [prompt for prompt in prompts for _ in range(n)], seeds)
-    try:
-        scores = [rewards.score(terms, each) for each in answers]
-    except ValueError as error:
-        problem = str(error)
-    problems = [problem] * run.rt.world_size
-    if run.rt.world_size > 1:
-        torch.distributed.all_gather_object(problems, problem)
-    if any(problems):
-        raise ValueError(max(problems))
-    values = np.array(scores).reshape(-1, len(terms))
+    values = np.array([rewards.score(terms, each) for each in answers])
     return answers, values, (values @ [term.weight for term in terms.values()]).reshape(-1, n)
 
 
@@ -106,54 +95,43 @@ def advantages_of(totals: np.ndarray, scale_by_std: bool) -> np.ndarray:
 
 
 def rollout(run: Run, prompts: Prompts, terms: rewards.Terms) -> tuple[training.Batch, dict[str, float]]:
-    """The data of this step, answered and scored, and its statistics to log. Each rank answers its share of prompts."""
-    cfg, rt, n = run.cfg, run.rt, run.cfg.samples_per_prompt
-    mine = np.arange(cfg.prompts_per_step)[rt.rank :: rt.world_size]
-    asked = [prompts[i] for i in run.items(run.step, cfg.prompts_per_step, len(prompts))[mine]]
-    answers, values, totals = sample_answers(run, asked, run.n_sequences + mine, n, terms)
+    """The data of this step, answered and scored, and its statistics to log."""
+    cfg, n = run.cfg, run.cfg.samples_per_prompt
+    asked = [prompts[i] for i in run.items(run.step, cfg.prompts_per_step, len(prompts))]
+    numbers = run.n_sequences + np.arange(cfg.prompts_per_step)
+    answers, values, totals = sample_answers(run, asked, numbers, n, terms)
     repeated = [ids for _, ids in asked for _ in range(n)]
     examples = [chat.Example(np.array(ids + each.ids), len(ids)) for ids, each in zip(repeated, answers)]
-    advantages = advantages_of(totals, cfg.scale_by_std).flatten().tolist()
-    trained = [e for e, advantage in zip(examples, advantages) if advantage or cfg.kl_beta]  # the others: no gradient
-    counts = [sum(len(e.ids) - e.n_prompt for e in trained), sum(e.n_inputs for e in trained)]
-    counts += [(np.ptp(totals, axis=1) == 0).sum(), sum(len(each.ids) for each in answers)]
-    counts += [sum(not each.ended for each in answers), totals.sum(), *values.sum(axis=0)]
-    counts = runtime.all_reduce_sum(torch.tensor(counts, dtype=torch.float64), rt).tolist()
-    (n_trained, n_inputs, n_no_signal, *sums), n_answers = counts, n * cfg.prompts_per_step
-    names = "length", "cut_off", "reward", *(f"reward/{term}" for term in terms)
-    stats = dict(no_signal=n_no_signal * n / n_answers) | {name: x / n_answers for name, x in zip(names, sums)}
-    if rt.rank == 0:
-        stats["gap"] = rollout_gap(run, examples[:n])
-        text = ", ".join(f"{name} {value:.3g}" for name, value in stats.items())
-        sample = f"{answers[0].prompt}-> {answers[0].text}{'' if answers[0].ended else ' …'}".replace("\n", " ")
-        runtime.print0(f"step {run.step}: {text}\n  > {sample} [{totals[0, 0]:g}]")
-    parts = micro_batches(run, examples, advantages, n_trained, sums[0])
-    return training.Batch(parts, cfg.prompts_per_step, int(n_inputs)), stats
+    stats = dict(no_signal=np.mean(np.ptp(totals, axis=1) == 0), length=np.mean([len(each.ids) for each in answers]))
+    stats |= dict(cut_off=np.mean([not each.ended for each in answers]), reward=totals.mean())
+    stats |= {f"reward/{term}": value for term, value in zip(terms, values.mean(axis=0))}
+    stats["gap"] = rollout_gap(run, examples[:n])
+    text = ", ".join(f"{name} {value:.3g}" for name, value in stats.items())
+    sample = f"{answers[0].prompt}-> {answers[0].text}{'' if answers[0].ended else ' …'}".replace("\n", " ")
+    runtime.print0(f"step {run.step}: {text}\n  > {sample} [{totals[0, 0]:g}]")
+    return make_batch(examples, advantages_of(totals, cfg.scale_by_std).flatten().tolist(), cfg, run.rt), stats
 
 
-def micro_batches(
-    run: Run, examples: list[chat.Example], advantages: list[float], n_trained: float, n_targets: float
-) -> list[dict[str, Any]]:
-    """`chat.collate` of B examples, longest first, with advantages, (B, 1), and weights of tokens. Examples without
-    gradient are left out, unless no example of the step has one. n_trained: target tokens of examples with gradient;
-    n_targets: of all; both over all ranks. The weighted sum, divided by n_trained, is the loss of cfg.loss.
+def make_batch(
+    examples: list[chat.Example], advantages: list[float], cfg: Config, rt: runtime.Runtime
+) -> training.Batch:
+    """This rank's micro-batches of B examples, longest first: `chat.collate` with advantages, (B, 1), and weights of
+    tokens, whose weighted sum divided by the number of tokens is the loss of cfg.loss. Examples without gradient are
+    left out, unless no example has one.
     """
-    cfg, batches, keep_all, n_trained = run.cfg, [], run.cfg.kl_beta or not n_trained, n_trained or n_targets
-    order = [i for i, advantage in enumerate(advantages) if advantage or keep_all]
-    order.sort(key=lambda i: -len(examples[i].ids))
-    per_answer = n_trained / (cfg.prompts_per_step * cfg.samples_per_prompt)
-    sizes = [len(order)] * run.rt.world_size
-    if run.rt.world_size > 1:
-        torch.distributed.all_gather_object(sizes, len(order))
-    for start in range(0, max(1, *sizes), cfg.B):  # equally many on all ranks, as FSDP2 needs: some have an empty row
-        part = order[start : start + cfg.B]
-        batch = chat.collate([[examples[i]] for i in part] or [[]], run.rt.device)
+    rows = [*zip(examples, advantages)]
+    trained = [(e, advantage) for e, advantage in rows if advantage or cfg.kl_beta] or rows
+    trained.sort(key=lambda row: -len(row[0].ids))
+    n_targets, n_trained = (sum(len(e.ids) - e.n_prompt for e, _ in part) for part in (rows, trained))
+    per_answer, batches = n_trained / (cfg.prompts_per_step * cfg.samples_per_prompt), []
+    for part in chat.shard_across_ranks([[row] for row in trained], cfg.B, rt):
+        batch = chat.collate([[e for e, _ in row] for row in part], rt.device)
         lengths = (batch["y"] >= 0).sum(dim=1, keepdim=True).clamp(min=1)
         weights = dict(dapo=n_trained / n_targets, grpo=per_answer / lengths, dr_grpo=per_answer / cfg.answer_tokens)
         batch["weight"] = weights[cfg.loss]
-        batch["advantage"] = torch.tensor([[advantages[i]] for i in part] or [[0.0]], device=run.rt.device)
+        batch["advantage"] = torch.tensor([[row[0][1] if row else 0.0] for row in part], device=rt.device)
         batches.append(batch)
-    return batches
+    return training.Batch(batches, cfg.prompts_per_step, sum(e.n_inputs for e, _ in trained))
 
 
 def log_probs(net: nn.Module, batch: dict[str, Any], n_ids: int) -> tuple[Tensor, Tensor]:
@@ -181,28 +159,24 @@ def rollout_gap(run: Run, examples: list[chat.Example]) -> float:
     return (cached - logps[:, part].flatten()).abs().max().item()
 
 
-@torch.no_grad()
-def add_log_probs(run: Run, batch: training.Batch, reference: nn.Module | None) -> training.Batch:
-    """Add the log-probabilities of the model before the updates, if there are several, and those of the reference."""
-    old = run.full_model() if run.cfg.updates_per_rollout > 1 else None
-    for name, net in dict(old=old, reference=reference).items():
-        for part in batch.micro_batches if net else ():
-            with run.rt.autocast():
-                part[name], _ = log_probs(net, part, run.raw.config.n_tokens)
-    return batch
-
-
-def grpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config, n_ids: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and the detached metrics of a micro-batch, summed over its targets."""
+def grpo_loss(
+    net: nn.Module, batch: dict[str, Any], cfg: Config, n_ids: int, reference: nn.Module | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and the detached metrics of a micro-batch, summed over its targets. The first update on a micro-batch
+    adds to it what the next ones need: the log-probabilities before the updates, and those of the reference.
+    """
     logps, entropy = log_probs(net, batch, n_ids)
     mask = batch["y"] >= 0
-    ratio = (logps - batch.get("old", logps.detach())).exp()  # with one update per rollout it is 1
+    ratio = (logps - batch.setdefault("old", logps.detach())).exp()  # in the first update it is 1
     objective = ratio * batch["advantage"]  # its gradient is then that of advantage · log-probability
     metrics = dict(entropy=entropy)
     if cfg.clip:
         clipped = ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * batch["advantage"]
         metrics["clipped"], objective = (clipped < objective).float(), torch.minimum(objective, clipped)
-    if cfg.kl_beta:
+    if reference:
+        if "reference" not in batch:
+            with torch.no_grad():
+                batch["reference"], _ = log_probs(reference, batch, n_ids)
         logratio = batch["reference"] - logps
         metrics["kl"] = logratio.exp() - logratio - 1  # k3 of http://joschu.net/blog/kl-approx.html: never below 0
         objective = objective - cfg.kl_beta * metrics["kl"]
@@ -211,29 +185,15 @@ def grpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config, n_ids: int) ->
 
 def evaluate(run: Run, prompts: Prompts, questions: list[chat.Row], terms: rewards.Terms) -> bool:
     """Evaluate on held-out prompts; return whether the reward is the highest so far."""
-    rt, k = run.rt, run.cfg.n_eval_samples
-    mine = np.arange(len(prompts))[rt.rank :: rt.world_size]
-    answers, values, totals = sample_answers(run, [prompts[i] for i in mine], FIRST_HELD_OUT + mine, k, terms)
+    k, numbers = run.cfg.n_eval_samples, FIRST_HELD_OUT + np.arange(len(prompts))
+    answers, values, totals = sample_answers(run, prompts, numbers, k, terms)
     passed = (values[:, 0] >= 1).reshape(-1, k)
     sums = [totals.sum() / k, passed.sum() / k, passed.any(axis=1).sum(), sum(each.ended for each in answers) / k]
-    means = runtime.all_reduce_sum(torch.tensor(sums, dtype=torch.float64) / len(prompts), rt).tolist()
+    means = (np.array(sums) / len(prompts)).tolist()
     scores = dict(val=-means[0]) | dict(zip(("val/reward", "pass@1", f"pass@{k}", "ended"), means))
     if questions:
         scores["exact"] = finetune.score_answers(run, questions)["exact"]
     return finetune.report(run, scores)
-
-
-def check_signal(run: Run, stats: dict[str, float], n_no_signal: int) -> int:
-    """The number of steps in a row without signal. Raises ValueError at MAX_NO_SIGNAL, after saving."""
-    n_no_signal = n_no_signal + 1 if stats["no_signal"] == 1 else 0
-    if n_no_signal == 1:
-        runtime.print0(f"step {run.step}: no group has different rewards, so the gradient of the rewards is 0")
-    if n_no_signal == MAX_NO_SIGNAL:
-        run.save()
-        run.wait_for_writer()
-        problem = f"no group had different rewards in {MAX_NO_SIGNAL} steps in a row (mean reward {stats['reward']:g})"
-        raise ValueError(f"{problem}: the model always succeeds or always fails; use another --reward or --data")
-    return n_no_signal
 
 
 def main(cfg: Config) -> None:
@@ -254,10 +214,10 @@ def main(cfg: Config) -> None:
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(prompts) / n))
     runtime.print0(f"{len(prompts):,} prompts to train on, {len(val_prompts):,} held out; {max_steps:,} steps of {n}")
     reference = checkpoint.load_model(cfg.checkpoint).raw.to(rt.device) if cfg.kl_beta else None
-    loss_fn = partial(grpo_loss, cfg=cfg, n_ids=run.raw.config.n_tokens)
+    loss_fn = partial(grpo_loss, cfg=cfg, n_ids=run.raw.config.n_tokens, reference=reference)
     facts = dict(training_data=prompts, validation_data=val_prompts, reward_code=[t.code for t in terms.values()])
     run.identify(**{name: f"{zlib.crc32(repr(value).encode()):08x}" for name, value in facts.items()})
-    run.warm_up(add_log_probs(run, training.Batch(micro_batches(run, [], [], 1, 1), 0, 0), reference), loss_fn)
+    run.warm_up(make_batch([chat.Example(np.array([0, 0]), 1)], [0.0], cfg, rt), loss_fn)
     lr_at = optim.schedule("wsd", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr, decay_frac=1.0)
     n_no_signal = 0
     for step in run.steps(max_steps):
@@ -268,9 +228,13 @@ def main(cfg: Config) -> None:
             break
         started = time.perf_counter()
         batch, stats = rollout(run, prompts, terms)
-        n_no_signal = check_signal(run, stats, n_no_signal)
+        n_no_signal = n_no_signal + 1 if stats["no_signal"] == 1 else 0
+        if n_no_signal == MAX_NO_SIGNAL:
+            run.save()
+            run.wait_for_writer()
+            problem = f"no group had different rewards in {n_no_signal} steps (mean reward {stats['reward']:g})"
+            raise ValueError(f"{problem}: the model always succeeds or always fails; use another --reward or --data")
         answered = time.perf_counter()
-        add_log_probs(run, batch, reference)
         for i in range(cfg.updates_per_rollout):
             run.update(batch._replace(n_sequences=0 if i else n), loss_fn, lr=lr_at(step))
         run.read_results(0)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.distributed
 
 from neogpt import chat, checkpoint, config, data, generate, lora, model, optim, rewards, runtime, training
 from neogpt.run import Run
@@ -113,30 +114,34 @@ def encode_prompts(run: Run, rows: list[chat.Row], budget: int, source: str) -> 
 
 
 def answer(run: Run, prompts: list[Prompt], seeds: list[int] | None = None) -> list[rewards.Answer]:
-    """The answer to each prompt: sampled with these seeds, or greedy without seeds."""
-    raw, answers, n, eot = run.full_model(), [], run.cfg.answer_tokens, run.tokenizer.eot_token
+    """The answer to each prompt: sampled with these seeds, or greedy without seeds. Each rank generates its part, and
+    all ranks get all answers.
+    """
+    raw, answers, n, eot, rt = run.full_model(), [], run.cfg.answer_tokens, run.tokenizer.eot_token, run.rt
     size = 256 if seeds else 64  # prompts per batch
-    for start in range(0, len(prompts), size):
-        part = slice(start, start + size)
+    per_rank = -(-len(prompts) // rt.world_size)
+    end = min(len(prompts), (rt.rank + 1) * per_rank)
+    for start in range(rt.rank * per_rank, end, size):
+        part = slice(start, min(start + size, end))
         options = dict(temperature=1.0, seeds=seeds[part]) if seeds else dict(temperature=0.0)
-        with run.rt.autocast():
+        with rt.autocast():
             found = generate.complete(raw, [ids for _, ids in prompts[part]], n, eot, **options)
         for (row, _), (ids, ended) in zip(prompts[part], found):
             texts = chat.whole_prompt(row), row.response, run.tokenizer.decode(ids)
             answers.append(rewards.Answer(*texts, ids + [eot] * ended, ended))
-    return answers
+    parts = [answers] * rt.world_size
+    if rt.world_size > 1:
+        torch.distributed.all_gather_object(parts, answers)
+    return sum(parts, [])
 
 
 def score_answers(run: Run, rows: list[chat.Row]) -> dict[str, float]:
     """The rewards exact, begins and ends (see rewards.py) of greedy answers: means over all rows; {} without rows."""
-    rt, T = run.rt, run.cfg.T or run.raw.config.block_size
+    T = run.cfg.T or run.raw.config.block_size
     budget = T - min(run.cfg.answer_tokens, T // 2)  # for the prompt, so that an answer fits into T tokens
-    prompts = [(row, chat.encode_prompt(row, budget, run.tokenizer)) for row in rows[rt.rank :: rt.world_size]]
-    counts = torch.zeros(3)
-    for each in answer(run, prompts):
-        counts += torch.tensor([rewards.exact(each), rewards.begins(each), each.ended])
-    means = runtime.all_reduce_sum(counts.to(rt.device), rt) / max(1, len(rows))
-    return dict(zip(("exact", "begins", "ended"), means.tolist())) if rows else {}
+    answers = answer(run, [(row, chat.encode_prompt(row, budget, run.tokenizer)) for row in rows])
+    scores = [[rewards.exact(each), rewards.begins(each), each.ended] for each in answers]
+    return dict(zip(("exact", "begins", "ended"), torch.tensor(scores).mean(dim=0).tolist())) if rows else {}
 
 
 def report(run: Run, scores: dict[str, float]) -> bool:
@@ -148,9 +153,7 @@ def report(run: Run, scores: dict[str, float]) -> bool:
         run.scores["best"] = loss
     text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
     runtime.print0(f"step {run.step}, held out: {text}{' (lowest val so far)' if best else ''}")
-    run.full_model()  # on all ranks
-    if run.rt.rank == 0:
-        rows = [chat.Row(prompt, "", "") for prompt in cfg.prompts]
-        for row, each in zip(rows, answer(run, [(row, chat.encode_prompt(row, 0, run.tokenizer)) for row in rows])):
-            runtime.print0(f"  > {row.instruction} -> {each.text}{'' if each.ended else ' …'}")
+    rows = [chat.Row(prompt, "", "") for prompt in cfg.prompts]
+    for row, each in zip(rows, answer(run, [(row, chat.encode_prompt(row, 0, run.tokenizer)) for row in rows])):
+        runtime.print0(f"  > {row.instruction} -> {each.text}{'' if each.ended else ' …'}")
     return best

@@ -19,7 +19,6 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from harness import ALONE, tiny_model, write_rows
-from torch import Tensor
 
 from neogpt import chat, data, finetune, generate, rewards, runtime
 from neogpt.chat import Example, Row
@@ -395,11 +394,3 @@ def test_scores_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert finetune.score_answers(run_of(texts, 12), rows) == expected
     # stopped after the reference without end-of-text: it begins with the reference, but is not an exact match
     assert finetune.score_answers(run_of(texts, 4), rows[:1]) == dict(exact=0, begins=1, ended=0)
-    total = torch.tensor([1.0, 3.0, 4.0])
-    for n_ranks in (2, 7):  # 7: more ranks than rows
-        counts: list[Tensor] = []
-        monkeypatch.setattr(runtime, "all_reduce_sum", lambda x, rt, counts=counts: counts.append(x) or total)
-        for rank in range(n_ranks):
-            rt = ALONE._replace(rank=rank, world_size=n_ranks)
-            assert finetune.score_answers(run_of(texts, 12, rt), rows) == expected
-        assert torch.equal(sum(counts), total)
