@@ -102,10 +102,10 @@ def parse_pair(fields: dict[str, Any]) -> tuple[chat.Row, str]:
     return row, rejected
 
 
-def read_pairs(source: str, rt: runtime.Runtime) -> list[tuple[chat.Row, str]]:
+def read_pairs(source: str) -> list[tuple[chat.Row, str]]:
     """The pairs of a file or a dataset. Unusable pairs are dropped and counted."""
     kinds = [("prompt", "response_a", "response_b", "preferred"), ("prompt", "chosen", "rejected")]
-    pairs = chat.parse_rows(source, rt, [*kinds, ("chosen", "rejected")], parse_pair)
+    pairs = chat.parse_rows(source, [*kinds, ("chosen", "rejected")], parse_pair)
     if len({row._replace(response="") for row, _ in pairs}) < 2:
         raise ValueError(f"{source} has {len(pairs)} usable pairs: at least two different prompts are needed")
     if all(text.startswith(row.instruction) for row, rejected in pairs for text in (row.response, rejected)):
@@ -246,15 +246,14 @@ def main(cfg: Config) -> None:
     smoothing = "[0, 0.5)" if cfg.loss in ("sigmoid", "robust") else "[0, 0]"
     config.require(smoothing, label_smoothing=cfg.label_smoothing)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
-    run, T = finetune.open_run(cfg, "dpo", ("sft",), rt)
-    rt = run.rt
-    texts = read_pairs(cfg.data, rt)
+    run, rt, T = finetune.open_run(cfg, "dpo", ("sft",), rt)
+    texts = read_pairs(cfg.data)
     splits = chat.split_rows(texts, [chat.whole_prompt(row) for row, _ in texts], cfg.val_frac, cfg.seed)
     train, val = (tokenize_pairs(split, T, run.tokenizer, cfg.data) for split in splits)
     pairs = add_reference(run, train + val)
     train, val = pairs[: len(train)], pairs[len(train) :]
     held_out = [row for row, _ in splits[1][: cfg.n_eval_prompts]]
-    questions = chat.read_rows(cfg.eval_questions, rt) if cfg.eval_questions else []
+    questions = chat.read_rows(cfg.eval_questions) if cfg.eval_questions else []
     n = cfg.pairs_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(train) / n))
     runtime.print0(f"{len(train):,} pairs to train on, {len(val):,} held out; {max_steps:,} steps of {n}")

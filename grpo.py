@@ -202,14 +202,13 @@ def main(cfg: Config) -> None:
     config.require("[0, 1)" if cfg.updates_per_rollout == 1 else "(0, 1)", clip=cfg.clip)
     terms = rewards.parse(cfg.reward)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
-    run, T = finetune.open_run(cfg, "grpo", ("sft", "dpo"), rt)
-    rt = run.rt
+    run, rt, T = finetune.open_run(cfg, "grpo", ("sft", "dpo"), rt)
     config.require(f"[1, {T // 2}]", answer_tokens=cfg.answer_tokens)
-    rows, val_rows = finetune.read_rows(cfg, rt)
+    rows, val_rows = finetune.read_rows(cfg)
     budget = T - cfg.answer_tokens
     prompts = finetune.encode_prompts(run, rows, budget, cfg.data)
     val_prompts = finetune.encode_prompts(run, val_rows[: cfg.n_eval_prompts], budget, "held-out data")
-    questions = chat.read_rows(cfg.eval_questions, rt) if cfg.eval_questions else []
+    questions = chat.read_rows(cfg.eval_questions) if cfg.eval_questions else []
     n = cfg.prompts_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(prompts) / n))
     runtime.print0(f"{len(prompts):,} prompts to train on, {len(val_prompts):,} held out; {max_steps:,} steps of {n}")

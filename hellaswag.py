@@ -65,7 +65,7 @@ class Row(NamedTuple):
 def read_rows(source: str, limit: int | None, rt: runtime.Runtime) -> list[Row]:
     """The first `limit` rows with a label. source: a file, or "" for the hub's validation set. Raises ValueError."""
     rows, source = [], source or HUB
-    for index, fields in enumerate(chat.load_rows(source, rt, "validation")):
+    for index, fields in enumerate(chat.load_rows(source, "validation")):
         where, endings = f"{source}, row {index + 1}", fields.get("endings")
         label = str(fields.get("label", "")).strip()  # text in the hub's edition, empty in the test split
         valid = isinstance(endings, list) and len(endings) == N_ENDINGS and all(isinstance(e, str) for e in endings)

@@ -96,9 +96,8 @@ def main(cfg: Config) -> None:
     config.check(cfg)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     compiled = cfg.packing and rt.device.type == "cuda" if cfg.compile is None else cfg.compile
-    run, T = finetune.open_run(cfg, "sft", ("pretraining", "sft"), rt, compiled, dynamic=not cfg.packing)
-    rt = run.rt
-    rows, val_rows = finetune.read_rows(cfg, rt)
+    run, rt, T = finetune.open_run(cfg, "sft", ("pretraining", "sft"), rt, compiled, dynamic=not cfg.packing)
+    rows, val_rows = finetune.read_rows(cfg)
     examples = make_examples(rows, T, run.tokenizer, cfg.data)
     val_examples = make_examples(val_rows, T, run.tokenizer, cfg.val_data or "the held-out part")
     n = cfg.rows_per_step

@@ -33,17 +33,15 @@ class Row(NamedTuple):
     history: tuple[tuple[str, str], ...] = ()  # prompt and response of each earlier turn
 
 
-def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[dict[str, Any]]:
+def load_rows(source: str, split: str = "train") -> list[dict[str, Any]]:
     """The rows of .json (a list), .jsonl or .parquet files (a file, folder or pattern; also .gz and .zst), or of a
-    dataset on the hub (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT). Raises ValueError or OSError on all ranks.
+    dataset on the hub (NAME, NAME:CONFIG or NAME:CONFIG:SPLIT). Raises ValueError or OSError.
     """
     paths, skipped = files.find_files(source, SUFFIXES, split)
     is_local = paths or files.has_suffix(source, SUFFIXES) or Path(source).exists()
-    if rt.rank > 0:
-        runtime.barrier(rt)  # read what rank 0 has downloaded
     try:
         if not is_local:
-            from datasets import load_dataset
+            from datasets import load_dataset  # with a lock, so that one rank downloads
 
             name, *rest = source.split(":")
             rows = load_dataset(name, *rest[:1], split=rest[1] if len(rest) > 1 else split).to_list()
@@ -56,9 +54,6 @@ def load_rows(source: str, rt: runtime.Runtime, split: str = "train") -> list[di
         if is_local:
             raise ValueError(f"cannot read the rows of {source}: {reason}") from error
         raise OSError(f"cannot download {source} ({reason}): check the name and the network, or give a file") from error
-    finally:
-        if rt.rank == 0:
-            runtime.barrier(rt)
     if skipped:
         runtime.print0(f"{source}: files that are not read: {', '.join(path.name for path in skipped)}")
     return rows
@@ -86,14 +81,12 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def parse_rows(
-    source: str, rt: runtime.Runtime, kinds: Sequence[tuple[str, ...]], parse: Callable[[dict[str, Any]], Any]
-) -> list[Any]:
+def parse_rows(source: str, kinds: Sequence[tuple[str, ...]], parse: Callable[[dict[str, Any]], Any]) -> list[Any]:
     """Call `parse` on each row, with its fields renamed to the keys of ALIASES; rows for which it raises ValueError are
     dropped and counted. kinds: alternative sets of keys. The first set whose fields all occur in the rows is used, with
     the context if the set has a prompt. Raises ValueError if there is none.
     """
-    rows, parsed, dropped = load_rows(source, rt), [], Counter()
+    rows, parsed, dropped = load_rows(source), [], Counter()
     known = {name for row in rows for name, value in row.items() if value is not None}
     names = {key: next((name for name in options if name in known), "") for key, options in ALIASES.items()}
     kind = next((kind for kind in kinds if all(names[key] for key in kind)), None)
@@ -167,9 +160,9 @@ def parse_row(fields: dict[str, Any]) -> Row:
     return row
 
 
-def read_rows(source: str, rt: runtime.Runtime) -> list[Row]:
+def read_rows(source: str) -> list[Row]:
     """The rows of a file or a dataset: see `load_rows` and `parse_rows`."""
-    return parse_rows(source, rt, [("turns",), ("prompt", "response")], parse_row)
+    return parse_rows(source, [("turns",), ("prompt", "response")], parse_row)
 
 
 def split_rows(rows: Sequence, prompts: Sequence[str], fraction: float, seed: int) -> tuple[list, list]:

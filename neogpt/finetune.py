@@ -46,9 +46,10 @@ class FinetuneConfig:
 
 def open_run(
     cfg: Any, stage: str, stages: tuple[str, ...], rt: runtime.Runtime, compile: bool = False, dynamic: bool = False
-) -> tuple[Run, int]:
-    """A run that starts from the model `cfg.checkpoint`, and the sequence length T. stages: as in `load_model`;
-    compile, dynamic: as in `runtime.wrap`. Raises ValueError if the run in out_dir has other start weights or adapters.
+) -> tuple[Run, runtime.Runtime, int]:
+    """A run that starts from the model `cfg.checkpoint`, its Runtime, and the sequence length T. stages: as in
+    `load_model`; compile, dynamic: as in `runtime.wrap`. Raises ValueError if the run in out_dir has other start
+    weights or adapters.
     """
     if cfg.sharded and cfg.lora_rank:
         raise ValueError(f"--sharded with --lora_rank={cfg.lora_rank}: adapters cannot be sharded, use --lora_rank=0")
@@ -78,7 +79,7 @@ def open_run(
     runtime.print0(training.check_memory(raw, cfg.B, rt, **plan))
     raw = training.place(raw, rt, sharded=cfg.sharded, recompute=cfg.recompute, compile=compile, dynamic=dynamic)
     run.attach(raw, optim.make_optimizers(raw, weight_decay=cfg.weight_decay), compile, dynamic)
-    return run, T
+    return run, run.rt, T
 
 
 def identify(run: Run, examples: list[chat.Example], val_examples: list[chat.Example]) -> None:
@@ -87,11 +88,11 @@ def identify(run: Run, examples: list[chat.Example], val_examples: list[chat.Exa
     run.identify(training_data=checksums[0], validation_data=checksums[1])
 
 
-def read_rows(cfg: Any, rt: runtime.Runtime) -> tuple[list[chat.Row], list[chat.Row]]:
+def read_rows(cfg: Any) -> tuple[list[chat.Row], list[chat.Row]]:
     """The training rows cfg.data, and the held-out rows cfg.val_data, or cfg.val_frac of the data if it is ""."""
-    rows = chat.read_rows(cfg.data, rt)
+    rows = chat.read_rows(cfg.data)
     if cfg.val_data:
-        return rows, chat.read_rows(cfg.val_data, rt)
+        return rows, chat.read_rows(cfg.val_data)
     return chat.split_rows(rows, [*map(chat.whole_prompt, rows)], cfg.val_frac, cfg.seed)
 
 

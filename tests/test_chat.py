@@ -51,7 +51,7 @@ def write(path: Path, rows: list) -> str:
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
 def test_rows_of_every_format(tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture) -> None:
-    rt = runtime.setup("cpu", "fp32")
+    runtime.setup("cpu", "fp32")
     rows = [
         dict(instruction=" Who? ", context="\nRosa.\n", response="\nRosa ", category="x"),
         dict(instruction="Why?", context=None, response="So\u2028that\x85is it — 日本語", category=None),
@@ -60,22 +60,22 @@ def test_rows_of_every_format(tmp_path: Path, suffix: str, capsys: pytest.Captur
     ]
     # prompts are stripped, responses stay as they are
     expected = [Row("Who?", "Rosa.", "\nRosa "), Row("Why?", "", "So\u2028that\x85is it — 日本語")]
-    assert chat.read_rows(write(tmp_path / f"a.{suffix}", rows), rt) == expected
+    assert chat.read_rows(write(tmp_path / f"a.{suffix}", rows)) == expected
     printed = capsys.readouterr().out
     assert "2 of 4 rows dropped: 2 with a blank response" in printed and "unused fields: category (1 rows)" in printed
 
     for name in ("prompt", "instruction"):  # the context is optional, also in a single row
         path = write(tmp_path / f"{name}.{suffix}", [{name: "Who?", "response": "Rosa"}])
-        assert chat.read_rows(path, rt) == [Row("Who?", "", "Rosa")]
+        assert chat.read_rows(path) == [Row("Who?", "", "Rosa")]
     rows = [dict(instruction="c", context="d", response="e"), dict(instruction="a", response="b")]
-    assert chat.read_rows(write(tmp_path / f"b.{suffix}", rows), rt) == [Row("c", "d", "e"), Row("a", "", "b")]
+    assert chat.read_rows(write(tmp_path / f"b.{suffix}", rows)) == [Row("c", "d", "e"), Row("a", "", "b")]
     assert not capsys.readouterr().out
 
 
 def refused(source: Path | str, *words: str) -> None:
     """Check that reading the rows raises one line that contains these words."""
     with pytest.raises((ValueError, OSError)) as error:
-        chat.read_rows(str(source), ALONE)
+        chat.read_rows(str(source))
     message = str(error.value)
     assert "\n" not in message and not [word for word in words if word not in message], message
 
@@ -128,11 +128,11 @@ UNUSABLE_TURNS = [
 
 
 def test_rows_of_common_datasets(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    rt = runtime.setup("cpu", "fp32")
+    runtime.setup("cpu", "fp32")
     for i, (fields, expected) in enumerate(COMMON):
-        assert chat.read_rows(write(tmp_path / f"{i}.jsonl", [fields]), rt) == [expected]
+        assert chat.read_rows(write(tmp_path / f"{i}.jsonl", [fields])) == [expected]
     rows = [GOOD, GOOD | dict(context=["a"]), dict(instruction="a"), GOOD | dict(extra="x"), GOOD | dict(extra="")]
-    assert len(chat.read_rows(write(tmp_path / "odd.json", rows), rt)) == 3
+    assert len(chat.read_rows(write(tmp_path / "odd.json", rows))) == 3
     printed = capsys.readouterr().out
     assert "2 of 5 rows dropped: 1 with a list instead of text, 1 with a blank response" in printed
     assert "unused fields: extra (1 rows)" in printed
@@ -142,7 +142,7 @@ def test_rows_of_common_datasets(tmp_path: Path, capsys: pytest.CaptureFixture) 
 
 
 def test_folders_patterns_and_compressed_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    rt = runtime.setup("cpu", "fp32")
+    runtime.setup("cpu", "fp32")
     rows = [GOOD | dict(response=str(i)) for i in range(4)]
     (tmp_path / "a[1]" / "data").mkdir(parents=True)
     folder = tmp_path / "a[1]"
@@ -152,10 +152,10 @@ def test_folders_patterns_and_compressed_files(tmp_path: Path, capsys: pytest.Ca
     (folder / "train-1.jsonl.gz").write_bytes(gzip.compress(Path(plain).read_bytes()))
     with pyarrow.output_stream(folder / "train-2.jsonl.zst", compression="zstd") as file:
         file.write(Path(plain).read_bytes())
-    assert [row.response for row in chat.read_rows(str(folder), rt)] == ["0", "1", "1"]
+    assert [row.response for row in chat.read_rows(str(folder))] == ["0", "1", "1"]
     assert "not read: test-0.jsonl" in capsys.readouterr().out
-    assert [row.response for row in chat.read_rows(f"{tmp_path}/a?1]/train*gz", rt)] == ["1"]
-    assert len(chat.read_rows(str(folder / "test-0.jsonl"), rt)) == 1
+    assert [row.response for row in chat.read_rows(f"{tmp_path}/a?1]/train*gz")] == ["1"]
+    assert len(chat.read_rows(str(folder / "test-0.jsonl"))) == 1
 
 
 def test_earlier_turns_are_the_context_of_the_response(tokenizer: tiktoken.Encoding) -> None:
@@ -171,7 +171,7 @@ def test_rows_of_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     load = Mock(return_value=datasets.Dataset.from_list([GOOD]))
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert chat.read_rows("some/rows:part:test", ALONE) == [Row("a", "", "b")]
+    assert chat.read_rows("some/rows:part:test") == [Row("a", "", "b")]
     load.assert_called_once_with("some/rows", "part", split="test")
     monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=ConnectionError("no\nroute")))
     refused("some/rows", "some/rows", "no route")

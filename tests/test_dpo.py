@@ -55,7 +55,7 @@ def test_preferred_selects_chosen_and_unusable_pairs_are_counted(tmp_path: Path,
     rows = [row(" one ", "yes", "no", "A"), row("two", "yes", "no", "B"), row("three", "", "no")]
     rows += [row("four", "yes", " \n"), row("five", None, "no"), row("six", "same", "same")]
     rows += [row("seven", "yes", "no", preferred) for preferred in ("C", None, ["A"])]
-    pairs = dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE)
+    pairs = dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows))
     assert pairs == [(Row("one", "", "yes"), "no"), (Row("two", "", "no"), "yes")]
     message, unused = log.messages
     assert "explanation (9 rows)" in unused
@@ -66,7 +66,7 @@ def test_preferred_selects_chosen_and_unusable_pairs_are_counted(tmp_path: Path,
 def test_rows_with_chosen_and_rejected(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     texts = [("one", "yes", "no"), ("two", " x", "y "), ("three", "x", "x")]
     rows = [dict(zip(("prompt", "chosen", "rejected"), text)) for text in texts]
-    assert dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE) == [
+    assert dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows)) == [
         (Row(p, "", chosen), rejected) for p, chosen, rejected in texts[:2]
     ]
     assert "1 of 3" in log.messages[0]
@@ -82,7 +82,7 @@ UNUSABLE += [([row("a", "yes", "no"), row(" a", "yes", "never")], ["2 usable pai
 def test_unusable_rows_are_refused(tmp_path: Path, rows: list[dict], words: list[str]) -> None:
     source = write_rows(tmp_path / "bad.jsonl", rows)
     with pytest.raises(ValueError) as error:
-        dpo.read_pairs(source, ALONE)
+        dpo.read_pairs(source)
     assert [word for word in [source, *words] if word not in str(error.value)] == []
 
 
@@ -90,7 +90,7 @@ def test_kind_of_rows_is_decided_by_all_rows(tmp_path: Path, log: pytest.LogCapt
     """A first row without a field is an incomplete row, wherever the row stands in the file."""
     incomplete, good = dict(prompt="b", response_a="yes", response_b="no", chosen="yes"), [row("a", "yes", "no")]
     for rows in ([incomplete, *good, row("c", "x", "y")], [*good, incomplete, row("c", "x", "y")]):
-        assert len(dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE)) == 2
+        assert len(dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows))) == 2
         assert "1 of 3 rows dropped: 1 with a preference other than A or B" in log.text
 
 
@@ -117,16 +117,16 @@ def test_conversations(fields: dict, tmp_path: Path, log: pytest.LogCaptureFixtu
         other = dict(chosen="Human: Q\n\nAssistant: a", rejected="Human: Q\n\nAssistant: b")
     source = write_rows(tmp_path / "rows.jsonl", [fields, different, other])
     expected = [(Row("And?", "", "Yes.", (("Hi", "Ho"),)), "No."), (Row("Q", "", "a"), "b")]
-    assert dpo.read_pairs(source, ALONE) == expected
+    assert dpo.read_pairs(source) == expected
     assert "1 of 3 rows dropped: 1 with different prompts" in log.text
 
 
 def test_responses_that_repeat_the_prompt(tmp_path: Path) -> None:
     rows = [dict(prompt=f"Say {i}", chosen=f"Say {i}\nIt is {i}.", rejected=f"Say {i} No.") for i in range(3)]
     expected = [(Row(f"Say {i}", "", f"It is {i}."), "No.") for i in range(3)]
-    assert dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE) == expected
+    assert dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows)) == expected
     rows[0]["rejected"] = "No."
-    found = dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows), ALONE)
+    found = dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows))
     assert found[1] == (Row("Say 1", "", "Say 1\nIt is 1."), "Say 1 No.")
 
 

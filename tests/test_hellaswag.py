@@ -342,7 +342,7 @@ def test_command_line_output(tmp_path: Path, capsys: Capture) -> None:
 def test_published_values_of_the_same_style(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     harness.get_tokenizer("gpt2")
     hf.save(make_model(n_tokens=50257, vocab_size=50304, n_embd=8, block_size=64), tmp_path)
-    monkeypatch.setattr(chat, "load_rows", lambda source, rt, split: [GOOD] * 3)
+    monkeypatch.setattr(chat, "load_rows", lambda source, split: [GOOD] * 3)
     published = []
     for style, source in (("completion", ""), ("harness", ""), ("harness", "rows.jsonl")):
         hellaswag.main(hellaswag.Config(checkpoint=str(tmp_path), data=source, style=style, device="cpu"))
