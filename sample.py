@@ -97,7 +97,7 @@ def chat_loop(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding) -> None
         importlib.import_module("readline")  # input() then has line editing and a history
     # tokens of history and prompt: max_new_tokens stay free for the answer, but at most half of the context
     budget = raw.config.block_size - min(cfg.max_new_tokens, raw.config.block_size // 2)
-    history: deque[Ids] = deque(maxlen=cfg.history_turns)  # one item per turn: prompt, answer, end-of-text
+    history: deque[tuple[str, str]] = deque(maxlen=cfg.history_turns)  # line and answer of each turn
     runtime.print0("/reset clears the history, /quit ends the chat")
     for seed in count(cfg.seed):
         try:
@@ -107,22 +107,16 @@ def chat_loop(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding) -> None
         except UnicodeDecodeError as error:
             runtime.print0(f"the input is not UTF-8 text: {error}")
             continue
-        prompt = tokenizer.encode_ordinary(chat.prompt_text(line))
+        prompt = chat.encode_prompt(chat.Row(line, "", "", tuple(history)), budget, tokenizer)
         if line == "/quit":
             return
         elif line == "/reset":
             history.clear()
-        elif line.startswith("/"):
-            runtime.print0(f"unknown command {line}: use /reset or /quit")
         elif len(prompt) > budget:
             runtime.print0(f"the prompt has {len(prompt)} tokens, but only {budget} fit: use a shorter line")
         elif line:
-            while len(prompt) + sum(map(len, history)) > budget:
-                history.popleft()
-            (answer,) = stream(cfg, raw, tokenizer, sum(history, []) + prompt, [seed])
-            if cfg.stop:
-                answer = tokenizer.encode_ordinary(until_stop(tokenizer.decode(answer), cfg.stop)[0])
-            history.append([*prompt, *answer, tokenizer.eot_token])
+            (answer,) = stream(cfg, raw, tokenizer, prompt, [seed])
+            history.append((line, until_stop(tokenizer.decode(answer), cfg.stop)[0]))
 
 
 def main(cfg: Config) -> None:

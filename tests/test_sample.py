@@ -269,9 +269,9 @@ def test_chat_program(tmp_path: Path) -> None:
     # predicted from positions 12, 19 + 15 - 1 and, after /reset, 14 on.
     save(tmp_path, scripted_model({12: b"hello", 33: "schön".encode()}))
     args = (f"--checkpoint={tmp_path}", "--chat", "--device=cpu", "--max_new_tokens=16")
-    code, out, err = run_program(*args, stdin="  hi \n/help\n\n \t\nyou?\n/reset\nfür\n /quit \nhi\n")
-    assert code == 0 and "/help" in err
-    assert out == "> hello\n> > > > schön\n> > llo\n> "
+    code, out, _ = run_program(*args, stdin="  hi \n\n \t\nyou?\n/reset\nfür\n /quit \nhi\n")
+    assert code == 0
+    assert out == "> hello\n> > > schön\n> > llo\n> "
 
 
 # -----------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_answers_equal_generate_on_the_whole_history(tmp_path: Path, capsys: Cap
     for line in ("ab", "cd"):
         context += prompt(line)
         ((tokens, ended),) = generate.complete(raw, [context], 10, EOT, temperature=0)
-        context += [*tokens, EOT]
+        context += [*bytes(tokens).decode(errors="replace").encode(), EOT]  # later turns see its text
         expected += "> " + sample.CONTROL.sub("\ufffd", bytes(tokens).decode(errors="replace")) + "\n"
         assert not ended  # the next turn sees end-of-text after a truncated answer
     cfg = configure(tmp_path, chat=True, max_new_tokens=10, temperature=0.0)
