@@ -14,7 +14,6 @@ reference), rewards/margins, rewards/accuracies, logps/chosen, logps/rejected. T
 falls too: watch logps/chosen; rpo_alpha counteracts it. tok/s counts the tokens of both sequences of a pair.
 """
 
-import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -72,11 +71,6 @@ class Pair(NamedTuple):
     reference: tuple[float, float] = (0.0, 0.0)  # log-probabilities of the responses by the reference model, nats
 
 
-def longest(pair: Pair) -> int:
-    """Tokens of the longer sequence."""
-    return max(len(pair.chosen.ids), len(pair.rejected.ids))
-
-
 def parse_pair(fields: dict[str, Any]) -> tuple[chat.Row, str]:
     """The row of the chosen response, and the rejected response. Raises ValueError if the pair is unusable."""
     names = ["chosen", "rejected"]
@@ -106,8 +100,6 @@ def read_pairs(source: str) -> list[tuple[chat.Row, str]]:
     """The pairs of a file or a dataset. Unusable pairs are dropped and counted."""
     kinds = [("prompt", "response_a", "response_b", "preferred"), ("prompt", "chosen", "rejected")]
     pairs = chat.parse_rows(source, [*kinds, ("chosen", "rejected")], parse_pair)
-    if len({row._replace(response="") for row, _ in pairs}) < 2:
-        raise ValueError(f"{source} has {len(pairs)} usable pairs: at least two different prompts are needed")
     if all(text.startswith(row.instruction) for row, rejected in pairs for text in (row.response, rejected)):
         runtime.print0(f"{source}: all responses repeat the prompt: it is removed from them")
         cut = [[text[len(row.instruction) :].lstrip() for text in (row.response, rejected)] for row, rejected in pairs]
@@ -133,8 +125,8 @@ def collate_pairs(pairs: Sequence[Pair], B: int, rt: runtime.Runtime) -> list[di
     """This rank's micro-batches of B pairs, longest first: `chat.collate` of B chosen, then B rejected examples, with
     reference, (B, 2), and n, the number of pairs. Rows that `chat.shard_across_ranks` adds have no targets.
     """
-    batches = []
-    for part in chat.shard_across_ranks([[pair] for pair in sorted(pairs, key=longest, reverse=True)], B, rt):
+    batches, ordered = [], sorted(pairs, key=lambda pair: -max(e.n_inputs for e in pair[:2]))
+    for part in chat.shard_across_ranks([[pair] for pair in ordered], B, rt):
         examples = [[pair[side] for pair in row] for side in (0, 1) for row in part]
         batch = chat.collate(examples, rt.device)  # (2B, W), for a single forward pass
         batch["reference"] = torch.tensor([row[0].reference if row else (0.0, 0.0) for row in part], device=rt.device)
@@ -186,7 +178,7 @@ def dpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config) -> tuple[Tensor
 def reference_logps(raw: nn.Module, pairs: Sequence[Pair], B: int, rt: runtime.Runtime) -> np.ndarray:
     """Log-probabilities of the chosen and rejected responses, (n, 2) fp32. Each pair is computed by one rank."""
     out = torch.zeros(len(pairs), 2, device=rt.device)
-    order = sorted(range(len(pairs)), key=lambda i: -longest(pairs[i]))
+    order = sorted(range(len(pairs)), key=lambda i: -max(e.n_inputs for e in pairs[i][:2]))
     alone = rt._replace(rank=0, world_size=1)
     for start in range(rt.rank * B, len(order), B * rt.world_size):
         rows = order[start : start + B]
@@ -199,10 +191,9 @@ def reference_logps(raw: nn.Module, pairs: Sequence[Pair], B: int, rt: runtime.R
 def add_reference(run: Run, pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs with reference log-probabilities: from the cache in out_dir, or computed once and written there."""
     rt = run.rt
-    key = hashlib.sha256(f"{run.base} {rt.precision}".encode())  # weights and precision; the tokens follow
-    for example in (example for pair in pairs for example in pair[:2]):
-        key.update(f"{len(example.ids)} {example.n_prompt}".encode() + example.ids.tobytes())
-    path, logps = run.out_dir / f"reference_{key.hexdigest()[:16]}.npz", np.empty(0)
+    examples = [example for pair in pairs for example in pair[:2]]
+    checksum = data.checksum(array for e in examples for array in (np.array([len(e.ids), e.n_prompt]), e.ids))
+    path, logps = run.out_dir / f"reference_{run.base}_{rt.precision}_{checksum}.npz", np.empty(0)
     with suppress(Exception):  # a missing or damaged file: zipfile and numpy raise many kinds
         logps = np.load(path)["log_probs"]
     is_usable = logps.shape == (len(pairs), 2) and np.isfinite(logps).all()
@@ -247,12 +238,12 @@ def main(cfg: Config) -> None:
     config.require(smoothing, label_smoothing=cfg.label_smoothing)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     run, rt, T = finetune.open_run(cfg, "dpo", ("sft",), rt)
-    texts = read_pairs(cfg.data)
-    splits = chat.split_rows(texts, [chat.whole_prompt(row) for row, _ in texts], cfg.val_frac, cfg.seed)
-    train, val = (tokenize_pairs(split, T, run.tokenizer, cfg.data) for split in splits)
+    texts, val_texts = finetune.read_rows(cfg, read_pairs, lambda pair: chat.whole_prompt(pair[0]))
+    train = tokenize_pairs(texts, T, run.tokenizer, cfg.data)
+    val = tokenize_pairs(val_texts, T, run.tokenizer, cfg.val_data or "the held-out part")
     pairs = add_reference(run, train + val)
     train, val = pairs[: len(train)], pairs[len(train) :]
-    held_out = [row for row, _ in splits[1][: cfg.n_eval_prompts]]
+    held_out = [row for row, _ in val_texts[: cfg.n_eval_prompts]]
     questions = chat.read_rows(cfg.eval_questions) if cfg.eval_questions else []
     n = cfg.pairs_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(train) / n))
@@ -264,7 +255,8 @@ def main(cfg: Config) -> None:
         return training.Batch(collate_pairs(batch, cfg.B, rt), n, n_tokens)
 
     loss_fn = partial(dpo_loss, cfg=cfg)
-    finetune.identify(run, *([e for pair in part for e in pair[:2]] for part in (train, val)))
+    checksums = [data.checksum(e.ids for pair in part for e in pair[:2]) for part in (train, val)]
+    run.identify(training_data=checksums[0], validation_data=checksums[1])
     run.warm_up(read(run.step), loss_fn)
     lr_at = optim.schedule("cosine", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr)
     batches = data.prefetch(read, run.step, max_steps)

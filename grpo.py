@@ -29,14 +29,12 @@ from neogpt.run import Run
 
 GAP_TOKENS = 16  # tokens per answer for which the gap is computed
 MAX_NO_SIGNAL = 20  # a run ends after this many steps in a row without signal
-Prompts = list[finetune.Prompt]
 FIRST_HELD_OUT = 2**40  # number of the first held-out prompt; training prompts are numbered from 0
 
 
 @dataclass(frozen=True)
 class Config(finetune.FinetuneConfig):
     out_dir: str = "out/grpo"  # log.txt, checkpoints, best.pt (highest held-out reward)
-    val_data: str = ""  # held-out rows, as in data; "": the fraction val_frac of data
     eval_questions: str = ""  # rows of another ability: exact match of greedy answers; "": not evaluated
     reward: str = "ends(100) + repetition"  # a sum of rewards: see neogpt/rewards.py
     prompts_per_step: config.PositiveInt = 16  # prompts per optimizer step over all devices
@@ -73,7 +71,7 @@ CONFIGS = {
 
 
 def sample_answers(
-    run: Run, prompts: Prompts, numbers: np.ndarray, n: int, terms: rewards.Terms
+    run: Run, prompts: list[finetune.Prompt], numbers: np.ndarray, n: int, terms: rewards.Terms
 ) -> tuple[list[rewards.Answer], np.ndarray, np.ndarray]:
     """n sampled answers to each prompt, the values of the terms of their rewards, (answers, terms), and the rewards,
     (prompts, n), fp64. An answer depends on weights, prompt, seed, number of the prompt and index in the group, and on
@@ -94,7 +92,7 @@ def advantages_of(totals: np.ndarray, scale_by_std: bool) -> np.ndarray:
     return np.where(np.ptp(totals, axis=1, keepdims=True) > 0, advantages, 0.0)
 
 
-def rollout(run: Run, prompts: Prompts, terms: rewards.Terms) -> tuple[training.Batch, dict[str, float]]:
+def rollout(run: Run, prompts: list[finetune.Prompt], terms: rewards.Terms) -> tuple[training.Batch, dict[str, float]]:
     """The data of this step, answered and scored, and its statistics to log."""
     cfg, n = run.cfg, run.cfg.samples_per_prompt
     asked = [prompts[i] for i in run.items(run.step, cfg.prompts_per_step, len(prompts))]
@@ -183,7 +181,7 @@ def grpo_loss(
     return -(objective * batch["weight"] * mask).sum(), {name: (x.detach() * mask).sum() for name, x in metrics.items()}
 
 
-def evaluate(run: Run, prompts: Prompts, questions: list[chat.Row], terms: rewards.Terms) -> bool:
+def evaluate(run: Run, prompts: list[finetune.Prompt], questions: list[chat.Row], terms: rewards.Terms) -> bool:
     """Evaluate on held-out prompts; return whether the reward is the highest so far."""
     k, numbers = run.cfg.n_eval_samples, FIRST_HELD_OUT + np.arange(len(prompts))
     answers, values, totals = sample_answers(run, prompts, numbers, k, terms)

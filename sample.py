@@ -11,7 +11,6 @@ Prompts and samples go to standard output, messages to standard error. A sample 
 through rounding, on the number of samples.
 """
 
-import importlib
 import re
 import sys
 import time
@@ -94,7 +93,7 @@ def stream(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding, prompt: Id
 def chat_loop(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding) -> None:
     """Answer the lines of standard input until /quit or the end of the input."""
     with suppress(ImportError):  # Windows has no readline
-        importlib.import_module("readline")  # input() then has line editing and a history
+        import readline  # noqa: F401, input() then has line editing and a history
     # tokens of history and prompt: max_new_tokens stay free for the answer, but at most half of the context
     budget = raw.config.block_size - min(cfg.max_new_tokens, raw.config.block_size // 2)
     history: deque[tuple[str, str]] = deque(maxlen=cfg.history_turns)  # line and answer of each turn

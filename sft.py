@@ -27,7 +27,6 @@ from neogpt.run import Run
 class Config(finetune.FinetuneConfig):
     checkpoint: str = "out/gpt2"  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
     out_dir: str = "out/sft"  # log.txt, checkpoints, best.pt (lowest held-out loss) and, with LoRA, adapter/ for PEFT
-    val_data: str = ""  # held-out rows, as in data; "": the fraction val_frac of data
     packing: bool = False  # several rows per sequence, without attention between them: less padding
     rows_per_step: config.PositiveInt = 32  # rows per optimizer step over all devices
     epochs: config.PositiveFloat = 3.0  # passes over the data
@@ -112,7 +111,8 @@ def main(cfg: Config) -> None:
         n_tokens = sum(example.n_inputs for example in chosen)
         return training.Batch([chat.collate(bins, rt.device, width) for bins in parts], n, n_tokens)
 
-    finetune.identify(run, examples, val_examples)
+    checksums = [data.checksum(example.ids for example in part) for part in (examples, val_examples)]
+    run.identify(training_data=checksums[0], validation_data=checksums[1])
     run.warm_up(read(run.step), loss_fn)
     runtime.print0(f"{len(examples):,} rows to train on, {len(val_examples):,} held out; {max_steps:,} steps of {n}")
     ids, n_prompt = examples[0]

@@ -218,18 +218,16 @@ def encode_prompt(row: Row, budget: int, tokenizer: tiktoken.Encoding) -> list[i
     """The ids of the earlier turns and the prompt. If they exceed `budget` tokens, the oldest turns are left out, then
     the end of the context is cut off; if that is not enough, the result is longer.
     """
-    turns = [
-        [*tokenizer.encode_ordinary(prompt_text(prompt)), *tokenizer.encode_ordinary(response), tokenizer.eot_token]
-        for prompt, response in row.history
-    ]
-    ids = tokenizer.encode_ordinary(prompt_text(row.instruction, row.context))
+    encode, eot = tokenizer.encode_ordinary, tokenizer.eot_token
+    turns = [[*encode(prompt_text(prompt)), *encode(response), eot] for prompt, response in row.history]
+    ids = encode(prompt_text(row.instruction, row.context))
     while turns and sum(map(len, turns)) + len(ids) > budget:
         del turns[0]
-    context_ids = tokenizer.encode_ordinary(row.context)
+    context_ids = encode(row.context)
     while len(ids) > budget and context_ids:
         context_ids = context_ids[: max(0, len(context_ids) - (len(ids) - budget))]
         context = tokenizer.decode(context_ids).rstrip("\ufffd")  # an incomplete character
-        ids = tokenizer.encode_ordinary(prompt_text(row.instruction, context))
+        ids = encode(prompt_text(row.instruction, context))
     return [*sum(turns, []), *ids]
 
 

@@ -1,13 +1,14 @@
 """The common part of sft.py, dpo.py and grpo.py: constants, a run that starts from another model, and evaluations."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed
 
-from neogpt import chat, checkpoint, config, data, generate, lora, model, optim, rewards, runtime, training
+from neogpt import chat, checkpoint, config, generate, lora, model, optim, rewards, runtime, training
 from neogpt.run import Run
 
 Prompt = tuple[chat.Row, list[int]]  # a row and the ids of its prompt
@@ -19,7 +20,7 @@ class FinetuneConfig:
 
     checkpoint: str = "out/sft"  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
     data: str = "databricks/databricks-dolly-15k"  # rows: a file, folder or pattern, or a dataset on the hub
-    out_dir: str = ""  # log.txt, checkpoints, best.pt (best evaluation) and, with LoRA, adapter/ for PEFT
+    val_data: str = ""  # held-out rows, as in data; "": the fraction val_frac of data
     val_frac: Annotated[float, "(0, 1)"] = 0.03  # fraction held out, selected by the seed; no prompt is in both parts
     T: config.PositiveInt | None = None  # longest sequence, tokens; None: the model's block_size
     B: config.PositiveInt = 8  # sequences or pairs per forward pass and device. Does not change the curve
@@ -61,12 +62,10 @@ def open_run(
     run = Run(cfg, stage, tokenizer, rt)
     run.base = lora.fingerprint(raw.state_dict())
     if run.resumed:
-        if run.resumed.base != run.base:
-            remedy = "use another --out_dir, or give the checkpoint file it started from"
-            raise ValueError(f"the run in {cfg.out_dir} did not start from the weights of {cfg.checkpoint}: {remedy}")
-        adapters = dict(lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha)
-        if changed := checkpoint.differences(run.resumed.config, adapters):
-            raise ValueError(f"the run in {cfg.out_dir} has other adapters ({changed}): use another --out_dir")
+        start = dict(weights=run.base, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha)
+        if changed := checkpoint.differences(run.resumed.config | dict(weights=run.resumed.base), start):
+            problem = f"the run in {cfg.out_dir} did not start like this from {cfg.checkpoint} ({changed})"
+            raise ValueError(f"{problem}: use another --out_dir, or give the checkpoint file it started from")
         if not cfg.lora_rank:
             raw = model.GPT.from_weights(raw.config, run.resumed.model)
     if cfg.lora_rank:
@@ -82,18 +81,14 @@ def open_run(
     return run, run.rt, T
 
 
-def identify(run: Run, examples: list[chat.Example], val_examples: list[chat.Example]) -> None:
-    """`run.identify` with checksums of the tokens of all examples."""
-    checksums = [data.checksum(example.ids for example in part) for part in (examples, val_examples)]
-    run.identify(training_data=checksums[0], validation_data=checksums[1])
-
-
-def read_rows(cfg: Any) -> tuple[list[chat.Row], list[chat.Row]]:
+def read_rows(
+    cfg: Any, read: Callable[[str], list] = chat.read_rows, prompt_of: Callable[[Any], str] = chat.whole_prompt
+) -> tuple[list, list]:
     """The training rows cfg.data, and the held-out rows cfg.val_data, or cfg.val_frac of the data if it is ""."""
-    rows = chat.read_rows(cfg.data)
+    rows = read(cfg.data)
     if cfg.val_data:
-        return rows, chat.read_rows(cfg.val_data)
-    return chat.split_rows(rows, [*map(chat.whole_prompt, rows)], cfg.val_frac, cfg.seed)
+        return rows, read(cfg.val_data)
+    return chat.split_rows(rows, [*map(prompt_of, rows)], cfg.val_frac, cfg.seed)
 
 
 def report_fit(source: str, budget: int, n_rows: int, n_usable: int, n_truncated: int = 0) -> None:

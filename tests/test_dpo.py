@@ -75,10 +75,9 @@ def test_rows_with_chosen_and_rejected(tmp_path: Path, log: pytest.LogCaptureFix
 UNUSABLE = [([dict(question="q", answer="a")], ["answer, question", "response_a", "chosen"])]
 UNUSABLE += [([], ["(none)", "prompt"])]
 UNUSABLE += [([row("a", "yes", "yes"), row("b", "", "no"), row("c", "x", "y", "?")], ["no usable row", "1 with equal"])]
-UNUSABLE += [([row("a", "yes", "no"), row(" a", "yes", "never")], ["2 usable pairs", "two different prompts"])]
 
 
-@pytest.mark.parametrize("rows, words", UNUSABLE, ids=["unknown fields", "no rows", "all dropped", "one prompt"])
+@pytest.mark.parametrize("rows, words", UNUSABLE, ids=["unknown fields", "no rows", "all dropped"])
 def test_unusable_rows_are_refused(tmp_path: Path, rows: list[dict], words: list[str]) -> None:
     source = write_rows(tmp_path / "bad.jsonl", rows)
     with pytest.raises(ValueError) as error:
@@ -149,7 +148,7 @@ def test_pairs_are_truncated_to_the_sequence_length(log: pytest.LogCaptureFixtur
     chosen = ["".join(map(chr, pair.chosen.ids[pair.chosen.n_prompt :])) for pair in tokenized]
     assert chosen == ["12345\u0100", "123456", "12\u0100", "x23456"]
     assert bytes(tokenized[0].rejected.ids[:-1].tolist()) == b"abc\nResponse:\n12"
-    assert [dpo.longest(pair) for pair in tokenized] == [20, 20, 20, 20]
+    assert [max(e.n_inputs for e in pair[:2]) for pair in tokenized] == [19] * 4
     for message, words in zip(log.messages, (("2 rows", "dropped"), ("3 rows", "truncated")), strict=True):
         assert [word for word in ("pairs.jsonl", "19 tokens", *words) if word not in message] == []
     with pytest.raises(ValueError, match="pairs.jsonl.*19 tokens"):
@@ -506,6 +505,13 @@ OPTIONS += [dict(label_smoothing=0.5, loss=loss) for loss in ("sigmoid", "robust
 def test_invalid_options_are_refused(cfg: dpo.Config, changed: dict) -> None:
     name, value = next(iter(changed.items()))
     harness.refused(dpo.main, cfg, f"--{name}={value}", **changed)
+
+
+def test_one_prompt_needs_held_out_pairs(cfg: dpo.Config, tmp_path: Path) -> None:
+    same = write_rows(tmp_path / "same.jsonl", [row("a", "yes", "no"), row(" a", "yes", "never")])
+    harness.refused(dpo.main, cfg, "2 rows have the same prompt", "--val_data", data=same)
+    folder = train(cfg, data=same, val_data=cfg.data, max_steps=1)
+    assert "2 pairs to train on, 26 held out" in notes(folder)
 
 
 def test_checkpoints_of_other_stages_are_refused(cfg: dpo.Config, tmp_path: Path) -> None:
