@@ -71,13 +71,14 @@ CONFIGS = {
 
 
 def sample_answers(
-    run: Run, prompts: list[finetune.Prompt], numbers: np.ndarray, n: int, terms: rewards.Terms
+    run: Run, prompts: list[finetune.Prompt], first: int, n: int, terms: rewards.Terms
 ) -> tuple[list[rewards.Answer], np.ndarray, np.ndarray]:
     """n sampled answers to each prompt, the values of the terms of their rewards, (answers, terms), and the rewards,
-    (prompts, n), fp64. An answer depends on weights, prompt, seed, number of the prompt and index in the group, and on
-    other prompts only through rounding. Raises ValueError if a reward fails.
+    (prompts, n), fp64. first: number of the first prompt. An answer depends on weights, prompt, seed, number of the
+    prompt and index in the group, and on other prompts only through rounding. Raises ValueError if a reward fails.
     """
-    indices = ((numbers[:, None] << 16) + np.arange(n)).flatten().astype(np.uint64)  # of all samples of the run
+    numbers = first + np.arange(len(prompts))[:, None]
+    indices = ((numbers << 16) + np.arange(n)).flatten().astype(np.uint64)  # of all samples of the run
     seeds = (data.mix(np.uint64(run.cfg.seed) ^ data.mix(indices)) >> 32).tolist()  # PyTorch uses 32 bits
     answers = finetune.answer(run, [prompt for prompt in prompts for _ in range(n)], seeds)
     values = np.array([rewards.score(terms, each) for each in answers])
@@ -96,8 +97,7 @@ def rollout(run: Run, prompts: list[finetune.Prompt], terms: rewards.Terms) -> t
     """The data of this step, answered and scored, and its statistics to log."""
     cfg, n = run.cfg, run.cfg.samples_per_prompt
     asked = [prompts[i] for i in run.items(run.step, cfg.prompts_per_step, len(prompts))]
-    numbers = run.n_sequences + np.arange(cfg.prompts_per_step)
-    answers, values, totals = sample_answers(run, asked, numbers, n, terms)
+    answers, values, totals = sample_answers(run, asked, run.n_sequences, n, terms)
     repeated = [ids for _, ids in asked for _ in range(n)]
     examples = [chat.Example(np.array(ids + each.ids), len(ids)) for ids, each in zip(repeated, answers)]
     stats = dict(no_signal=np.mean(np.ptp(totals, axis=1) == 0), length=np.mean([len(each.ids) for each in answers]))
@@ -107,17 +107,15 @@ def rollout(run: Run, prompts: list[finetune.Prompt], terms: rewards.Terms) -> t
     text = ", ".join(f"{name} {value:.3g}" for name, value in stats.items())
     sample = f"{answers[0].prompt}-> {answers[0].text}{'' if answers[0].ended else ' …'}".replace("\n", " ")
     runtime.print0(f"step {run.step}: {text}\n  > {sample} [{totals[0, 0]:g}]")
-    return make_batch(examples, advantages_of(totals, cfg.scale_by_std).flatten().tolist(), cfg, run.rt), stats
+    return make_batch(run, examples, advantages_of(totals, cfg.scale_by_std).flatten().tolist()), stats
 
 
-def make_batch(
-    examples: list[chat.Example], advantages: list[float], cfg: Config, rt: runtime.Runtime
-) -> training.Batch:
+def make_batch(run: Run, examples: list[chat.Example], advantages: list[float]) -> training.Batch:
     """This rank's micro-batches of B examples, longest first: `chat.collate` with advantages, (B, 1), and weights of
     tokens, whose weighted sum divided by the number of tokens is the loss of cfg.loss. Examples without gradient are
     left out, unless no example has one.
     """
-    rows = [*zip(examples, advantages)]
+    cfg, rt, rows = run.cfg, run.rt, [*zip(examples, advantages)]
     trained = [(e, advantage) for e, advantage in rows if advantage or cfg.kl_beta] or rows
     trained.sort(key=lambda row: -len(row[0].ids))
     n_targets, n_trained = (sum(len(e.ids) - e.n_prompt for e, _ in part) for part in (rows, trained))
@@ -157,9 +155,7 @@ def rollout_gap(run: Run, examples: list[chat.Example]) -> float:
     return (cached - logps[:, part].flatten()).abs().max().item()
 
 
-def grpo_loss(
-    net: nn.Module, batch: dict[str, Any], cfg: Config, n_ids: int, reference: nn.Module | None
-) -> tuple[Tensor, dict[str, Tensor]]:
+def grpo_loss(net: nn.Module, batch: dict, cfg: Config, n_ids: int, reference: nn.Module | None) -> tuple[Tensor, dict]:
     """The loss and the detached metrics of a micro-batch, summed over its targets. The first update on a micro-batch
     adds to it what the next ones need: the log-probabilities before the updates, and those of the reference.
     """
@@ -183,8 +179,8 @@ def grpo_loss(
 
 def evaluate(run: Run, prompts: list[finetune.Prompt], questions: list[chat.Row], terms: rewards.Terms) -> bool:
     """Evaluate on held-out prompts; return whether the reward is the highest so far."""
-    k, numbers = run.cfg.n_eval_samples, FIRST_HELD_OUT + np.arange(len(prompts))
-    answers, values, totals = sample_answers(run, prompts, numbers, k, terms)
+    k = run.cfg.n_eval_samples
+    answers, values, totals = sample_answers(run, prompts, FIRST_HELD_OUT, k, terms)
     passed = (values[:, 0] >= 1).reshape(-1, k)
     sums = [totals.sum() / k, passed.sum() / k, passed.any(axis=1).sum(), sum(each.ended for each in answers) / k]
     means = (np.array(sums) / len(prompts)).tolist()
@@ -214,7 +210,7 @@ def main(cfg: Config) -> None:
     loss_fn = partial(grpo_loss, cfg=cfg, n_ids=run.raw.config.n_tokens, reference=reference)
     facts = dict(training_data=prompts, validation_data=val_prompts, reward_code=[t.code for t in terms.values()])
     run.identify(**{name: f"{zlib.crc32(repr(value).encode()):08x}" for name, value in facts.items()})
-    run.warm_up(make_batch([chat.Example(np.array([0, 0]), 1)], [0.0], cfg, rt), loss_fn)
+    run.warm_up(make_batch(run, [chat.Example(np.array([0, 0]), 1)], [0.0]), loss_fn)
     lr_at = optim.schedule("wsd", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr, decay_frac=1.0)
     n_no_signal = 0
     for step in run.steps(max_steps):

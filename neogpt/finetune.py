@@ -49,8 +49,7 @@ def open_run(
     cfg: Any, stage: str, stages: tuple[str, ...], rt: runtime.Runtime, compile: bool = False, dynamic: bool = False
 ) -> tuple[Run, runtime.Runtime, int]:
     """A run that starts from the model `cfg.checkpoint`, its Runtime, and the sequence length T. stages: as in
-    `load_model`; compile, dynamic: as in `runtime.wrap`. Raises ValueError if the run in out_dir has other start
-    weights or adapters.
+    `load_model`; compile, dynamic: as in `runtime.wrap`. Raises ValueError if the run in out_dir started otherwise.
     """
     if cfg.sharded and cfg.lora_rank:
         raise ValueError(f"--sharded with --lora_rank={cfg.lora_rank}: adapters cannot be sharded, use --lora_rank=0")
@@ -81,10 +80,10 @@ def open_run(
     return run, run.rt, T
 
 
-def read_rows(
-    cfg: Any, read: Callable[[str], list] = chat.read_rows, prompt_of: Callable[[Any], str] = chat.whole_prompt
-) -> tuple[list, list]:
-    """The training rows cfg.data, and the held-out rows cfg.val_data, or cfg.val_frac of the data if it is ""."""
+def read_rows(cfg: Any, read: Callable = chat.read_rows, prompt_of: Callable = chat.whole_prompt) -> tuple[list, list]:
+    """The training rows cfg.data, and the held-out rows cfg.val_data, or cfg.val_frac of the data if it is "".
+    read: source -> rows; prompt_of: row -> text, which is never in both parts.
+    """
     rows = read(cfg.data)
     if cfg.val_data:
         return rows, read(cfg.val_data)
@@ -116,9 +115,9 @@ def answer(run: Run, prompts: list[Prompt], seeds: list[int] | None = None) -> l
     raw, answers, n, eot, rt = run.full_model(), [], run.cfg.answer_tokens, run.tokenizer.eot_token, run.rt
     size = 256 if seeds else 64  # prompts per batch
     per_rank = -(-len(prompts) // rt.world_size)
-    end = min(len(prompts), (rt.rank + 1) * per_rank)
-    for start in range(rt.rank * per_rank, end, size):
-        part = slice(start, min(start + size, end))
+    own = range(len(prompts))[rt.rank * per_rank : (rt.rank + 1) * per_rank]
+    for start in own[::size]:
+        part = slice(start, min(start + size, own.stop))
         options = dict(temperature=1.0, seeds=seeds[part]) if seeds else dict(temperature=0.0)
         with rt.autocast():
             found = generate.complete(raw, [ids for _, ids in prompts[part]], n, eot, **options)

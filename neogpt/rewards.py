@@ -73,7 +73,7 @@ def repetition(answer: Answer, n: float = 3) -> float:
 REWARDS = {function.__name__: function for function in (exact, begins, ends, format, length, gsm8k, repetition)}
 NUMBER = r"\d+(?:\.\d*)?|\.\d+"
 TERM = re.compile(
-    rf"""\s*(?P<sign>[+-]?)\s*(?:(?P<weight>{NUMBER})\s*\*\s*)?(?P<term>(?P<name>[\w./~][\w./~-]*\.py:\w+|\w+)"""
+    rf"""\s*(?P<sign>[+-])\s*(?:(?P<weight>{NUMBER})\s*\*\s*)?(?P<term>(?P<name>[\w./~][\w./~-]*\.py:\w+|\w+)"""
     rf"""(?:\(\s*(?:(?P<number>{NUMBER})|"(?P<text>[^"]*)")?\s*\))?)\s*"""
 )
 
@@ -92,20 +92,19 @@ def parse(text: str) -> Terms:
     """The terms of a sum. A term is a name of REWARDS or FILE.py:FUNCTION, perhaps with a number or a text in double
     quotes as its argument, and perhaps times a number. No code is evaluated. Raises ValueError.
     """
-    terms, position = {}, 0
-    while position < len(text) or not terms:
-        match = TERM.match(text, position)
-        if not match or (terms and not match["sign"]):
-            raise ValueError(f"--reward={text}: expected a sum such as exact + 0.2*ends(40), found {text[position:]!r}")
-        name, number, term, position = match["name"], match["number"], re.sub(r"\s", "_", match["term"]), match.end()
-        weight = float(match["weight"] or 1) * (-1 if match["sign"] == "-" else 1)
+    terms, rest = {}, text if text.lstrip().startswith(("+", "-")) else f"+{text}"
+    while rest:
+        match = TERM.match(rest)
+        if not match:
+            raise ValueError(f"--reward={text}: expected a sum such as exact + 0.2*ends(40), found {rest!r}")
+        name, term, rest = match["name"], re.sub(r"\s", "_", match["term"]), rest[match.end() :]
         if name not in REWARDS and ".py:" not in name:
             raise ValueError(f"--reward={text}: unknown {name}, expected {', '.join(REWARDS)} or FILE.py:FUNCTION")
         function, code = (REWARDS[name], "") if name in REWARDS else load(name)
-        arguments = (float(number),) if number else () if match["text"] is None else (match["text"],)
+        arguments = (float(match["number"]),) if match["number"] else () if match["text"] is None else (match["text"],)
         if term in terms:
             raise ValueError(f"--reward={text}: {term} occurs twice, add the weights")
-        terms[term] = Term(weight, function, arguments, code)
+        terms[term] = Term(float(match["sign"] + (match["weight"] or "1")), function, arguments, code)
     return terms
 
 

@@ -56,7 +56,7 @@ def update(
     keep = lambda *_: gradients.update({name: p.grad.clone() for name, p in raw.named_parameters()})  # noqa: E731
     optimizer.register_step_pre_hook(keep)
     advantages = grpo.advantages_of(totals, cfg.scale_by_std).flatten().tolist()
-    parts = grpo.make_batch(examples, advantages, cfg, ALONE).micro_batches
+    parts = grpo.make_batch(SimpleNamespace(cfg=cfg, rt=ALONE), examples, advantages).micro_batches
     loss_fn = partial(grpo.grpo_loss, cfg=cfg, n_ids=257, reference=reference if cfg.kl_beta else None)
     for _ in range(cfg.updates_per_rollout):
         read = training.train_step(raw, [optimizer], parts, loss_fn, lr=0.3, grad_clip=0.0, rt=ALONE)
@@ -213,12 +213,12 @@ def test_one_step_equals_trl(changed: dict[str, Any], tmp_path: Path) -> None:
 # Samples
 
 
-def sample(raw: model.GPT, prompts: list[str], numbers: list[int], n: int, seed: int = 1) -> list[list[int]]:
+def sample(raw: model.GPT, prompts: list[str], first: int, n: int, seed: int = 1) -> list[list[int]]:
     """The ids of n answers to each prompt."""
     cfg = grpo.Config(answer_tokens=12, seed=seed)
     run = SimpleNamespace(cfg=cfg, rt=ALONE, raw=raw, full_model=lambda: raw, tokenizer=BYTES)
     rows = [(Row(p, "", "x"), BYTES.encode_ordinary(p)) for p in prompts]
-    answers, values, totals = grpo.sample_answers(run, rows, np.array(numbers), n, rewards.parse("exact + ends"))
+    answers, values, totals = grpo.sample_answers(run, rows, first, n, rewards.parse("exact + ends"))
     assert values.shape == (len(prompts) * n, 2) and totals.shape == (len(prompts), n)
     assert totals.flatten().tolist() == values.sum(axis=1).tolist()
     return [answer.ids for answer in answers]
@@ -226,18 +226,18 @@ def sample(raw: model.GPT, prompts: list[str], numbers: list[int], n: int, seed:
 
 def test_samples_depend_on_seed_and_number_only() -> None:
     raw = tiny()
-    both = sample(raw, ["one", "three"], [5, 9], 4)
-    assert both == sample(raw, ["one"], [5], 4) + sample(raw, ["three"], [9], 4)
-    assert both[:2] == sample(raw, ["one"], [5], 2)
+    both = sample(raw, ["one", "three"], 5, 4)
+    assert both == sample(raw, ["one"], 5, 4) + sample(raw, ["three"], 6, 4)
+    assert both[:2] == sample(raw, ["one"], 5, 2)
     assert len({tuple(ids) for ids in both}) == 8
-    assert sample(raw, ["one"], [6], 4) != both[:4] != sample(raw, ["one"], [5], 4, seed=2)
-    assert sample(raw, ["one"], [grpo.FIRST_HELD_OUT], 4) != sample(raw, ["one"], [0], 4)
+    assert sample(raw, ["one"], 6, 4) != both[:4] != sample(raw, ["one"], 5, 4, seed=2)
+    assert sample(raw, ["one"], grpo.FIRST_HELD_OUT, 4) != sample(raw, ["one"], 0, 4)
 
 
 def test_samples_follow_the_distribution_of_the_loss() -> None:
     """The mean of the first token's log-probability is minus its entropy. 3 standard errors of 4,096 samples."""
     raw = tiny(scale=0.1)
-    ids = [answer[0] for answer in sample(raw, ["one"], [0], 4096)]
+    ids = [answer[0] for answer in sample(raw, ["one"], 0, 4096)]
     with torch.no_grad():
         logps = raw(torch.tensor([BYTES.encode_ordinary("one")]))[0, -1, :257].log_softmax(-1)
     found, expected = logps[ids].mean().item(), (logps.exp() * logps).sum().item()
@@ -354,11 +354,11 @@ def test_answers_that_never_end_are_cut_off(cfg: grpo.Config, tmp_path: Path) ->
 def answers_and_error(rt: runtime.Runtime) -> tuple[list[list[int]], str]:
     """The ids of answers on this rank, and the message of a reward that fails for the last of them."""
     run = SimpleNamespace(cfg=grpo.Config(answer_tokens=4), rt=rt, full_model=tiny, tokenizer=BYTES)
-    rows, numbers = [(Row("a", "", str(i)), BYTES.encode_ordinary("a")) for i in range(3)], np.arange(3)
-    answers, *_ = grpo.sample_answers(run, rows, numbers, 2, rewards.parse("ends"))
+    rows = [(Row("a", "", str(i)), BYTES.encode_ordinary("a")) for i in range(3)]
+    answers, *_ = grpo.sample_answers(run, rows, 0, 2, rewards.parse("ends"))
     terms = dict(own=rewards.Term(1.0, lambda answer: 1 / (answer.reference != "2"), (), ""))
     with pytest.raises(ValueError) as error:
-        grpo.sample_answers(run, rows, numbers, 2, terms)
+        grpo.sample_answers(run, rows, 0, 2, terms)
     return [answer.ids for answer in answers], str(error.value)
 
 
