@@ -14,7 +14,6 @@ reference), rewards/margins, rewards/accuracies, logps/chosen, logps/rejected. T
 falls too: watch logps/chosen; rpo_alpha counteracts it. tok/s counts the tokens of both sequences of a pair.
 """
 
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -121,7 +120,7 @@ def tokenize_pairs(pairs: list[tuple[chat.Row, str]], T: int, tokenizer: tiktoke
     return out
 
 
-def collate_pairs(pairs: Sequence[Pair], B: int, rt: runtime.Runtime) -> list[dict[str, Any]]:
+def collate_pairs(pairs: list[Pair], B: int, rt: runtime.Runtime) -> list[dict[str, Any]]:
     """This rank's micro-batches of B pairs, longest first: `chat.collate` of B chosen, then B rejected examples, with
     reference, (B, 2), and n, the number of pairs. Rows that `chat.shard_across_ranks` adds have no targets.
     """
@@ -175,7 +174,7 @@ def dpo_loss(net: nn.Module, batch: dict[str, Any], cfg: Config) -> tuple[Tensor
 
 
 @torch.no_grad()
-def reference_logps(raw: nn.Module, pairs: Sequence[Pair], B: int, rt: runtime.Runtime) -> np.ndarray:
+def reference_logps(raw: nn.Module, pairs: list[Pair], B: int, rt: runtime.Runtime) -> np.ndarray:
     """Log-probabilities of the chosen and rejected responses, (n, 2) fp32. Each pair is computed by one rank."""
     out = torch.zeros(len(pairs), 2, device=rt.device)
     order = sorted(range(len(pairs)), key=lambda i: -max(e.n_inputs for e in pairs[i][:2]))
@@ -188,7 +187,7 @@ def reference_logps(raw: nn.Module, pairs: Sequence[Pair], B: int, rt: runtime.R
     return runtime.all_reduce_sum(out, rt).cpu().numpy()
 
 
-def add_reference(run: Run, pairs: Sequence[Pair]) -> list[Pair]:
+def add_reference(run: Run, pairs: list[Pair]) -> list[Pair]:
     """The pairs with reference log-probabilities: from the cache in out_dir, or computed once and written there."""
     rt = run.rt
     examples = [example for pair in pairs for example in pair[:2]]
@@ -234,8 +233,7 @@ def evaluate(run: Run, pairs: list[Pair], held_out: list[chat.Row], questions: l
 def main(cfg: Config) -> None:
     """Optimize preferences; evaluate, answer and save in between."""
     config.check(cfg)
-    smoothing = "[0, 0.5)" if cfg.loss in ("sigmoid", "robust") else "[0, 0]"
-    config.require(smoothing, label_smoothing=cfg.label_smoothing)
+    config.require("[0, 0.5)" if cfg.loss in ("sigmoid", "robust") else "[0, 0]", label_smoothing=cfg.label_smoothing)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     run, rt, T = finetune.open_run(cfg, "dpo", ("sft",), rt)
     texts, val_texts = finetune.read_rows(cfg, read_pairs, lambda pair: chat.whole_prompt(pair[0]))

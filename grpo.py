@@ -85,14 +85,6 @@ def sample_answers(
     return answers, values, (values @ [term.weight for term in terms.values()]).reshape(-1, n)
 
 
-def advantages_of(totals: np.ndarray, scale_by_std: bool) -> np.ndarray:
-    """The advantages of rewards, (groups, n). They are exactly 0 in a group of equal rewards."""
-    advantages = totals - totals.mean(axis=1, keepdims=True)
-    if scale_by_std:
-        advantages /= totals.std(axis=1, ddof=1, keepdims=True) + 1e-4  # 1e-4 as in TRL
-    return np.where(np.ptp(totals, axis=1, keepdims=True) > 0, advantages, 0.0)
-
-
 def rollout(run: Run, prompts: list[finetune.Prompt], terms: rewards.Terms) -> tuple[training.Batch, dict[str, float]]:
     """The data of this step, answered and scored, and its statistics to log."""
     cfg, n = run.cfg, run.cfg.samples_per_prompt
@@ -107,15 +99,19 @@ def rollout(run: Run, prompts: list[finetune.Prompt], terms: rewards.Terms) -> t
     text = ", ".join(f"{name} {value:.3g}" for name, value in stats.items())
     sample = f"{answers[0].prompt}-> {answers[0].text}{'' if answers[0].ended else ' …'}".replace("\n", " ")
     runtime.print0(f"step {run.step}: {text}\n  > {sample} [{totals[0, 0]:g}]")
-    return make_batch(run, examples, advantages_of(totals, cfg.scale_by_std).flatten().tolist()), stats
+    return make_batch(run, examples, totals), stats
 
 
-def make_batch(run: Run, examples: list[chat.Example], advantages: list[float]) -> training.Batch:
+def make_batch(run: Run, examples: list[chat.Example], totals: np.ndarray) -> training.Batch:
     """This rank's micro-batches of B examples, longest first: `chat.collate` with advantages, (B, 1), and weights of
     tokens, whose weighted sum divided by the number of tokens is the loss of cfg.loss. Examples without gradient are
-    left out, unless no example has one.
+    left out, unless no example has one. totals: the rewards, (groups, n).
     """
-    cfg, rt, rows = run.cfg, run.rt, [*zip(examples, advantages)]
+    cfg, rt, advantages = run.cfg, run.rt, totals - totals.mean(axis=1, keepdims=True)
+    if cfg.scale_by_std:
+        advantages /= totals.std(axis=1, ddof=1, keepdims=True) + 1e-4  # 1e-4 as in TRL
+    advantages[np.ptp(totals, axis=1) == 0] = 0  # the mean of equal rewards can be rounded
+    rows = [*zip(examples, advantages.flatten().tolist())]
     trained = [(e, advantage) for e, advantage in rows if advantage or cfg.kl_beta] or rows
     trained.sort(key=lambda row: -len(row[0].ids))
     n_targets, n_trained = (sum(len(e.ids) - e.n_prompt for e, _ in part) for part in (rows, trained))
@@ -210,7 +206,7 @@ def main(cfg: Config) -> None:
     loss_fn = partial(grpo_loss, cfg=cfg, n_ids=run.raw.config.n_tokens, reference=reference)
     facts = dict(training_data=prompts, validation_data=val_prompts, reward_code=[t.code for t in terms.values()])
     run.identify(**{name: f"{zlib.crc32(repr(value).encode()):08x}" for name, value in facts.items()})
-    run.warm_up(make_batch(run, [chat.Example(np.array([0, 0]), 1)], [0.0]), loss_fn)
+    run.warm_up(make_batch(run, [chat.Example(np.array([0, 0]), 1)] * 2, np.zeros((1, 2))), loss_fn)
     lr_at = optim.schedule("wsd", max_steps, round(cfg.warmup_frac * max_steps), cfg.max_lr, decay_frac=1.0)
     n_no_signal = 0
     for step in run.steps(max_steps):

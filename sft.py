@@ -12,7 +12,6 @@ context is truncated, then the response. Unusable rows are dropped and counted.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tiktoken
@@ -53,7 +52,7 @@ CONFIGS = {
 }
 
 
-def make_examples(rows: Sequence[chat.Row], T: int, tokenizer: tiktoken.Encoding, source: str) -> list[chat.Example]:
+def make_examples(rows: list[chat.Row], T: int, tokenizer: tiktoken.Encoding, source: str) -> list[chat.Example]:
     """Rows -> examples of at most T input tokens. Rows whose prompt is longer are dropped."""
     examples = []
     for row in rows:
