@@ -4,7 +4,6 @@
     python dpo.py                                        # out/sft on red_teaming_reward_modeling_pairwise
     torchrun --nproc_per_node=8 dpo.py --beta=0.2 --rpo_alpha=1
     python dpo.py --data=pairs.jsonl --loss=ipo --lora_rank=16 --max_lr=2e-5
-    python sample.py --checkpoint=out/dpo --chat         # talk to the result
 
 Rows have prompt, response_a, response_b and preferred ("A" or "B"), or prompt, chosen and rejected, or conversations.
 The policy starts as the reference model, whose log-probabilities are computed once and cached in out_dir.
@@ -208,9 +207,7 @@ def add_reference(run: Run, pairs: list[Pair]) -> list[Pair]:
 
 @torch.no_grad()
 def evaluate(run: Run, pairs: list[Pair], held_out: list[chat.Row], questions: list[chat.Row]) -> bool:
-    """Evaluate on held-out pairs; return whether the loss is the lowest so far. Logs also `chosen`, the exact match of
-    greedy answers with chosen responses, and `right`, the fraction of answers to questions that begin correctly.
-    """
+    """Evaluate on held-out pairs and on greedy answers; return whether the loss is the lowest so far."""
     cfg, rt, raw, sums = run.cfg, run.rt, run.full_model(), []
     for batch in collate_pairs(pairs, cfg.B, rt):
         with rt.autocast():
@@ -224,9 +221,9 @@ def evaluate(run: Run, pairs: list[Pair], held_out: list[chat.Row], questions: l
         tolerance = 1e-2 if rt.precision == "bf16" or rt.device.type == "cuda" else 1e-4
         assert logratio <= tolerance, f"the policy does not start as the reference: log-ratio {logratio} per token"
     if held_out:
-        scores["chosen"] = finetune.score_answers(run, held_out)["exact"]
+        scores["chosen"] = finetune.score_answers(run, held_out)["exact"]  # fraction that equal chosen responses
     if questions:
-        scores["right"] = finetune.score_answers(run, questions)["begins"]
+        scores["right"] = finetune.score_answers(run, questions)["begins"]  # fraction that begin with the reference
     return finetune.report(run, scores)
 
 

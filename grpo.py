@@ -3,7 +3,6 @@
     python grpo.py demo                                  # after `python sft.py demo`: two to three minutes
     python grpo.py --reward="ends(100) + repetition"     # out/sft on databricks-dolly-15k: answers that come to an end
     torchrun --nproc_per_node=8 grpo.py --data=openai/gsm8k:main --reward="gsm8k + 0.1*my_rewards.py:score"
-    python sample.py --checkpoint=out/grpo --chat        # talk to the result
 
 Rows are those of sft.py. In every step the model answers some prompts several times. Rewards (neogpt/rewards.py) score
 each answer, and its advantage is its reward minus the mean of its group, the answers to the same prompt. A reward only

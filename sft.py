@@ -4,7 +4,6 @@
     python sft.py                                        # out/gpt2 on databricks-dolly-15k
     torchrun --nproc_per_node=8 sft.py --checkpoint=gpt2     # OpenAI's weights, eight GPUs
     python sft.py --data=rows.jsonl --lora_rank=16 --max_lr=5e-4
-    python sample.py --checkpoint=out/sft --chat         # talk to the result
 
 Rows have a prompt, perhaps a context, and a response (names: ALIASES in neogpt/chat.py), or are conversations. The loss
 is on the last response and the end-of-text after it. In rows that are too long, the oldest turns are left out, then the

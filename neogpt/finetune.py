@@ -81,9 +81,7 @@ def open_run(
 
 
 def read_rows(cfg: Any, read: Callable = chat.read_rows, prompt_of: Callable = chat.whole_prompt) -> tuple[list, list]:
-    """The training rows cfg.data, and the held-out rows cfg.val_data, or cfg.val_frac of the data if it is "".
-    read: source -> rows; prompt_of: row -> text, which is never in both parts.
-    """
+    """The training rows cfg.data, and the held-out rows cfg.val_data, or cfg.val_frac of the data if it is ""."""
     rows = read(cfg.data)
     if cfg.val_data:
         return rows, read(cfg.val_data)
@@ -109,9 +107,7 @@ def encode_prompts(run: Run, rows: list[chat.Row], budget: int, source: str) -> 
 
 
 def answer(run: Run, prompts: list[Prompt], seeds: list[int] | None = None) -> list[rewards.Answer]:
-    """The answer to each prompt: sampled with these seeds, or greedy without seeds. Each rank generates its part, and
-    all ranks get all answers.
-    """
+    """The answer to each prompt, on all ranks: sampled with these seeds, or greedy. Each rank generates its part."""
     raw, answers, n, eot, rt = run.full_model(), [], run.cfg.answer_tokens, run.tokenizer.eot_token, run.rt
     size = 256 if seeds else 64  # prompts per batch
     per_rank = -(-len(prompts) // rt.world_size)
@@ -141,14 +137,13 @@ def score_answers(run: Run, rows: list[chat.Row]) -> dict[str, float]:
 
 def report(run: Run, scores: dict[str, float]) -> bool:
     """Log and print an evaluation and answers to cfg.prompts. Returns whether the loss scores["val"] is the lowest."""
-    cfg, loss = run.cfg, scores["val"]
-    best = run.step > 0 and loss < run.scores.get("best", math.inf)
+    best = run.step > 0 and scores["val"] < run.scores.get("best", math.inf)
     run.record(**scores)
     if best:
-        run.scores["best"] = loss
+        run.scores["best"] = scores["val"]
     text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
     runtime.print0(f"step {run.step}, held out: {text}{' (lowest val so far)' if best else ''}")
-    rows = [chat.Row(prompt, "", "") for prompt in cfg.prompts]
+    rows = [chat.Row(prompt, "", "") for prompt in run.cfg.prompts]
     for row, each in zip(rows, answer(run, [(row, chat.encode_prompt(row, 0, run.tokenizer)) for row in rows])):
         runtime.print0(f"  > {row.instruction} -> {each.text}{'' if each.ended else ' …'}")
     return best

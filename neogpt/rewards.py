@@ -80,10 +80,9 @@ TERM = re.compile(
 
 def load(source: str) -> tuple[Callable, str]:
     """The function that FILE.py:FUNCTION names, and the file's content. Raises ValueError."""
-    path, _, name = source.rpartition(":")
+    path, _, name = str(Path(source).expanduser()).rpartition(":")
     try:
-        file = Path(path).expanduser()
-        return runpy.run_path(str(file))[name], file.read_text(encoding="utf-8")
+        return runpy.run_path(path)[name], Path(path).read_text(encoding="utf-8")
     except Exception as error:  # the file of a user can raise anything
         raise ValueError(f"cannot load {source}: {type(error).__name__}: {files.one_line(error)}") from error
 
