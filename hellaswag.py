@@ -80,18 +80,15 @@ def read_rows(source: str, limit: int | None, rt: runtime.Runtime) -> list[Row]:
 
 def texts(row: Row, style: Style) -> tuple[str, list[str]]:
     """The context and the endings of a row. Raises ValueError if a field that the style needs is missing."""
-    fields, names = row.fields, ["ctx"]
-    if style == "harness":  # some editions have only ctx, which is ctx_a and ctx_b without the capital letter
-        names = ["activity_label", *(("ctx_a", "ctx_b") if "ctx_b" in fields else names)]
-    for name in names:
+    fields = row.fields
+    for name in ("ctx",) if style == "completion" else ("activity_label", "ctx_a", "ctx_b"):
         if not isinstance(fields.get(name), str):
             raise ValueError(f"{row.where}: --style={style} needs text in the field {name!r}")
     if style == "completion":
         return fields["ctx"], fields["endings"]
-    ctx = f"{fields['ctx_a']} {fields['ctx_b'].capitalize()}" if "ctx_b" in fields else fields["ctx"]
+    context = f"{fields['activity_label']}: {fields['ctx_a']} {fields['ctx_b'].capitalize()}"
     # remove WikiHow's markup as lm-evaluation-harness does: in this order, and each step once
-    cleaned = [f"{fields['activity_label']}: {ctx}", *fields["endings"]]
-    cleaned = [text.strip().replace(" [title]", ". ") for text in cleaned]
+    cleaned = [text.strip().replace(" [title]", ". ") for text in (context, *fields["endings"])]
     cleaned = [re.sub(r"\[.*?\]", "", text).replace("  ", " ") for text in cleaned]
     return cleaned[0], cleaned[1:]
 
@@ -149,28 +146,19 @@ def prepare(rows: list[Row], tokenizer: tiktoken.Encoding, style: Style, block_s
         lengths.append([[1] * N_ENDINGS, [*map(len, ending_ids)], [*map(len, endings)], n_bytes])
     if n_truncated:
         runtime.print0(f"{n_truncated:,} rows exceed the model's {block_size} tokens: contexts truncated")
-    if style == "harness" and (n := sum("ctx_b" not in row.fields for row in rows)):
-        runtime.print0(f"{n:,} rows have no ctx_a and ctx_b: ctx is used, without the harness's capital letter")
     # sorted by content, so that the order of the rows does not change the batches and thereby the last bits
     packed.sort(key=lambda p: (p.inputs.shape[1], p.inputs[0].tolist()), reverse=True)
     length = dict(zip(("sum", "per token", "per character", "per byte"), np.array(lengths).swapaxes(0, 1)))
     return Questions(packed, np.array([r.index for r in rows]), np.array([r.label for r in rows]), length)
 
 
-def load_questions(
-    source: str, limit: int | None, tokenizer: tiktoken.Encoding, style: Style, block_size: int, rt: runtime.Runtime
-) -> Questions:
-    """Read and tokenize rows: see `read_rows` and `prepare`."""
-    return prepare(read_rows(source, limit, rt), tokenizer, style, block_size)
-
-
 def try_load_questions(
     source: str, limit: int | None, tokenizer: tiktoken.Encoding, block_size: int, rt: runtime.Runtime
 ) -> Questions | None:
-    """`load_questions` in completion style for a training run; None, on all ranks, if they cannot be downloaded."""
+    """The questions in completion style for a training run; None, on all ranks, if they cannot be downloaded."""
     questions = None
     try:
-        questions = load_questions(source, limit, tokenizer, "completion", block_size, rt)
+        questions = prepare(read_rows(source, limit, rt), tokenizer, "completion", block_size)
     except OSError as error:  # no network
         runtime.print0(f"training without HellaSwag: {error}")
     n_ready = runtime.all_reduce_sum(torch.tensor(float(questions is not None), device=rt.device), rt)
@@ -235,7 +223,7 @@ def main(cfg: Config) -> None:
         raise ValueError(f"--out={cfg.out}: there is no folder {Path(cfg.out).parent}")
     rt = runtime.setup(cfg.device, cfg.precision)
     raw, tokenizer, _, _ = checkpoint.load_model(cfg.checkpoint)
-    questions = load_questions(cfg.data, cfg.limit, tokenizer, cfg.style, raw.config.block_size, rt)
+    questions = prepare(read_rows(cfg.data, cfg.limit, rt), tokenizer, cfg.style, raw.config.block_size)
     result = evaluate(raw.to(rt.device), questions, rt, progress=True)
     if not np.isfinite(result.sums).all():
         raise ValueError(f"{cfg.checkpoint} gives log-probabilities that are not finite")

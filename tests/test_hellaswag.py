@@ -62,7 +62,7 @@ def make_model(**shape: Any) -> model.GPT:
 def load(rows: list, tmp_path: Path, style: str = "completion", tokenizer: Any = BYTES, block_size: int = 1024) -> Any:
     """Rows -> file -> questions."""
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    return hellaswag.load_questions(str(path), None, tokenizer, style, block_size, ALONE)
+    return hellaswag.prepare(hellaswag.read_rows(str(path), None, ALONE), tokenizer, style, block_size)
 
 
 # -----------------------------------------------------------------------------
@@ -226,8 +226,6 @@ def test_texts_of_both_styles() -> None:
     assert texts("harness") == ("Sitting: He sits. Then he", [*MARKUP.values()])
     assert texts("harness", ctx_b="")[0] == "Sitting: He sits."
     assert texts("harness", ctx_b="ÉTÉ")[0] == "Sitting: He sits. Été"
-    del fields["ctx_a"], fields["ctx_b"]  # some editions have only ctx
-    assert texts("harness")[0] == "Sitting: He "
 
 
 def test_tokens_of_both_styles() -> None:

@@ -253,7 +253,8 @@ def test_hellaswag_during_training(cfg: Config) -> None:
     scores = losses(folder, "hella")
     assert list(scores) == [0, 5, 10, 12]
     tokenizer = data.get_tokenizer("bytes")
-    questions = hellaswag.load_questions(cfg.hellaswag_data, 50, tokenizer, "completion", cfg.T, harness.ALONE)
+    rows = hellaswag.read_rows(cfg.hellaswag_data, 50, harness.ALONE)
+    questions = hellaswag.prepare(rows, tokenizer, "completion", cfg.T)
     result = hellaswag.evaluate(checkpoint.load_model(str(folder)).raw, questions, harness.ALONE)
     assert scores[12] == pytest.approx(result.accuracy["per token"]) == newest(folder).scores["hella"]
     assert newest(folder).scores["val"] == pytest.approx(losses(folder, "val")[12])
@@ -262,7 +263,7 @@ def test_hellaswag_during_training(cfg: Config) -> None:
 
 def test_hellaswag_that_cannot_be_read(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(cfg, "missing.jsonl", hellaswag_every=5, hellaswag_data="missing.jsonl")
-    monkeypatch.setattr(hellaswag, "load_questions", Mock(side_effect=OSError("no network")))
+    monkeypatch.setattr(hellaswag, "read_rows", Mock(side_effect=OSError("no network")))
     folder = train(cfg, hellaswag_every=5)  # training goes on without it
     assert len(losses(folder)) == 12 and "no network" in notes(folder)
 
