@@ -95,18 +95,15 @@ def draw(runs: list[Run], folder: str | Path, x: str = "steps") -> list[Path]:
             continue
         with matplotlib.rc_context(STYLE):
             axes = Figure(figsize=(8, 5)).subplots()
+            axes.margins(y=0.02)
             for i, (label, curves, _) in enumerate(runs):
                 if name in curves:
                     axes.plot(*curves[name], f"C{i}o-", label=f"{label}, validation" if name == "val" else label)
                 if name == "val" and "train" in curves:
                     axes.plot(*curves["train"], f"C{i}", alpha=0.45, lw=1.2, zorder=1, label=f"{label}, training")
-            if name == "val":
-                # without the first evaluation: an untrained model's loss would flatten the curves
-                low = np.concatenate([line.get_ydata() for line in axes.lines])
-                high = np.concatenate([run.curves["val"][1][1:] for run in runs if "val" in run.curves])
-                low, high = low[np.isfinite(low)], high[np.isfinite(high)]
-                if len(high):
-                    axes.set_ylim(low.min() - 0.1 * abs(low.min()), high.max() + 0.15 * abs(high.max()))
+            if name == "val":  # without the first evaluation: an untrained model's loss would flatten the curves
+                losses = np.concatenate([run.curves["val"][1][1:] for run in runs if "val" in run.curves])
+                axes.set_ylim(top=max((y + 0.15 * abs(y) for y in losses if np.isfinite(y)), default=None))
             if like_gpt2 and not (name == "hella" and other_questions):
                 for style, (model, value) in zip(("--", "-."), REFERENCES[name].items()):
                     axes.axhline(value, color="0.3", linestyle=style, linewidth=1.2, label=f"{model}, {value}")
