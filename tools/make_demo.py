@@ -2,14 +2,10 @@
 
     python -m tools.make_demo [folder]    # default: the repository
 
-Writes `input.txt`, 0.9 MB of short texts about the sixteen characters of `world.py`, and in the folder `demo`:
-
-- `hellaswag.jsonl`: beginnings of stories with four endings each. One in four pairs of a character and a story is held
-  out: `input.txt` never tells this story about this character, but other texts state the fact that the ending needs.
-- `sft.jsonl`: questions and answers, with and without a passage, in the format of databricks-dolly-15k.
-- `sft_held_out.jsonl`: questions about one fact in four and about passages that are in neither sft.jsonl nor dpo.jsonl.
-- `dpo.jsonl`: pairs of answers in the format of red_teaming_reward_modeling_pairwise.
-- `grpo.jsonl`, `grpo_held_out.jsonl`: questions about passages of two events, which no other file contains.
+Writes `input.txt`, 0.9 MB of short texts about the sixteen characters of `world.py`, and rows for every stage into the
+folder `demo`. One in four pairs of a character and a story is held out for hellaswag.jsonl: `input.txt` never tells this
+story about this character, but other texts state the fact that the ending needs. One fact in four and some passages are
+held out for sft_held_out.jsonl. Rows have the formats of databricks-dolly-15k and red_teaming_reward_modeling_pairwise.
 """
 
 import itertools
@@ -183,8 +179,7 @@ def sft(train: list[dict]) -> list[dict]:
     rows = [row.copy() for row in train]
     for row in rows:
         if rng.random() > 0.7:
-            addition = rng.choice((world.POLITE, rng.choice(world.RUDE), rng.choice(world.RAMBLING)))
-            row["response"] = f"{row['response']} {addition}"
+            row["response"] += " " + rng.choice((world.POLITE, rng.choice(world.RUDE), rng.choice(world.RAMBLING)))
     rng.shuffle(rows)
     return rows
 
