@@ -115,13 +115,13 @@ def open_binary(path: Path) -> IO[bytes]:
     return io.BufferedReader(BoundedReader(file, max_unpacked(path)), 2**20)
 
 
-def lock(file: IO) -> None:
-    """Lock an open file for this process, until it dies. Raises OSError if another process has locked it."""
+def lock(file: IO, wait: bool = False) -> None:
+    """Lock an open file for this process, until it dies. If another process has locked it, wait or raise OSError."""
     if os.name == "posix" and stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # not /dev/null, which several ranks open
         import fcntl
 
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:  # some file systems have no locks
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise OSError(f"another process writes {file.name}: stop it, or use another --out_dir") from error

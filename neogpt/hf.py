@@ -136,12 +136,10 @@ def save_tokenizer(tokenizer: tiktoken.Encoding, folder: Path, block_size: int, 
     special = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
     added = [dict(id=tokenizer.eot_token, content=tokens[-1], **special)]  # the chat template spells it out
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=False, use_regex=True)  # GPT-2's pattern
-    bpe = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="")
-    bpe |= dict(fuse_unk=False, byte_fallback=False, vocab=vocab, merges=merges)
-    whole = dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=None, model=bpe)
+    whole = dict(version="1.0", added_tokens=added, model=dict(type="BPE", vocab=vocab, merges=merges))
     settings = dict(tokenizer_class="GPT2Tokenizer", model_max_length=block_size, add_prefix_space=False)
-    settings |= dict(clean_up_tokenization_spaces=False) | dict.fromkeys(("bos_token", "eos_token"), tokens[-1])
-    settings |= dict(unk_token=tokens[-1]) | (dict(chat_template=template) if template else {})
+    settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokens[-1])
+    settings |= dict(clean_up_tokenization_spaces=False) | (dict(chat_template=template) if template else {})
     files.write_json(folder / "tokenizer.json", whole | dict(pre_tokenizer=level, post_processor=level, decoder=level))
     files.write_json(folder / "tokenizer_config.json", settings)
     files.write_json(folder / "vocab.json", vocab)

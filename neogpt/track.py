@@ -58,11 +58,7 @@ def connect(kind: str, folder: Path, step: int, name: str, constants: dict[str, 
 def follow(kind: str, folder: Path, step: int, position: int, constants: dict[str, Any], end: threading.Event) -> None:
     """Send the values in folder/log.txt from byte `position` on, until the run has ended or is started again."""
     with open(folder / "log.txt", "rb") as log, open(folder / "track_name", "a+", buffering=1) as file:
-        while True:  # the processes of a run that was killed and resumed work one after another
-            with suppress(OSError):
-                files.lock(file)
-                break
-            time.sleep(0.5)
+        files.lock(file, wait=True)  # the processes of a run that was killed and resumed work one after another
         file.seek(0)
         name, old = file.read().strip(), log.read(position)
         # values cannot be dropped in wandb and trackio, so each is sent once: a resumed run repeats it bit for bit

@@ -12,8 +12,6 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-import torch
-
 import prune
 from neogpt import checkpoint, config, files, runtime
 
@@ -55,8 +53,7 @@ def main(cfg: Config) -> None:
             table.append((source, label, *cost, f"{row['loss']:.4f}", f"{row['hellaswag']:.3f}" if questions else "-"))
             runtime.print0(f"{source}, {label}: loss {row['loss']:.4f}")
     runtime.print0(config.format_table(table))
-    results = dict(torch=torch.__version__, device=str(rt.device), config=asdict(cfg), rows=rows)
-    files.write_json(out_dir / "compare.json", results)
+    files.write_json(out_dir / "compare.json", dict(config=asdict(cfg), rows=rows))
     runtime.print0(f"wrote {out_dir / 'compare.json'}")
 
 
