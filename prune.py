@@ -84,20 +84,17 @@ def prune_model(raw: model.GPT, idx: Tensor, cfg: Config, rt: runtime.Runtime) -
         return
     squared_norms: dict[nn.Module, Tensor] = {}  # per linear layer: (in,) fp32, sums over all tokens
 
-    def add(linear: nn.Module, inputs: tuple[Tensor]) -> None:
-        squares = inputs[0].float().flatten(0, -2).square().sum(0)
-        squared_norms[linear] = squared_norms.get(linear, 0) + squares
+    def add(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        if isinstance(module, nn.Linear):
+            squares = inputs[0].float().flatten(0, -2).square().sum(0)
+            squared_norms[module] = squared_norms.get(module, 0) + squares
 
     x = torch.cat([raw.embed(rows) for rows in idx.split(cfg.B)])  # (n, T, C), the input of the block
     for block in raw.transformer.h:
-        matrices = model.weight_matrices(block).values()
-        hooks = [linear.register_forward_pre_hook(add) for linear in matrices]
-        with rt.autocast():
+        with nn.modules.module.register_module_forward_pre_hook(add), rt.autocast():
             for rows in x.split(cfg.B):
                 block(rows)
-        for hook in hooks:
-            hook.remove()
-        for linear in matrices:
+        for linear in model.weight_matrices(block).values():
             linear.weight.mul_(make_mask(linear.weight, squared_norms[linear].sqrt(), cfg))
         with rt.autocast():
             for rows in x.split(cfg.B):
@@ -120,10 +117,9 @@ def evaluate(
     raw: model.GPT, val: data.Windows, questions: hellaswag.Questions | None, cfg: EvalConfig, rt: runtime.Runtime
 ) -> dict[str, Any]:
     """Fraction of zeros, numbers of parameters, loss in nats per token, perplexity, HellaSwag's acc and acc_norm."""
-    weights = [linear.weight for linear in model.weight_matrices(raw).values()]
-    n_weights, n_params = sum(w.numel() for w in weights), raw.n_params()
-    n_zeros = n_weights - sum(int(w.count_nonzero()) for w in weights)
-    metrics = dict(sparsity=n_zeros / n_weights, parameters=n_params, nonzero_parameters=n_params - n_zeros)
+    is_zero = torch.cat([linear.weight.flatten() == 0 for linear in model.weight_matrices(raw).values()])
+    n_params, n_zeros = raw.n_params(), int(is_zero.sum())
+    metrics = dict(sparsity=n_zeros / len(is_zero), parameters=n_params, nonzero_parameters=n_params - n_zeros)
     loss = training.validate(raw, val, cfg.val_tokens, cfg.B, rt)
     metrics |= dict(loss=loss, perplexity=math.exp(min(loss, 99)))
     if questions:
