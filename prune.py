@@ -7,8 +7,7 @@
 
 Wanda scores a weight by its absolute value times the L2 norm of its input over the calibration tokens, and prunes, for
 every output, the weights with the lowest scores. Blocks are pruned in order: the input of a block is the output of the
-pruned blocks before it. Embeddings, head, norms and biases are not pruned. The pruned checkpoint can be read by every
-script; report.json has the metrics of `evaluate` before and after.
+pruned blocks before it. Embeddings, head, norms and biases are not pruned. report.json: the metrics before and after.
 """
 
 import math

@@ -88,12 +88,11 @@ def save_adapter(folder: Path, raw: model.GPT, base: str, base_fingerprint: str)
 def read_adapter_config(folder: Path) -> tuple[str, int, float]:
     """The base model, rank and alpha in adapter_config.json. Raises ValueError for adapters of other kinds."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    required = dict(peft_type="LORA", use_rslora=False, use_dora=False, bias="none", rank_pattern={}, alpha_pattern={})
-    for key, value in required.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"adapter_config.json has {key}={config[key]!r}: only {value!r} is supported")
-    if (init := config.get("init_lora_weights", True)) not in (True, False, "gaussian", "eva", "orthogonal"):
-        raise ValueError(f"adapter_config.json has init_lora_weights={init!r}, which changes the base: unsupported")
+    allowed = dict(peft_type=["LORA"], use_rslora=[False], use_dora=[False], bias=["none"], rank_pattern=[{}])
+    allowed |= dict(alpha_pattern=[{}], init_lora_weights=[True, False, "gaussian", "eva", "orthogonal"])
+    for key, values in allowed.items():  # the first value is the default; other initializations change the base
+        if config.get(key, values[0]) not in values:
+            raise ValueError(f"adapter_config.json has {key}={config[key]!r}: supported are {values}")
     r, alpha, base = (config.get(key) for key in ("r", "lora_alpha", "base_model_name_or_path"))
     if type(r) is not int or r < 1 or type(alpha) not in (int, float) or not isinstance(base, str):
         raise ValueError(f"adapter_config.json has r={r!r}, lora_alpha={alpha!r}, base_model_name_or_path={base!r}")

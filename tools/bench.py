@@ -182,7 +182,6 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
                 start = timing.clock()
             return B * sum(1 for _ in steps), start
 
-    @torch.no_grad()
     def uncached() -> int:
         window = torch.tensor(ids, device=rt.device)
         lengths = range(16, 16 + cfg.new_tokens, cfg.uncached_stride)
@@ -191,7 +190,6 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
                 raw.head(raw.trunk(window[:, :length])[:, -1]).argmax(-1).tolist()
         return B * len(lengths)
 
-    @torch.no_grad()
     def prefill() -> int:
         with rt.autocast():
             generate.prefill(raw, long_prompts, generate.KVCache(raw.config.n_layer, raw.config.block_size))
@@ -202,7 +200,8 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     if fits and importlib.util.find_spec("transformers"):
         variants["transformers"] = timing.transformers_decoder(raw, prompts, cfg.new_tokens, rt)
     variants |= {"cache": lambda: decode(False), "cache, compiled": lambda: decode(True), "prefill": prefill}
-    return timing.run_alternating(variants, cfg.repeats, "tok/s", cfg.only)
+    with torch.no_grad():
+        return timing.run_alternating(variants, cfg.repeats, "tok/s", cfg.only)
 
 
 def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:

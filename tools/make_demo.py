@@ -51,9 +51,7 @@ def wrong_values(c: Character, attribute: str) -> list[object]:
     """The values of the attribute that are plausible for c but wrong."""
     if attribute == "friend":
         return strangers(c)
-    similar = world.CHARACTERS
-    if attribute == "kind":
-        similar = [x for x in similar if (x.kind in world.TRADES) == (c.kind in world.TRADES)]
+    similar = [x for x in world.CHARACTERS if attribute != "kind" or (x in world.PEOPLE) == (c in world.PEOPLE)]
     return sorted({getattr(x, attribute) for x in similar} - {getattr(c, attribute)})
 
 

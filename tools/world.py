@@ -52,8 +52,7 @@ ATTRIBUTES = columns[2:]  # from kind to friend
 
 PRONOUNS = dict(she=dict(he="she", his="her", him="her", He="She", His="Her"))
 PRONOUNS |= dict(he=dict(he="he", his="his", him="him", He="He", His="His"))
-TRADES = ("baker", "doctor", "farmer", "sailor")  # the kinds of people; the other kinds are animals
-# what each kind does all day
+PEOPLE = CHARACTERS[:8]  # the others are animals
 DID = dict(baker="baked bread", doctor="looked after the sick", farmer="worked in the field", sailor="mended the sails")
 DID |= dict(cat="slept in the sun", fox="ran through the woods", goat="climbed the rocks", rabbit="dug holes")
 ITEMS = ("cup", "egg", "glove", "hat", "jug", "nut", "pen", "spoon")
