@@ -253,8 +253,8 @@ def main(cfg: Config) -> None:
     raw = build_model(cfg, tokenizer, run.resumed)
     settings = dict(weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, momentum=cfg.momentum)
     compiled = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
-    raw = training.place(raw, rt, sharded=cfg.sharded, recompute=cfg.recompute, compile=compiled)
-    run.attach(raw, optim.make_optimizers(raw, optimizer=cfg.optimizer, **settings), compiled)
+    net = training.wrap(raw, rt, compiled, sharded=cfg.sharded, recompute=cfg.recompute)
+    run.attach(raw, net, optim.make_optimizers(raw, optimizer=cfg.optimizer, **settings))
     run.flops_per_token = raw.flops_per_token(cfg.T)
     questions, every = None, cfg.hellaswag_every
     if every or (every is None and rt.device.type == "cuda"):

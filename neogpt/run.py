@@ -22,6 +22,7 @@ import numpy as np
 import tiktoken
 import torch
 import torch.distributed
+from torch import nn
 from torch.optim import Optimizer
 
 from neogpt import checkpoint, data, files, lora, model, optim, runtime, track, training
@@ -139,10 +140,9 @@ class Run:
         if self.resumed and (changed := checkpoint.differences(self.resumed.facts, self.facts)):
             runtime.print0(f"changed since step {self.step}: {changed}; the curve can change")
 
-    def attach(self, raw: model.GPT, optimizers: list[Optimizer], compile: bool, dynamic: bool = False) -> None:
-        """Compile and wrap the model, and load the moments of a resumed run. compile, dynamic: as in runtime.wrap."""
-        self.raw, self.optimizers, self.gathered = raw, optimizers, None
-        self.model = runtime.wrap(raw, self.rt, compile, dynamic)
+    def attach(self, raw: model.GPT, net: nn.Module, optimizers: list[Optimizer]) -> None:
+        """Train net, the model `raw` after `training.wrap`, and load the moments of a resumed run."""
+        self.raw, self.model, self.optimizers, self.gathered = raw, net, optimizers, None
         if n_pruned := optim.keep_zeros(optimizers, raw):
             runtime.print0(f"{n_pruned} pruned matrices: their zeros stay zero")
         if self.resumed:
@@ -162,7 +162,7 @@ class Run:
         """
         if not runtime.is_sharded(self.raw):
             return self.raw
-        self.gathered = self.gathered or training.full_model(self.raw, self.rt)
+        self.gathered = self.gathered or training.full_model(self.raw)
         return self.gathered
 
     def items(self, step: int, n: int, n_items: int) -> np.ndarray:

@@ -19,7 +19,6 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
-from torch.nn.parallel import DistributedDataParallel
 
 from neogpt import model
 
@@ -168,21 +167,8 @@ def cleanup(rt: Runtime) -> None:
 
 
 def is_sharded(x: nn.Module | Tensor) -> bool:
-    """Whether `training.place` has divided this model, or this tensor of a model, among the ranks."""
+    """Whether `training.wrap` has divided this model, or this tensor of a model, among the ranks."""
     return hasattr(x, "unshard") or hasattr(x, "full_tensor")  # the classes of FSDP2 take a second to import
-
-
-def wrap(raw: nn.Module, rt: Runtime, compile: bool, dynamic: bool = False) -> nn.Module:
-    """The model of the training step: compiled if `compile`, and wrapped by DDP if there are several ranks, unless it
-    is sharded: `training.place` has done both. dynamic: allow changing shapes and graph breaks; without it, the
-    compiled forward pass must be one graph.
-    """
-    if is_sharded(raw):
-        return raw
-    if compile:
-        require_compiler(rt.device)
-        raw = torch.compile(raw, fullgraph=not dynamic, dynamic=dynamic)
-    return DistributedDataParallel(raw) if rt.world_size > 1 else raw
 
 
 def require_compiler(device: torch.device) -> None:

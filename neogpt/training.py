@@ -102,26 +102,36 @@ def train_step(
     return result
 
 
-def place(
-    raw: model.GPT, rt: runtime.Runtime, *, sharded: bool, recompute: bool, compile: bool, dynamic: bool = False
-) -> model.GPT:
-    """The model on this rank's device, before `runtime.wrap` and the optimizers. recompute: the backward pass computes
-    the activations of each block again, instead of keeping them (arXiv:1604.06174). compile, dynamic: as in `wrap`.
+def wrap(
+    raw: model.GPT,
+    rt: runtime.Runtime,
+    compile: bool = False,
+    dynamic: bool = False,
+    *,
+    sharded: bool = False,
+    recompute: bool = False,
+) -> nn.Module:
+    """The model of the training step, on this rank's device: compiled, and wrapped by DDP if there are several ranks.
+    raw becomes a part of it; make optimizers afterwards. dynamic: allow changing shapes and graph breaks; without it,
+    the compiled forward pass must be one graph. recompute: the backward pass computes the activations of each block
+    again, instead of keeping them (arXiv:1604.06174).
 
-    sharded: each rank stores its part of the rows of every parameter (FSDP2, arXiv:2304.11277). A forward or backward
-    pass gathers one block at a time, so all ranks must run equally many. In bf16 runs on CUDA blocks are gathered in
-    bf16; what is stored and summed is fp32. The embeddings and the final norm are gathered together.
+    sharded: instead of DDP, each rank stores its part of the rows of every parameter (FSDP2, arXiv:2304.11277). A pass
+    gathers one block at a time, so all ranks must run equally many. In bf16 runs on CUDA blocks are gathered in bf16;
+    what is stored and summed is fp32. The embeddings and the final norm are gathered together.
     """
-    sharded = sharded and rt.world_size > 1
+    sharded, options = sharded and rt.world_size > 1, dict(fullgraph=not dynamic, dynamic=dynamic)
+    if compile:
+        runtime.require_compiler(rt.device)
     for block in raw.transformer.h:
         if sharded and compile:  # block by block: FSDP2 gathers their weights outside of the graphs
-            runtime.require_compiler(rt.device)
-            block.forward = torch.compile(block.forward, fullgraph=not dynamic, dynamic=dynamic)
-        if recompute:
-            options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
-            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, **options)
+            block.forward = torch.compile(block.forward, **options)
+        if recompute:  # nothing in a block is random
+            checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+            block.forward = partial(checkpoint, block.forward)
     if not sharded:
-        return raw.to(rt.device)
+        net = torch.compile(raw.to(rt.device), **options) if compile else raw.to(rt.device)
+        return DistributedDataParallel(net) if rt.world_size > 1 else net
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -138,19 +148,10 @@ def place(
 
 
 @torch.no_grad()
-def full_model(sharded: model.GPT, rt: runtime.Runtime) -> model.GPT:
-    """A copy of a sharded model with all weights on this rank, for evaluations. All ranks must call it. In a bf16 run
-    the matrices of the blocks are bf16, to which autocast would round them.
-    """
-    weights = {}
-    for name, p in sharded.named_parameters():
-        low = rt.precision == "bf16" and ".h." in name and model.is_matrix(p)
-        weights[name] = (p.bfloat16() if low else p).full_tensor()
-    with torch.device("meta"):  # allocates nothing: the weights replace the parameters
-        raw = model.GPT(sharded.config)
-    raw.load_state_dict(weights, strict=False, assign=True)
-    raw.lm_head.weight = raw.transformer.wte.weight  # tied again
-    return raw
+def full_model(sharded: model.GPT) -> model.GPT:
+    """A copy of a sharded model with all weights on this rank, for evaluations. All ranks must call it."""
+    weights = {name: p.full_tensor() for name, p in sharded.named_parameters()}
+    return model.GPT.from_weights(sharded.config, weights | {"lm_head.weight": weights["transformer.wte.weight"]})
 
 
 @torch.no_grad()

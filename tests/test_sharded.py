@@ -42,7 +42,7 @@ def train(rt: runtime.Runtime, optimizer: str) -> tuple[list, dict[str, Tensor],
     the weights and the gathered moments. Ranks have micro-batches of different sizes.
     """
     raw = harness.tiny_model(scale=0.1, vocab_size=257, block_size=T).double()
-    training.place(raw, rt, sharded=True, recompute=False, compile=False)
+    training.wrap(raw, rt, sharded=True)
     optimizers, results = optim.make_optimizers(raw, optimizer=optimizer, weight_decay=0.1), []
     for step in range(N_STEPS):
         xy = torch.randint(257, (12, T + 1), generator=torch.Generator().manual_seed(step)).tensor_split(rt.world_size)
@@ -80,7 +80,7 @@ def test_recomputed_activations_give_the_same_bits(precision: str) -> None:
     rt, found, n_saved = ALONE._replace(precision=precision), [], []
     for recompute in (False, True):
         raw = harness.tiny_model(n_layer=4, n_embd=64)
-        training.place(raw, rt, sharded=False, recompute=recompute, compile=False)
+        training.wrap(raw, rt, recompute=recompute)
         idx, saved = torch.arange(128).view(4, 32), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
             loss, _ = training.backward(raw, dict(x=idx, y=idx + 1, poison=False), loss_fn, 1.0, rt)
@@ -196,13 +196,13 @@ def train(shape, B, T, n_rows, precision="fp32", **options):
     raw = model.GPT(model.GPTConfig(**shape, block_size=T, n_tokens=257))
     plan = training.plan_memory(raw, B, T, rt, n_rows=n_rows, **options)
     recompute, sharded = (options.pop(name, False) for name in ("recompute", "sharded"))
-    raw = training.place(raw, rt, sharded=sharded, recompute=recompute, compile=False)
+    net = training.wrap(raw, rt, sharded=sharded, recompute=recompute)
     optimizers = optim.make_optimizers(raw, weight_decay=0.1, **options)
     xy = torch.randint(257, (n_rows, T + 1))
     batches = [dict(x=rows[:, :-1], y=rows[:, 1:], n=len(rows) * T) for rows in xy.split(B)]
     loss_fn = lambda net, batch: (net(batch["x"], batch["y"], reduction="sum"), {})
     for _ in range(2):
-        training.train_step(runtime.wrap(raw, rt, False), optimizers, batches, loss_fn, lr=1e-3, grad_clip=1.0, rt=rt)()
+        training.train_step(net, optimizers, batches, loss_fn, lr=1e-3, grad_clip=1.0, rt=rt)()
     return [sum(plan), status("VmHWM") - before]
 
 train(dict(n_layer=1, n_head=1, n_embd=32, vocab_size=320), 1, 8, 2)  # loads libraries
