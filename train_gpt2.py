@@ -242,7 +242,7 @@ def main(cfg: Config) -> None:
     per_rank = check(cfg, rt.world_size)
     n = per_rank * rt.world_size  # sequences per step
     tokenizer = data.get_tokenizer(cfg.tokenizer)
-    plan = dict(T=cfg.T, optimizer=cfg.optimizer, sharded=cfg.sharded, recompute=cfg.recompute, n_rows=per_rank)
+    plan = dict(T=cfg.T, optimizer=cfg.optimizer, sharded=cfg.sharded, recompute=cfg.recompute)
     with torch.device("meta"):  # allocates nothing
         shape = model.GPT(expected_config(cfg, tokenizer.n_vocab))
     training.check_memory(shape, cfg.B or 1, rt, **plan)

@@ -184,38 +184,31 @@ def plan_memory(
     optimizer: str = "adamw",
     sharded: bool = False,
     recompute: bool = False,
-    n_rows: int | None = None,
 ) -> list[float]:
     """Bytes per device of weights, gradients, moments, and activations with other temporary tensors, at the peak of a
-    training step; a compiled step needs less. raw: can be on the meta device. B, T: of a micro-batch. n_rows: sequences
-    per step and device; None: several micro-batches. The other arguments are as in the Config of train_gpt2.py.
+    training step; a compiled step needs less. raw: can be on the meta device. B, T: of a micro-batch. The other
+    arguments are as in the Config of train_gpt2.py.
     """
     c, n, n_tokens = raw.config, rt.world_size if sharded else 1, B * T
     n_trained = sum(p.numel() for p in raw.parameters() if p.requires_grad)
     n_matrices = sum(linear.weight.numel() for linear in model.weight_matrices(raw).values())
     n_muon = n_matrices if optimizer == "muon" else 0
-    n_block = sum(p.numel() for p in raw.transformer.h[0].parameters())
-    n_root = raw.n_params() - c.n_layer * n_block
+    n_block, n_head = sum(p.numel() for p in raw.transformer.h[0].parameters()), raw.lm_head.weight.numel()
     size = 2 if rt.precision == "bf16" else 4  # bytes of an activation
-    residual = 2 if size == 2 and c.residual == "bf16" else 4
-    # of one block: the residual stream twice; the outputs of both norms, q, k, v and the output of attention; the MLP
-    mlp = 8 * c.n_embd if c.mlp == "dense" else (2 + 2 * c.mlp_modes) * (c.mlp_width or 4 * c.n_embd)
-    block = n_tokens * (2 * residual * c.n_embd + size * (6 * c.n_embd + mlp))
+    # of one block: the residual stream twice, fp32; the outputs of norms, attention and MLP; q, k, v
+    block = n_tokens * c.n_embd * (8 + 14 * size)
     if c.attention == "manual" or size == 2 and rt.device.type == "cpu":
-        n_keys = T if c.attention == "manual" else min(T, (T + model.CHUNK) / 2)  # per query
-        block += n_tokens * n_keys * c.n_head * (size + 4 * (size == 2 and rt.device.type == "cuda"))  # fp32 softmax
-    blocks = c.n_layer * n_tokens * residual * c.n_embd + block if recompute else c.n_layer * block
+        block += n_tokens * T * c.n_head * size
+    blocks = c.n_layer * n_tokens * 4 * c.n_embd + block if recompute else c.n_layer * block
     # the log-softmax and two gradients of it, fp32
-    activations = blocks + n_tokens * ((residual + size) * c.n_embd + 12 * c.vocab_size)
-    gradients, casts = 4 * n_trained / n, 0 if size == 4 else 2 * (n_matrices + raw.lm_head.weight.numel())
-    if n > 1:  # gathered: two blocks, their gradients, and the rest; in bf16 also the head
-        casts = 4 * size * n_block + 8 * n_block + 4 * n_root + (2 * raw.lm_head.weight.numel() if size == 2 else 0)
-    elif rt.world_size > 1:
-        gradients *= 2  # and DDP's buckets
-    peak = activations + casts - (gradients if n_rows and n_rows <= B else 0)
-    peak = max(peak, 4 * raw.lm_head.weight.numel(), 16 * n_muon / n)  # the embedding's gradient; Muon's temporaries
-    if n > 1:  # `full_model`
-        peak = max(peak, 4 * raw.n_params() - (4 - size) * n_matrices)
+    peak = blocks + n_tokens * ((4 + size) * c.n_embd + 12 * c.vocab_size)
+    gradients = 4 * n_trained / n * (2 if rt.world_size > n else 1)  # and DDP's buckets
+    if n > 1:  # gathered: two blocks, their gradients, and the rest, fp32 and as autocast rounds it
+        peak += (4 * size + 8) * n_block + 6 * n_head
+    elif size == 2:  # as autocast rounds them
+        peak += 2 * (n_matrices + n_head)
+    # Muon's temporaries; `full_model`, while there are no gradients
+    peak = max(peak, 16 * n_muon / n, 4 * raw.n_params() - gradients if n > 1 else 0)
     return [4 * raw.n_params() / n, gradients, (8 * n_trained - 4 * n_muon) / n, peak]
 
 
@@ -223,24 +216,18 @@ def check_memory(raw: model.GPT, B: int, rt: runtime.Runtime, **options: Any) ->
     """One line that compares `plan_memory` with the memory of the device and, if it is too small, names what would fit.
     Raises ValueError if not even weights, gradients and moments fit. options: of `plan_memory`.
     """
-    available, plan = runtime.device_memory(rt.device), partial(plan_memory, raw, **options)
-    needed = plan(B=B, rt=rt)
+    available, plan = runtime.device_memory(rt.device), partial(plan_memory, raw, rt=rt)
+    needed = plan(B=B, **options)
     names = "weights", "gradients", "moments", "activations"
     text = " + ".join(f"{name} {n_bytes / 1e9:.2f}" for name, n_bytes in zip(names, needed))
     text = f"memory per device with B={B}: {text} = {sum(needed) / 1e9:.1f} GB of {available / 1e9:.1f} GB"
     if sum(needed) <= available:
         return text
-
-    def fitting(option: str, **changes: Any) -> list[str]:
-        total = sum(plan(**dict(B=B, rt=rt) | changes))
-        return [f"{option} ({total / 1e9:.1f} GB)"] if total <= available else []
-
-    smaller = [fit for b in range(B - 1, 0, -1) if B % b == 0 for fit in fitting(f"--B={b}", B=b)]
-    fits = fitting("--sharded", sharded=True) + fitting("--recompute", recompute=True) + smaller[:1]
-    both = dict(sharded=True, recompute=True, B=1)
-    for n in (rt.world_size * 2**i for i in range(9) if not fits):
-        fits = fitting(f"--sharded --recompute --B=1 on {n} devices", rt=rt._replace(world_size=n), **both)
-    text += f"; enough would be {' or '.join(fits) or 'a smaller --model or --T'}"
+    changes = {"--sharded": dict(sharded=True), "--recompute": dict(recompute=True)}
+    changes |= {f"--B={b}": dict(B=b) for b in range(B - 1, 0, -1) if B % b == 0}
+    totals = {name: sum(plan(**dict(B=B) | options | change)) for name, change in changes.items()}
+    fits = [f"{name} ({total / 1e9:.1f} GB)" for name, total in totals.items() if total <= available][:3]
+    text += f"; enough would be {' or '.join(fits) or 'more devices with --sharded --recompute, or a smaller --model'}"
     if sum(needed[:3]) > available:
         raise ValueError(f"too little memory: {text}")
     return text

@@ -194,7 +194,7 @@ def train(shape, B, T, n_rows, precision="fp32", **options):
         file.write("5")  # VmHWM, the peak, starts again
     before = status("VmRSS")
     raw = model.GPT(model.GPTConfig(**shape, block_size=T, n_tokens=257))
-    plan = training.plan_memory(raw, B, T, rt, n_rows=n_rows, **options)
+    plan = training.plan_memory(raw, B, T, rt, **options)
     recompute, sharded = (options.pop(name, False) for name in ("recompute", "sharded"))
     net = training.wrap(raw, rt, sharded=sharded, recompute=recompute)
     optimizers = optim.make_optimizers(raw, weight_decay=0.1, **options)
