@@ -57,7 +57,7 @@ def test_a_study(study: Callable[..., dict], tmp_path: Path, capsys: pytest.Capt
         raw = checkpoint.load_model(points[size, 20]["folder"]).raw
         assert points[size, 10]["N"] == raw.flops_per_token(192) / 6
     assert all(point["max_lr"] == 1e-2 for point in points.values())  # better than 1e-3
-    assert len(results["laws"]) == 4 and results["entropy"][0] < results["entropy"][1] < points["tiny-16", 40]["loss"]
+    assert len(results["laws"]) == 4 and 0 < results["entropy"] < points["tiny-16", 40]["loss"]
     out = capsys.readouterr().out
     assert "held out" in out and "predicted" in out and "try more" in out
     assert (tmp_path / "Scaling.png").read_bytes()[:4] == b"\x89PNG"
