@@ -192,7 +192,7 @@ def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.C
     return model.GPT.from_weights(expected, weights)
 
 
-def make_batch(xy: Tensor, B: int, n: int = 0) -> training.Batch:
+def make_batch(xy: Tensor, B: int, n: int) -> training.Batch:
     """This rank's windows, (rows, T + 1), in a step of n sequences -> micro-batches of B sequences."""
     T = xy.size(1) - 1
     return training.Batch([dict(x=rows[:, :-1], y=rows[:, 1:], n=len(rows) * T) for rows in xy.split(B)], n, n * T)
@@ -202,13 +202,6 @@ def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
     """The cross-entropy of a micro-batch, summed over its tokens."""
     with runtime.single_shape_attention():
         return net(batch["x"], batch["y"], reduction="sum"), {}
-
-
-def try_micro_batch(run: Run, B: int) -> None:
-    """A forward and backward pass of B sequences."""
-    torch._dynamo.reset()  # it compiles a function at most eight times
-    xy = torch.zeros(B, run.cfg.T + 1, dtype=torch.int64, device=run.rt.device)
-    run.warm_up(make_batch(xy, B), loss_fn, sync=False)
 
 
 def print_samples(run: Run) -> None:
@@ -265,7 +258,7 @@ def main(cfg: Config) -> None:
         xy = runtime.to_device(torch.from_numpy(train.read(windows)), rt.device)  # (per_rank, T + 1)
         return make_batch(xy, run.B, n)
 
-    run.B = training.pick_B(run, per_rank, partial(try_micro_batch, run))
+    run.B = training.pick_B(run, per_rank, **plan)
     kernel = runtime.attention_kernel(raw.config, run.B, cfg.T, rt)
     scored = data.checksum(p.inputs for p in questions.packed) if questions else "none"
     contents = dict(training_data=data.fingerprint(train.shards), validation_data=data.fingerprint(val.shards))

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -170,15 +169,13 @@ class Run:
         position = self.start_sequences + (step - self.start_step) * n  # so n can change when a run is resumed
         return data.windows_at(position, n, n_items, self.cfg.seed)
 
-    def warm_up(self, batch: training.Batch, loss_fn: training.LossFn, sync: bool = True) -> None:
+    def warm_up(self, batch: training.Batch, loss_fn: training.LossFn) -> None:
         """Run one backward pass, which compiles the model, and after which DDP rebuilds its buckets. New buckets change
-        the order of sums: without it the first step of a resumed run would differ in the last bits. sync: all-reduce.
+        the order of sums: without it the first step of a resumed run would differ in the last bits.
         """
-        if sync and self.model is self.raw:  # nothing to prepare
-            return
-        with nullcontext() if sync or self.rt.world_size == 1 else self.model.no_sync():
+        if self.model is not self.raw:
             training.backward(self.model, batch.micro_batches[0], loss_fn, 1.0, self.rt)
-        self.raw.zero_grad()
+            self.raw.zero_grad()
 
     @property
     def last(self) -> bool:

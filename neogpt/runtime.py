@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple, TextIO
 
@@ -216,25 +216,6 @@ def attention_kernel(config: model.GPTConfig, B: int, T: int, rt: Runtime) -> st
         name = SDPBackend(torch._fused_sdp_choice(q, q, q, None, 0.0, True)).name.lower().replace("_", " ")
     slow = rt.device.type == "cuda" and name not in ("flash attention", "cudnn attention")
     return f"{name} (slow: flash attention needs bf16 and a head size of at most 256)" if slow else name
-
-
-def fit_micro_batch(step: Callable[[int], None], sizes: list[int], reserved: int, rt: Runtime) -> int:
-    """The largest of `sizes` with which `step`, a forward and backward pass, fits into CUDA memory on all ranks; on
-    other devices the largest. reserved: bytes to leave free for the optimizer. Raises ValueError if none fits.
-    """
-    if rt.device.type != "cuda":
-        return max(sizes)
-    for size in sorted(sizes, reverse=True):
-        fits = torch.zeros((), device=rt.device)
-        with suppress(torch.cuda.OutOfMemoryError):
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(rt.device)
-            free = torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_allocated(rt.device)
-            step(size)
-            fits += torch.cuda.max_memory_allocated(rt.device) + reserved <= 0.95 * free
-        if all_reduce_sum(fits, rt) == rt.world_size:
-            return size
-    raise ValueError(f"--B={min(sizes)} does not fit into the memory of {rt.device}: use a smaller --model or --T")
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

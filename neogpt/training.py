@@ -233,9 +233,9 @@ def check_memory(raw: model.GPT, B: int, rt: runtime.Runtime, **options: Any) ->
     return text
 
 
-def pick_B(run: Any, per_rank: int, step: Callable[[int], None]) -> int:
-    """The micro-batch size: that of the configuration or of the resumed run, else as many sequences as fit. run: a Run
-    of train_gpt2.py. per_rank: sequences per step on this rank. step: a forward and backward pass of B sequences.
+def pick_B(run: Any, per_rank: int, **options: Any) -> int:
+    """The micro-batch size: that of the configuration or of the resumed run, else as many sequences as `plan_memory`
+    fits into 85 % of the memory. run: a Run of train_gpt2.py. per_rank: sequences per step on this rank.
     """
     cfg, rt, resumed = run.cfg, run.rt, run.resumed
     if cfg.B:
@@ -243,13 +243,9 @@ def pick_B(run: Any, per_rank: int, step: Callable[[int], None]) -> int:
     if resumed and resumed.world_size == rt.world_size and resumed.B and per_rank % resumed.B == 0:
         return resumed.B  # the same B gives the same bits
     limit = 2**16 if rt.device.type == "cuda" else 2**12  # tokens: larger is not faster on a GPU, and slower on a CPU
-    sizes = [B for B in range(1, per_rank + 1) if per_rank % B == 0 and (B == 1 or B * cfg.T <= limit)]
-    if runtime.is_sharded(run.raw):  # trials would hang if they failed on one rank only
-        options = dict(T=cfg.T, optimizer=cfg.optimizer, sharded=True, recompute=cfg.recompute)
-        plan = partial(plan_memory, run.raw, rt=rt, **options)
-        return max(B for B in sizes if B == 1 or sum(plan(B)) < 0.85 * runtime.device_memory(rt.device))
-    moments = 0 if resumed else 8 * run.raw.n_params()  # bytes; the first step allocates them
-    return runtime.fit_micro_batch(step, sizes, moments, rt)
+    sizes = [B for B in range(1, per_rank + 1) if per_rank % B == 0 and B * cfg.T <= limit]
+    available = 0.85 * runtime.device_memory(rt.device)
+    return max((B for B in sizes if sum(plan_memory(run.raw, B, rt=rt, **options)) < available), default=1)
 
 
 def warn_if_slow(flops_per_step: float, max_steps: int, rt: runtime.Runtime) -> None:
