@@ -92,6 +92,11 @@ DEMO = Config(
     prompt="Once upon a time",
     save_every=400,
 )
+# what differs from the demo for Tiny Shakespeare as bytes; 78 s on two CPU cores. The README says where to download it.
+SHAKESPEARE = dict(data="tinyshakespeare.txt", out_dir="out/shakespeare", model="shakespeare", T=64)
+SHAKESPEARE |= dict(total_batch_size=16 * 64, max_steps=1600, warmup_steps=30, schedule="wsd", decay_frac=1.0)
+SHAKESPEARE |= dict(weight_decay=0.02, grad_clip=0.0, val_tokens=2**20, eval_every=800, save_every=1000)
+SHAKESPEARE |= dict(n_samples=0, hellaswag_every=0)
 # batches of the GPT-3 paper's table 2.1 for the larger models; steps for 10e9 tokens, warmup for 375e6
 BATCH_1M = Config(total_batch_size=2**20, max_steps=9536, warmup_steps=357)
 BATCH_2M = Config(total_batch_size=2**21, max_steps=4768, warmup_steps=178)
@@ -104,26 +109,7 @@ CONFIGS = {
     "gpt3-2.7b": replace(BATCH_1M, model="gpt3-2.7b", out_dir="out/gpt3-2.7b", T=2048, max_lr=1.6e-4),
     "gpt3-6.7b": replace(BATCH_2M, model="gpt3-6.7b", out_dir="out/gpt3-6.7b", T=2048, max_lr=1.2e-4),
     "demo": DEMO,
-    # Tiny Shakespeare as bytes; 78 s on two CPU cores. The README says where to download it.
-    "shakespeare": replace(
-        DEMO,
-        data="tinyshakespeare.txt",
-        out_dir="out/shakespeare",
-        model="shakespeare",
-        T=64,
-        total_batch_size=16 * 64,
-        max_steps=1600,
-        warmup_steps=30,
-        schedule="wsd",
-        decay_frac=1.0,
-        weight_decay=0.02,
-        grad_clip=0.0,
-        val_tokens=2**20,
-        eval_every=800,
-        n_samples=0,
-        hellaswag_every=0,
-        save_every=1000,
-    ),
+    "shakespeare": replace(DEMO, **SHAKESPEARE),
     "nd-demo": replace(DEMO, model="nd-demo", out_dir="out/nd-demo"),
     "ndgpt2-96m": Config(model="ndgpt2-96m", out_dir="out/ndgpt2-96m"),
     "ndgpt2-82m": Config(model="ndgpt2-82m", out_dir="out/ndgpt2-82m"),
@@ -246,7 +232,7 @@ def main(cfg: Config) -> None:
     raw = build_model(cfg, tokenizer, run.resumed)
     settings = dict(weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, momentum=cfg.momentum)
     compiled = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
-    net = training.wrap(raw, rt, compiled, sharded=cfg.sharded, recompute=cfg.recompute)
+    net = training.wrap(raw, rt, cfg.sharded, cfg.recompute, compiled)
     run.attach(raw, net, optim.make_optimizers(raw, optimizer=cfg.optimizer, **settings))
     run.flops_per_token = raw.flops_per_token(cfg.T)
     questions, every = None, cfg.hellaswag_every

@@ -41,14 +41,10 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     if name != "gpt2":
         raise ValueError(f"unknown tokenizer {name!r}: expected 'gpt2' or 'bytes'")
     folder = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(config.ROOT / ".cache" / "tiktoken"))
-    names = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"  # tiktoken's
-    with contextlib.suppress(OSError):
-        os.makedirs(folder, exist_ok=True)
-    if not os.access(folder, os.W_OK) and not all(os.path.exists(os.path.join(folder, name)) for name in names):
-        os.environ["TIKTOKEN_CACHE_DIR"] = ""  # download without storing
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # requests and tiktoken raise many kinds
+        names = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"  # tiktoken's
         problem = f"cannot download the GPT-2 vocabulary ({names[0]}, vocab.bpe, and {names[1]}, encoder.json)"
         raise OSError(f"{problem}: copy both files from another machine's cache into {folder}") from error
 

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -103,13 +104,7 @@ def train_step(
 
 
 def wrap(
-    raw: model.GPT,
-    rt: runtime.Runtime,
-    compile: bool = False,
-    dynamic: bool = False,
-    *,
-    sharded: bool = False,
-    recompute: bool = False,
+    raw: model.GPT, rt: runtime.Runtime, sharded: bool, recompute: bool, compile: bool = False, dynamic: bool = False
 ) -> nn.Module:
     """The model of the training step, on this rank's device: compiled, and wrapped by DDP if there are several ranks.
     raw becomes a part of it; make optimizers afterwards. dynamic: allow changing shapes and graph breaks; without it,
@@ -161,29 +156,19 @@ def validate(net: nn.Module, val: data.Windows, n_tokens: int, B: int, rt: runti
     """
     n = max(1, min(len(val), n_tokens // val.T))
     losses = [torch.zeros((), device=rt.device)]  # on the device, so that nothing waits
-    own = torch.arange(n)[rt.rank :: rt.world_size]
+    own = np.arange(rt.rank, n, rt.world_size)
     for start in range(0, -(-n // rt.world_size), B):  # equally many passes on all ranks
-        windows = own[start : start + B]
-        xy = runtime.to_device(torch.from_numpy(val.read(windows.numpy())), rt.device)  # (at most B, T + 1)
-        xy = F.pad(xy, (0, 0, 0, B - len(xy)))  # a compiled model needs one shape
-        y = xy[:, 1:].clone()
-        y[len(windows) :] = -100
+        xy = runtime.to_device(torch.from_numpy(val.read(own[start : start + B])), rt.device)  # (at most B, T + 1)
+        pad = (0, 0, 0, B - len(xy))  # a compiled model needs one shape
         with rt.autocast():
-            losses.append(net(xy[:, :-1], y, reduction="sum"))
+            losses.append(net(F.pad(xy[:, :-1], pad), F.pad(xy[:, 1:], pad, value=-100), reduction="sum"))
     if runtime.is_sharded(net):
         net.reshard()  # a pass without gradients leaves the embeddings gathered
     return runtime.all_reduce_sum(torch.stack(losses).cpu().double().sum(), rt).item() / (n * val.T)
 
 
 def plan_memory(
-    raw: model.GPT,
-    B: int,
-    T: int,
-    rt: runtime.Runtime,
-    *,
-    optimizer: str = "adamw",
-    sharded: bool = False,
-    recompute: bool = False,
+    raw: model.GPT, B: int, T: int, rt: runtime.Runtime, sharded: bool, recompute: bool, optimizer: str = "adamw"
 ) -> list[float]:
     """Bytes per device of weights, gradients, moments, and activations with other temporary tensors, at the peak of a
     training step; a compiled step needs less. raw: can be on the meta device. B, T: of a micro-batch. The other

@@ -119,14 +119,6 @@ def test_offline_error_names_both_files_and_the_folder(tmp_path: Path, monkeypat
     assert os.environ["TIKTOKEN_CACHE_DIR"] == str(ROOT / ".cache" / "tiktoken")
 
 
-def test_vocabulary_without_a_cache_that_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: os.environ["TIKTOKEN_CACHE_DIR"])
-    for folder, used in ((tmp_path / "new", str(tmp_path / "new")), (tmp_path / "file" / "sub", "")):
-        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder))
-        assert get_tokenizer("gpt2") == used  # "": tiktoken downloads and stores nothing
-
-
 # -----------------------------------------------------------------------------
 # Shards
 

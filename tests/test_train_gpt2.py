@@ -202,10 +202,11 @@ def test_validation_uses_the_compiled_step(cfg: Config, monkeypatch: pytest.Monk
 
 def test_largest_micro_batch_that_fits_is_chosen(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     run = SimpleNamespace(cfg=replace(cfg, B=None), rt=harness.ALONE, resumed=None, raw=harness.tiny_model())
-    needed = sum(training.plan_memory(run.raw, 6, 16, harness.ALONE))
+    options = dict(T=16, sharded=False, recompute=False)
+    needed = sum(training.plan_memory(run.raw, 6, rt=run.rt, **options))
     for memory, B in ((needed / 0.84, 6), (needed / 0.86, 4), (1, 1), (math.inf, 12)):
         monkeypatch.setattr(runtime, "device_memory", lambda _, memory=memory: memory)
-        assert training.pick_B(run, 12, T=16) == B
+        assert training.pick_B(run, 12, **options) == B
 
 
 def test_evaluation_samples_and_checkpoints_do_not_disturb_training(cfg: Config) -> None:
