@@ -11,7 +11,6 @@ losses, bit for bit; on another number of devices it sees the same batches.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Literal
 
 import tiktoken
@@ -225,7 +224,7 @@ def main(cfg: Config) -> None:
     with torch.device("meta"):  # allocates nothing
         shape = model.GPT(expected_config(cfg, tokenizer.n_vocab))
     training.check_memory(shape, cfg.B or 1, rt, **plan)
-    splits = data.open_data(cfg.data, tokenizer, rt.rank, rt.world_size, partial(runtime.barrier, rt))
+    splits = data.open_data(cfg.data, tokenizer, check=rt.rank == 0)
     train, val = (data.Windows(shards, cfg.T, tokenizer.n_vocab) for shards in splits)
     run = Run(cfg, "pretraining", tokenizer, rt, cfg.branch_from)
     rt = run.rt
@@ -254,7 +253,8 @@ def main(cfg: Config) -> None:
     runtime.print0(f"{cfg.total_batch_size:,} tokens per step, {per_rank // run.B} x B={run.B} sequences per device")
     runtime.print0(f"{rt.world_size} x {rt.device.type}, {rt.precision}, compile={compiled}, {kernel}")
     runtime.print0(training.check_memory(raw, run.B, rt, **plan))
-    training.warn_if_slow(run.flops_per_token * cfg.total_batch_size, cfg.max_steps, rt)
+    if rt.device.type == "cpu" and run.flops_per_token * cfg.total_batch_size > 1e13:  # a CPU does about 1e11 a second
+        runtime.print0("a step can take minutes on this CPU: lower --total_batch_size, or use the demo")
     lr_at = lr_schedule(cfg)
     batches = data.prefetch(read, run.step, cfg.max_steps)
     for step in run.steps(cfg.max_steps):

@@ -161,7 +161,10 @@ class Run:
         """
         if not runtime.is_sharded(self.raw):
             return self.raw
-        self.gathered = self.gathered or training.full_model(self.raw)
+        if not self.gathered:
+            weights = {name: p.detach().full_tensor() for name, p in self.raw.named_parameters()}
+            weights["lm_head.weight"] = weights["transformer.wte.weight"]
+            self.gathered = model.GPT.from_weights(self.raw.config, weights)
         return self.gathered
 
     def items(self, step: int, n: int, n_items: int) -> np.ndarray:

@@ -143,13 +143,6 @@ def wrap(
 
 
 @torch.no_grad()
-def full_model(sharded: model.GPT) -> model.GPT:
-    """A copy of a sharded model with all weights on this rank, for evaluations. All ranks must call it."""
-    weights = {name: p.full_tensor() for name, p in sharded.named_parameters()}
-    return model.GPT.from_weights(sharded.config, weights | {"lm_head.weight": weights["transformer.wte.weight"]})
-
-
-@torch.no_grad()
 def validate(net: nn.Module, val: data.Windows, n_tokens: int, B: int, rt: runtime.Runtime) -> float:
     """Mean loss, nats per token, over the first n_tokens of the validation windows, B windows at a time. If net is
     compiled, B must be the size of its micro-batches.
@@ -192,7 +185,7 @@ def plan_memory(
         peak += (4 * size + 8) * n_block + 6 * n_head
     elif size == 2:  # as autocast rounds them
         peak += 2 * (n_matrices + n_head)
-    # Muon's temporaries; `full_model`, while there are no gradients
+    # Muon's temporaries; `Run.full_model`, while there are no gradients
     peak = max(peak, 16 * n_muon / n, 4 * raw.n_params() - gradients if n > 1 else 0)
     return [4 * raw.n_params() / n, gradients, (8 * n_trained - 4 * n_muon) / n, peak]
 
@@ -231,11 +224,3 @@ def pick_B(run: Any, per_rank: int, **options: Any) -> int:
     sizes = [B for B in range(1, per_rank + 1) if per_rank % B == 0 and B * cfg.T <= limit]
     available = 0.85 * runtime.device_memory(rt.device)
     return max((B for B in sizes if sum(plan_memory(run.raw, B, rt=rt, **options)) < available), default=1)
-
-
-def warn_if_slow(flops_per_step: float, max_steps: int, rt: runtime.Runtime) -> None:
-    """Warn if a step would take a CPU of 0.1 TFLOP/s more than two minutes, or the run more than a day."""
-    minutes = flops_per_step / 1e11 / 60
-    if rt.device.type == "cpu" and (minutes >= 2 or minutes * max_steps >= 24 * 60):
-        times = f"{minutes:,.1f} minutes, the run {minutes * max_steps / 60:,.0f} hours"
-        runtime.print0(f"on a CPU a step can take {times}: lower --total_batch_size or --max_steps, or use the demo")

@@ -1,6 +1,5 @@
 """Pretraining from end to end: killed, stopped, on several ranks, with other batches, and with invalid options."""
 
-import logging
 import math
 import os
 import random
@@ -432,15 +431,10 @@ def test_unusual_prompts_and_counts(cfg: Config, changed: dict[str, Any]) -> Non
     assert all(prompt in line for line in samples(folder))
 
 
-def test_warning_if_a_step_is_too_slow_for_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "neogpt")
-    flops = 854.7e6  # per token of gpt2
-    training.warn_if_slow(flops * 2**13, 100, harness.ALONE)
-    assert not caplog.text
-    training.warn_if_slow(flops * 2**13, 19073, harness.ALONE)
-    assert "1.2 minutes, the run 371 hours" in caplog.text
-    training.warn_if_slow(flops * 2**19, 1, harness.ALONE)
-    assert "74.7 minutes" in caplog.text  # at 1e11 FLOP/s
+def test_warning_if_a_step_is_too_slow_for_a_cpu(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--total_batch_size" not in notes(train(cfg, max_steps=1))
+    monkeypatch.setattr(model.GPT, "flops_per_token", lambda self, T: 2e11)
+    assert "--total_batch_size" in notes(train(cfg, max_steps=1, out_dir=cfg.out_dir + "2"))
 
 
 # -----------------------------------------------------------------------------
