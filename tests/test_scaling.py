@@ -83,6 +83,8 @@ def test_an_interrupted_study_continues(
         patch.setattr(scaling.subprocess, "run", lambda command, **_: study.started or train(command))
         harness.refused(scaling.main, study.cfg, "tiny-16-0.01-10", "again")
     assert study.started == ["tiny-16-0.001-10"] and not (tmp_path / "scaling.json").exists()
+    (tmp_path / "tiny-8-0.01-10").mkdir()  # of a run that was killed before its first loss
+    (tmp_path / "tiny-8-0.01-10" / "log.txt").write_text("# code=x python=3.11\n# data='x.txt'\n")
     study()
     assert len(study.started) == 9
 

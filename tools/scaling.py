@@ -41,14 +41,10 @@ class Config:
     jobs: config.PositiveInt = 1  # runs at the same time, each of another size
 
 
-DEMO = Config(
-    train="demo --T=192 --total_batch_size=576 --B=3 --val_tokens=131072 --device=cpu --precision=fp32",
-    sizes=("demo-w24", "demo-w32", "demo-w48", "demo-w64", "demo-w96"),
-    max_lrs=(3.5e-3, 7e-3, 1.4e-2),
-    fresh_tokens=16_000 * 576,
-    out_dir="out/scaling-demo",
-    jobs=2,  # models this small are fastest on one thread each
-)
+DEMO = Config("demo --T=192 --total_batch_size=576 --B=3 --val_tokens=131072 --device=cpu --precision=fp32")
+DEMO = replace(DEMO, sizes=tuple(f"demo-w{C}" for C in (24, 32, 48, 64, 96)), max_lrs=(3.5e-3, 7e-3, 1.4e-2))
+# models this small are fastest on one thread each
+DEMO = replace(DEMO, jobs=2, fresh_tokens=16_000 * 576, out_dir="out/scaling-demo")
 CONFIGS = {"gpt2": Config(), "demo": DEMO}
 
 
@@ -82,14 +78,15 @@ def final_loss(folder: str, steps: int, base: train_gpt2.Config) -> float | None
     """The final loss of a run according to its log; None if it is not finished. Raises ValueError if it is a run with
     other data or batches.
     """
-    if not Path(folder, "log.txt").exists():
+    log = Path(folder, "log.txt")
+    if not log.exists() or b" val " not in log.read_bytes():  # it can be killed before its first loss
         return None
     _, curves, constants = plot.read_log(folder)
     expected = dict(data=base.data, T=base.T, total_batch_size=base.total_batch_size)
     for name in expected.keys() & constants.keys():
         if constants[name] != str(expected[name]).split(" ")[0]:  # read_log ends values at a space
             raise ValueError(f"{folder} was trained with {name}={constants[name]}: use another --out_dir")
-    return float(curves["val"][1][-1]) if "val" in curves and curves["val"][0][-1] == steps else None
+    return float(curves["val"][1][-1]) if curves["val"][0][-1] == steps else None
 
 
 def train(cfg: Config, base: train_gpt2.Config, size: str, steps: int, max_lr: float, start: Point | None) -> Point:
