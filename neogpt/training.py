@@ -164,8 +164,8 @@ def plan_memory(
     raw: model.GPT, B: int, T: int, rt: runtime.Runtime, sharded: bool, recompute: bool, optimizer: str = "adamw"
 ) -> list[float]:
     """Bytes per device of weights, gradients, moments, and activations with other temporary tensors, at the peak of a
-    training step; a compiled step needs less. raw: can be on the meta device. B, T: of a micro-batch. The other
-    arguments are as in the Config of train_gpt2.py.
+    training step of several micro-batches; a compiled step and one of a single micro-batch need less. raw: can be on
+    the meta device. B, T: of a micro-batch. The other arguments are as in the Config of train_gpt2.py.
     """
     c, n, n_tokens = raw.config, rt.world_size if sharded else 1, B * T
     n_trained = sum(p.numel() for p in raw.parameters() if p.requires_grad)

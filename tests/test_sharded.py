@@ -212,7 +212,7 @@ print(json.dumps(train(**json.loads(sys.argv[1]))))
 
 SHAPES = [  # most memory for the activations, for the head's logits, and for Muon and the moments
     dict(shape=dict(n_layer=6, n_head=4, n_embd=256, vocab_size=320), B=8, T=128, n_rows=16),
-    dict(shape=dict(n_layer=3, n_head=4, n_embd=256, vocab_size=16384), B=4, T=128, n_rows=4, recompute=True),
+    dict(shape=dict(n_layer=3, n_head=4, n_embd=256, vocab_size=16384), B=4, T=128, n_rows=8, recompute=True),
     dict(shape=dict(n_layer=6, n_head=8, n_embd=384, vocab_size=320), B=1, T=64, n_rows=2, optimizer="muon"),
 ]
 
