@@ -336,11 +336,9 @@ def main(cfg: Config) -> None:
         data.open_shard(folder / entry["file"])  # raises if it is missing or truncated
     if not manifest["complete"]:
         write_missing(cfg, folder, manifest, paths)
-    n_val, n_last = (0 if k > 1 else manifest["shards"][0]["n_tokens"]), manifest["shards"][-1]["n_tokens"]
-    n_train = manifest["n_tokens"] - n_val
-    print(f"{folder}: {manifest['n_documents']:,} documents; {manifest['n_skipped']:,} without text in UTF-8 skipped")
-    print(f"tokens: {n_val:,} for validation, {n_train:,} for training, {n_last:,} of them in the last shard")
-    small = n == 1 and n_train < 2**19  # tokens per step of the default configuration of train_gpt2.py
+    print(f"{folder}: {manifest['n_tokens']:,} tokens of {manifest['n_documents']:,} documents")
+    print(f"skipped, because they have no text in UTF-8: {manifest['n_skipped']:,} documents")
+    small = n == 1 and manifest["n_tokens"] < 2**20  # two steps of the default configuration of train_gpt2.py
     command = f"train_gpt2.py demo --out_dir=out/{folder.name}" if small else "train_gpt2.py"
     shards = folder if n == 1 else f"'{Path(cfg.out_dir)}-*-of-{n}'"  # all parts
     print(f"next: python {command} --data={shards} --tokenizer={cfg.tokenizer}")

@@ -11,7 +11,6 @@ losses, bit for bit; on another number of devices it sees the same batches.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Literal
 
 import tiktoken
@@ -70,28 +69,16 @@ class Config:
     deterministic: bool = True  # CUDA kernels that give the same bits every time: a resumed run is exact
 
 
-DEMO = Config(
-    data=str(config.ROOT / "input.txt"),
-    tokenizer="bytes",
-    out_dir="out/demo",
-    model="demo",
-    T=256,
-    total_batch_size=8 * 256,
-    max_steps=1200,
-    min_lr_frac=0.0,
-    optimizer="muon",
-    momentum=0.9,
-    max_lr=1e-2,
-    warmup_steps=50,
-    val_tokens=2**16,
-    eval_every=200,
-    hellaswag_every=200,
-    hellaswag_data=str(config.ROOT / "demo" / "hellaswag.jsonl"),
-    n_samples=2,
-    sample_tokens=200,
-    prompt="Once upon a time",
-    save_every=400,
-)
+DEMO = Config(data=str(config.ROOT / "input.txt"), tokenizer="bytes", out_dir="out/demo", model="demo", T=256)
+DEMO = replace(DEMO, total_batch_size=8 * 256, max_steps=1200, warmup_steps=50, save_every=400)
+DEMO = replace(DEMO, optimizer="muon", momentum=0.9, max_lr=1e-2, min_lr_frac=0.0)
+DEMO = replace(DEMO, val_tokens=2**16, eval_every=200, n_samples=2, sample_tokens=200, prompt="Once upon a time")
+DEMO = replace(DEMO, hellaswag_every=200, hellaswag_data=str(config.ROOT / "demo" / "hellaswag.jsonl"))
+# Tiny Shakespeare as bytes; 78 s on two CPU cores. The README says where to download it.
+SHAKESPEARE = replace(DEMO, data="tinyshakespeare.txt", out_dir="out/shakespeare", model="shakespeare", T=64)
+SHAKESPEARE = replace(SHAKESPEARE, total_batch_size=16 * 64, max_steps=1600, warmup_steps=30, save_every=1000)
+SHAKESPEARE = replace(SHAKESPEARE, schedule="wsd", decay_frac=1.0, weight_decay=0.02, grad_clip=0.0)
+SHAKESPEARE = replace(SHAKESPEARE, val_tokens=2**20, eval_every=800, n_samples=0, hellaswag_every=0)
 # batches of the GPT-3 paper's table 2.1 for the larger models; steps for 10e9 tokens, warmup for 375e6
 BATCH_1M = Config(total_batch_size=2**20, max_steps=9536, warmup_steps=357)
 BATCH_2M = Config(total_batch_size=2**21, max_steps=4768, warmup_steps=178)
@@ -104,26 +91,7 @@ CONFIGS = {
     "gpt3-2.7b": replace(BATCH_1M, model="gpt3-2.7b", out_dir="out/gpt3-2.7b", T=2048, max_lr=1.6e-4),
     "gpt3-6.7b": replace(BATCH_2M, model="gpt3-6.7b", out_dir="out/gpt3-6.7b", T=2048, max_lr=1.2e-4),
     "demo": DEMO,
-    # Tiny Shakespeare as bytes; 78 s on two CPU cores. The README says where to download it.
-    "shakespeare": replace(
-        DEMO,
-        data="tinyshakespeare.txt",
-        out_dir="out/shakespeare",
-        model="shakespeare",
-        T=64,
-        total_batch_size=16 * 64,
-        max_steps=1600,
-        warmup_steps=30,
-        schedule="wsd",
-        decay_frac=1.0,
-        weight_decay=0.02,
-        grad_clip=0.0,
-        val_tokens=2**20,
-        eval_every=800,
-        n_samples=0,
-        hellaswag_every=0,
-        save_every=1000,
-    ),
+    "shakespeare": SHAKESPEARE,
     "nd-demo": replace(DEMO, model="nd-demo", out_dir="out/nd-demo"),
     "ndgpt2-96m": Config(model="ndgpt2-96m", out_dir="out/ndgpt2-96m"),
     "ndgpt2-82m": Config(model="ndgpt2-82m", out_dir="out/ndgpt2-82m"),
@@ -192,7 +160,7 @@ def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.C
     return model.GPT.from_weights(expected, weights)
 
 
-def make_batch(xy: Tensor, B: int, n: int = 0) -> training.Batch:
+def make_batch(xy: Tensor, B: int, n: int) -> training.Batch:
     """This rank's windows, (rows, T + 1), in a step of n sequences -> micro-batches of B sequences."""
     T = xy.size(1) - 1
     return training.Batch([dict(x=rows[:, :-1], y=rows[:, 1:], n=len(rows) * T) for rows in xy.split(B)], n, n * T)
@@ -202,13 +170,6 @@ def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
     """The cross-entropy of a micro-batch, summed over its tokens."""
     with runtime.single_shape_attention():
         return net(batch["x"], batch["y"], reduction="sum"), {}
-
-
-def try_micro_batch(run: Run, B: int) -> None:
-    """A forward and backward pass of B sequences."""
-    torch._dynamo.reset()  # it compiles a function at most eight times
-    xy = torch.zeros(B, run.cfg.T + 1, dtype=torch.int64, device=run.rt.device)
-    run.warm_up(make_batch(xy, B), loss_fn, sync=False)
 
 
 def print_samples(run: Run) -> None:
@@ -242,19 +203,19 @@ def main(cfg: Config) -> None:
     per_rank = check(cfg, rt.world_size)
     n = per_rank * rt.world_size  # sequences per step
     tokenizer = data.get_tokenizer(cfg.tokenizer)
-    plan = dict(T=cfg.T, optimizer=cfg.optimizer, sharded=cfg.sharded, recompute=cfg.recompute, n_rows=per_rank)
+    plan = dict(T=cfg.T, optimizer=cfg.optimizer, sharded=cfg.sharded, recompute=cfg.recompute)
     with torch.device("meta"):  # allocates nothing
         shape = model.GPT(expected_config(cfg, tokenizer.n_vocab))
     training.check_memory(shape, cfg.B or 1, rt, **plan)
-    splits = data.open_data(cfg.data, tokenizer, rt.rank, rt.world_size, partial(runtime.barrier, rt))
+    splits = data.open_data(cfg.data, tokenizer, check=rt.rank == 0)
     train, val = (data.Windows(shards, cfg.T, tokenizer.n_vocab) for shards in splits)
     run = Run(cfg, "pretraining", tokenizer, rt, cfg.branch_from)
     rt = run.rt
     raw = build_model(cfg, tokenizer, run.resumed)
     settings = dict(weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, momentum=cfg.momentum)
     compiled = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
-    raw = training.place(raw, rt, sharded=cfg.sharded, recompute=cfg.recompute, compile=compiled)
-    run.attach(raw, optim.make_optimizers(raw, optimizer=cfg.optimizer, **settings), compiled)
+    net = training.wrap(raw, rt, cfg.sharded, cfg.recompute, compiled)
+    run.attach(raw, net, optim.make_optimizers(raw, optimizer=cfg.optimizer, **settings))
     run.flops_per_token = raw.flops_per_token(cfg.T)
     questions, every = None, cfg.hellaswag_every
     if every or (every is None and rt.device.type == "cuda"):
@@ -265,7 +226,7 @@ def main(cfg: Config) -> None:
         xy = runtime.to_device(torch.from_numpy(train.read(windows)), rt.device)  # (per_rank, T + 1)
         return make_batch(xy, run.B, n)
 
-    run.B = training.pick_B(run, per_rank, partial(try_micro_batch, run))
+    run.B = training.pick_B(run, per_rank, **plan)
     kernel = runtime.attention_kernel(raw.config, run.B, cfg.T, rt)
     scored = data.checksum(p.inputs for p in questions.packed) if questions else "none"
     contents = dict(training_data=data.fingerprint(train.shards), validation_data=data.fingerprint(val.shards))
@@ -275,7 +236,8 @@ def main(cfg: Config) -> None:
     runtime.print0(f"{cfg.total_batch_size:,} tokens per step, {per_rank // run.B} x B={run.B} sequences per device")
     runtime.print0(f"{rt.world_size} x {rt.device.type}, {rt.precision}, compile={compiled}, {kernel}")
     runtime.print0(training.check_memory(raw, run.B, rt, **plan))
-    training.warn_if_slow(run.flops_per_token * cfg.total_batch_size, cfg.max_steps, rt)
+    if rt.device.type == "cpu" and run.flops_per_token * cfg.total_batch_size > 1e13:  # a CPU does about 1e11 a second
+        runtime.print0("a step can take minutes on this CPU: lower --total_batch_size, or use the demo")
     lr_at = lr_schedule(cfg)
     batches = data.prefetch(read, run.step, cfg.max_steps)
     for step in run.steps(cfg.max_steps):

@@ -41,14 +41,10 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     if name != "gpt2":
         raise ValueError(f"unknown tokenizer {name!r}: expected 'gpt2' or 'bytes'")
     folder = os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(config.ROOT / ".cache" / "tiktoken"))
-    names = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"  # tiktoken's
-    with contextlib.suppress(OSError):
-        os.makedirs(folder, exist_ok=True)
-    if not os.access(folder, os.W_OK) and not all(os.path.exists(os.path.join(folder, name)) for name in names):
-        os.environ["TIKTOKEN_CACHE_DIR"] = ""  # download without storing
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # requests and tiktoken raise many kinds
+        names = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"  # tiktoken's
         problem = f"cannot download the GPT-2 vocabulary ({names[0]}, vocab.bpe, and {names[1]}, encoder.json)"
         raise OSError(f"{problem}: copy both files from another machine's cache into {folder}") from error
 
@@ -138,11 +134,10 @@ def scan_shard(shard: Shard) -> tuple[int, int]:
     return zlib.crc32(tokens), int(tokens.max(initial=0))
 
 
-def open_folder(folder: Path, tokenizer: tiktoken.Encoding, rank: int, world_size: int, barrier: Callable) -> Splits:
-    """The (training, validation) shards of a folder, sorted by name. Each rank reads its share of them, and raises
-    ValueError or OSError if a shard is missing, differs from the manifest, or has an id that the tokenizer has not.
-    `checked.json` stores the sizes and modification times of a successful check of all ranks; until they change,
-    nothing is read. barrier: waits for the other ranks.
+def open_folder(folder: Path, tokenizer: tiktoken.Encoding, check: bool) -> Splits:
+    """The (training, validation) shards of a folder, sorted by name. Raises ValueError if a shard is missing. check:
+    also if a shard differs from the manifest, or has an id that the tokenizer has not. `checked.json` stores the sizes
+    and modification times of a successful check; until they change, nothing is read.
     """
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".bin"))
     train, val = ([open_shard(p) for p in paths if split in p.name] for split in ("train", "val"))
@@ -157,19 +152,16 @@ def open_folder(folder: Path, tokenizer: tiktoken.Encoding, rank: int, world_siz
         raise ValueError(f"{folder / min(missing)} is missing: restore it, or run fineweb.py into a new folder")
     stats = {name: shard.path.stat() for name, shard in shards.items()}
     state = [n_tokens, manifest, {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}]
-    unchecked = list(shards.values())[rank::world_size]
     with contextlib.suppress(OSError, ValueError):
-        unchecked = [] if json.loads(cache.read_text()) == state else unchecked
+        check = check and json.loads(cache.read_text()) != state
     with ThreadPoolExecutor(8) as pool:  # reading, crc32 and max release the GIL
-        results = [*pool.map(scan_shard, unchecked)]
-    # OSError, which config.run reports on every rank: only one rank has read the shard
-    for shard, (crc, largest) in zip(unchecked, results):
+        results = pool.map(scan_shard, shards.values() if check else [])
+    for shard, (crc, largest) in zip(shards.values(), results):
         if largest >= n_tokens:
-            raise OSError(f"{shard.path} holds the id {largest}, but the tokenizer has {n_tokens} ids")
+            raise ValueError(f"{shard.path} holds the id {largest}, but the tokenizer has {n_tokens} ids")
         if listed and listed.get(shard.path.name) != (shard.n_tokens, crc):
-            raise OSError(f"{shard.path} differs from {MANIFEST}: restore it, or run fineweb.py into a new folder")
-    barrier()
-    if rank == 0 and unchecked:
+            raise ValueError(f"{shard.path} differs from {MANIFEST}: restore it, or run fineweb.py into a new folder")
+    if check:
         with contextlib.suppress(OSError):  # the folder can be read-only
             files.write_json(cache, state)
     return train, val
@@ -215,13 +207,13 @@ def find_folders(source: str) -> list[Path]:
     return sorted(folders, key=lambda folder: (folder.name, folder))
 
 
-def open_data(
-    source: str, tokenizer: tiktoken.Encoding, rank: int = 0, world_size: int = 1, barrier: Callable = lambda: None
-) -> Splits:
-    """The (training, validation) shards of a text file, or of all folders of `find_folders`, folder by folder."""
+def open_data(source: str, tokenizer: tiktoken.Encoding, check: bool = True) -> Splits:
+    """The (training, validation) shards of a text file, or of all folders of `find_folders`, folder by folder. check:
+    as in `open_folder`; one of several ranks is enough.
+    """
     if os.path.isfile(source):
         return read_text(Path(source), tokenizer)
-    folders = [open_folder(folder, tokenizer, rank, world_size, barrier) for folder in find_folders(source)]
+    folders = [open_folder(folder, tokenizer, check) for folder in find_folders(source)]
     train, val = (sum(shards, []) for shards in zip(*folders))
     if not train or not val:
         raise ValueError(f"{source} has {len(train)} training and {len(val)} validation shards: run python fineweb.py")

@@ -49,7 +49,7 @@ def open_run(
     cfg: Any, stage: str, stages: tuple[str, ...], rt: runtime.Runtime, compile: bool = False, dynamic: bool = False
 ) -> tuple[Run, runtime.Runtime, int]:
     """A run that starts from the model `cfg.checkpoint`, its Runtime, and the sequence length T. stages: as in
-    `load_model`; compile, dynamic: as in `runtime.wrap`. Raises ValueError if the run in out_dir started otherwise.
+    `load_model`; compile, dynamic: as in `training.wrap`. Raises ValueError if the run in out_dir started otherwise.
     """
     if cfg.sharded and cfg.lora_rank:
         raise ValueError(f"--sharded with --lora_rank={cfg.lora_rank}: adapters cannot be sharded, use --lora_rank=0")
@@ -75,8 +75,8 @@ def open_run(
     T = cfg.T or raw.config.block_size
     plan = dict(T=T * (1 + (stage == "dpo")), sharded=cfg.sharded, recompute=cfg.recompute)  # pairs of responses
     runtime.print0(training.check_memory(raw, cfg.B, rt, **plan))
-    raw = training.place(raw, rt, sharded=cfg.sharded, recompute=cfg.recompute, compile=compile, dynamic=dynamic)
-    run.attach(raw, optim.make_optimizers(raw, weight_decay=cfg.weight_decay), compile, dynamic)
+    net = training.wrap(raw, rt, cfg.sharded, cfg.recompute, compile, dynamic)
+    run.attach(raw, net, optim.make_optimizers(raw, weight_decay=cfg.weight_decay))
     return run, run.rt, T
 
 

@@ -188,12 +188,10 @@ def load_moments(optimizers: list[torch.optim.Optimizer], moments: list[dict]) -
         raise ValueError(f"the checkpoint has moments of {len(moments)} optimizers, expected {len(optimizers)}")
     for optimizer, state in zip(optimizers, moments):
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        shapes = [p.shape for p in params]
+        step, names = dict(step=torch.Size()), ("exp_avg", "exp_avg_sq")
         if isinstance(optimizer, Muon):
-            expected = {i: dict(momentum=shape) for i, shape in enumerate(shapes)}
-        else:
-            scalar = torch.Size()
-            expected = {i: dict(step=scalar, exp_avg=shape, exp_avg_sq=shape) for i, shape in enumerate(shapes)}
+            step, names = {}, ("momentum",)
+        expected = {i: step | dict.fromkeys(names, p.shape) for i, p in enumerate(params)}
         if expected != {i: {name: tensor.shape for name, tensor in found.items()} for i, found in state.items()}:
             raise ValueError(f"the moments of {type(optimizer).__name__} in the checkpoint do not fit the model")
         if hasattr(params[0], "placements"):  # sharded: every rank keeps its rows

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import tiktoken
 import torch
 import torch.distributed
+from torch import nn
 from torch.optim import Optimizer
 
 from neogpt import checkpoint, data, files, lora, model, optim, runtime, track, training
@@ -128,10 +128,9 @@ class Run:
         if self.resumed and (changed := checkpoint.differences(self.resumed.facts, self.facts)):
             runtime.print0(f"changed since step {self.step}: {changed}; the curve can change")
 
-    def attach(self, raw: model.GPT, optimizers: list[Optimizer], compile: bool, dynamic: bool = False) -> None:
-        """Compile and wrap the model, and load the moments of a resumed run. compile, dynamic: as in runtime.wrap."""
-        self.raw, self.optimizers, self.gathered = raw, optimizers, None
-        self.model = runtime.wrap(raw, self.rt, compile, dynamic)
+    def attach(self, raw: model.GPT, net: nn.Module, optimizers: list[Optimizer]) -> None:
+        """Train net, the model `raw` after `training.wrap`, and load the moments of a resumed run."""
+        self.raw, self.model, self.optimizers, self.gathered = raw, net, optimizers, None
         if n_pruned := optim.keep_zeros(optimizers, raw):
             runtime.print0(f"{n_pruned} pruned matrices: their zeros stay zero")
         if self.resumed:
@@ -151,7 +150,10 @@ class Run:
         """
         if not runtime.is_sharded(self.raw):
             return self.raw
-        self.gathered = self.gathered or training.full_model(self.raw, self.rt)
+        if not self.gathered:
+            weights = {name: p.detach().full_tensor() for name, p in self.raw.named_parameters()}
+            weights["lm_head.weight"] = weights["transformer.wte.weight"]
+            self.gathered = model.GPT.from_weights(self.raw.config, weights)
         return self.gathered
 
     def items(self, step: int, n: int, n_items: int) -> np.ndarray:
@@ -159,15 +161,13 @@ class Run:
         position = self.start_sequences + (step - self.start_step) * n  # so n can change when a run is resumed
         return data.windows_at(position, n, n_items, self.cfg.seed)
 
-    def warm_up(self, batch: training.Batch, loss_fn: training.LossFn, sync: bool = True) -> None:
+    def warm_up(self, batch: training.Batch, loss_fn: training.LossFn) -> None:
         """Run one backward pass, which compiles the model, and after which DDP rebuilds its buckets. New buckets change
-        the order of sums: without it the first step of a resumed run would differ in the last bits. sync: all-reduce.
+        the order of sums: without it the first step of a resumed run would differ in the last bits.
         """
-        if sync and self.model is self.raw:  # nothing to prepare
-            return
-        with nullcontext() if sync or self.rt.world_size == 1 else self.model.no_sync():
+        if self.model is not self.raw:
             training.backward(self.model, batch.micro_batches[0], loss_fn, 1.0, self.rt)
-        self.raw.zero_grad()
+            self.raw.zero_grad()
 
     @property
     def last(self) -> bool:

@@ -11,7 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple, TextIO
 
@@ -19,7 +19,6 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
-from torch.nn.parallel import DistributedDataParallel
 
 from neogpt import model
 
@@ -164,21 +163,8 @@ def cleanup(rt: Runtime) -> None:
 
 
 def is_sharded(x: nn.Module | Tensor) -> bool:
-    """Whether `training.place` has divided this model, or this tensor of a model, among the ranks."""
+    """Whether `training.wrap` has divided this model, or this tensor of a model, among the ranks."""
     return hasattr(x, "unshard") or hasattr(x, "full_tensor")  # the classes of FSDP2 take a second to import
-
-
-def wrap(raw: nn.Module, rt: Runtime, compile: bool, dynamic: bool = False) -> nn.Module:
-    """The model of the training step: compiled if `compile`, and wrapped by DDP if there are several ranks, unless it
-    is sharded: `training.place` has done both. dynamic: allow changing shapes and graph breaks; without it, the
-    compiled forward pass must be one graph.
-    """
-    if is_sharded(raw):
-        return raw
-    if compile:
-        require_compiler(rt.device)
-        raw = torch.compile(raw, fullgraph=not dynamic, dynamic=dynamic)
-    return DistributedDataParallel(raw) if rt.world_size > 1 else raw
 
 
 def require_compiler(device: torch.device) -> None:
@@ -224,25 +210,6 @@ def attention_kernel(config: model.GPTConfig, B: int, T: int, rt: Runtime) -> st
         name = SDPBackend(torch._fused_sdp_choice(q, q, q, None, 0.0, True)).name.lower().replace("_", " ")
     slow = rt.device.type == "cuda" and name not in ("flash attention", "cudnn attention")
     return f"{name} (slow: flash attention needs bf16 and a head size of at most 256)" if slow else name
-
-
-def fit_micro_batch(step: Callable[[int], None], sizes: list[int], reserved: int, rt: Runtime) -> int:
-    """The largest of `sizes` with which `step`, a forward and backward pass, fits into CUDA memory on all ranks; on
-    other devices the largest. reserved: bytes to leave free for the optimizer. Raises ValueError if none fits.
-    """
-    if rt.device.type != "cuda":
-        return max(sizes)
-    for size in sorted(sizes, reverse=True):
-        fits = torch.zeros((), device=rt.device)
-        with suppress(torch.cuda.OutOfMemoryError):
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(rt.device)
-            free = torch.cuda.mem_get_info(rt.device)[0] + torch.cuda.memory_allocated(rt.device)
-            step(size)
-            fits += torch.cuda.max_memory_allocated(rt.device) + reserved <= 0.95 * free
-        if all_reduce_sum(fits, rt) == rt.world_size:
-            return size
-    raise ValueError(f"--B={min(sizes)} does not fit into the memory of {rt.device}: use a smaller --model or --T")
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

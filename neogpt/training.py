@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -102,26 +103,30 @@ def train_step(
     return result
 
 
-def place(
-    raw: model.GPT, rt: runtime.Runtime, *, sharded: bool, recompute: bool, compile: bool, dynamic: bool = False
-) -> model.GPT:
-    """The model on this rank's device, before `runtime.wrap` and the optimizers. recompute: the backward pass computes
-    the activations of each block again, instead of keeping them (arXiv:1604.06174). compile, dynamic: as in `wrap`.
+def wrap(
+    raw: model.GPT, rt: runtime.Runtime, sharded: bool, recompute: bool, compile: bool = False, dynamic: bool = False
+) -> nn.Module:
+    """The model of the training step, on this rank's device: compiled, and wrapped by DDP if there are several ranks.
+    raw becomes a part of it; make optimizers afterwards. dynamic: allow changing shapes and graph breaks; without it,
+    the compiled forward pass must be one graph. recompute: the backward pass computes the activations of each block
+    again, instead of keeping them (arXiv:1604.06174).
 
-    sharded: each rank stores its part of the rows of every parameter (FSDP2, arXiv:2304.11277). A forward or backward
-    pass gathers one block at a time, so all ranks must run equally many. In bf16 runs on CUDA blocks are gathered in
-    bf16; what is stored and summed is fp32. The embeddings and the final norm are gathered together.
+    sharded: instead of DDP, each rank stores its part of the rows of every parameter (FSDP2, arXiv:2304.11277). A pass
+    gathers one block at a time, so all ranks must run equally many. In bf16 runs on CUDA blocks are gathered in bf16;
+    what is stored and summed is fp32. The embeddings and the final norm are gathered together.
     """
-    sharded = sharded and rt.world_size > 1
+    sharded, options = sharded and rt.world_size > 1, dict(fullgraph=not dynamic, dynamic=dynamic)
+    if compile:
+        runtime.require_compiler(rt.device)
     for block in raw.transformer.h:
         if sharded and compile:  # block by block: FSDP2 gathers their weights outside of the graphs
-            runtime.require_compiler(rt.device)
-            block.forward = torch.compile(block.forward, fullgraph=not dynamic, dynamic=dynamic)
-        if recompute:
-            options = dict(use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
-            block.forward = partial(torch.utils.checkpoint.checkpoint, block.forward, **options)
+            block.forward = torch.compile(block.forward, **options)
+        if recompute:  # nothing in a block is random
+            checkpoint = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False, preserve_rng_state=False)
+            block.forward = partial(checkpoint, block.forward)
     if not sharded:
-        return raw.to(rt.device)
+        net = torch.compile(raw.to(rt.device), **options) if compile else raw.to(rt.device)
+        return DistributedDataParallel(net) if rt.world_size > 1 else net
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -138,83 +143,50 @@ def place(
 
 
 @torch.no_grad()
-def full_model(sharded: model.GPT, rt: runtime.Runtime) -> model.GPT:
-    """A copy of a sharded model with all weights on this rank, for evaluations. All ranks must call it. In a bf16 run
-    the matrices of the blocks are bf16, to which autocast would round them.
-    """
-    weights = {}
-    for name, p in sharded.named_parameters():
-        low = rt.precision == "bf16" and ".h." in name and model.is_matrix(p)
-        weights[name] = (p.bfloat16() if low else p).full_tensor()
-    with torch.device("meta"):  # allocates nothing: the weights replace the parameters
-        raw = model.GPT(sharded.config)
-    raw.load_state_dict(weights, strict=False, assign=True)
-    raw.lm_head.weight = raw.transformer.wte.weight  # tied again
-    return raw
-
-
-@torch.no_grad()
 def validate(net: nn.Module, val: data.Windows, n_tokens: int, B: int, rt: runtime.Runtime) -> float:
     """Mean loss, nats per token, over the first n_tokens of the validation windows, B windows at a time. If net is
     compiled, B must be the size of its micro-batches.
     """
     n = max(1, min(len(val), n_tokens // val.T))
     losses = [torch.zeros((), device=rt.device)]  # on the device, so that nothing waits
-    own = torch.arange(n)[rt.rank :: rt.world_size]
+    own = np.arange(rt.rank, n, rt.world_size)
     for start in range(0, -(-n // rt.world_size), B):  # equally many passes on all ranks
-        windows = own[start : start + B]
-        xy = runtime.to_device(torch.from_numpy(val.read(windows.numpy())), rt.device)  # (at most B, T + 1)
-        xy = F.pad(xy, (0, 0, 0, B - len(xy)))  # a compiled model needs one shape
-        y = xy[:, 1:].clone()
-        y[len(windows) :] = -100
+        xy = runtime.to_device(torch.from_numpy(val.read(own[start : start + B])), rt.device)  # (at most B, T + 1)
+        pad = (0, 0, 0, B - len(xy))  # a compiled model needs one shape
         with rt.autocast():
-            losses.append(net(xy[:, :-1], y, reduction="sum"))
+            losses.append(net(F.pad(xy[:, :-1], pad), F.pad(xy[:, 1:], pad, value=-100), reduction="sum"))
     if runtime.is_sharded(net):
         net.reshard()  # a pass without gradients leaves the embeddings gathered
     return runtime.all_reduce_sum(torch.stack(losses).cpu().double().sum(), rt).item() / (n * val.T)
 
 
 def plan_memory(
-    raw: model.GPT,
-    B: int,
-    T: int,
-    rt: runtime.Runtime,
-    *,
-    optimizer: str = "adamw",
-    sharded: bool = False,
-    recompute: bool = False,
-    n_rows: int | None = None,
+    raw: model.GPT, B: int, T: int, rt: runtime.Runtime, sharded: bool, recompute: bool, optimizer: str = "adamw"
 ) -> list[float]:
     """Bytes per device of weights, gradients, moments, and activations with other temporary tensors, at the peak of a
-    training step; a compiled step needs less. raw: can be on the meta device. B, T: of a micro-batch. n_rows: sequences
-    per step and device; None: several micro-batches. The other arguments are as in the Config of train_gpt2.py.
+    training step of several micro-batches; a compiled step and one of a single micro-batch need less. raw: can be on
+    the meta device. B, T: of a micro-batch. The other arguments are as in the Config of train_gpt2.py.
     """
     c, n, n_tokens = raw.config, rt.world_size if sharded else 1, B * T
     n_trained = sum(p.numel() for p in raw.parameters() if p.requires_grad)
     n_matrices = sum(linear.weight.numel() for linear in model.weight_matrices(raw).values())
     n_muon = n_matrices if optimizer == "muon" else 0
-    n_block = sum(p.numel() for p in raw.transformer.h[0].parameters())
-    n_root = raw.n_params() - c.n_layer * n_block
+    n_block, n_head = sum(p.numel() for p in raw.transformer.h[0].parameters()), raw.lm_head.weight.numel()
     size = 2 if rt.precision == "bf16" else 4  # bytes of an activation
-    residual = 2 if size == 2 and c.residual == "bf16" else 4
-    # of one block: the residual stream twice; the outputs of both norms, q, k, v and the output of attention; the MLP
-    mlp = 8 * c.n_embd if c.mlp == "dense" else (2 + 2 * c.mlp_modes) * (c.mlp_width or 4 * c.n_embd)
-    block = n_tokens * (2 * residual * c.n_embd + size * (6 * c.n_embd + mlp))
+    # of one block: the residual stream twice, fp32; the outputs of norms, attention and MLP; q, k, v
+    block = n_tokens * c.n_embd * (8 + 14 * size)
     if c.attention == "manual" or size == 2 and rt.device.type == "cpu":
-        n_keys = T if c.attention == "manual" else min(T, (T + model.CHUNK) / 2)  # per query
-        block += n_tokens * n_keys * c.n_head * (size + 4 * (size == 2 and rt.device.type == "cuda"))  # fp32 softmax
-    blocks = c.n_layer * n_tokens * residual * c.n_embd + block if recompute else c.n_layer * block
+        block += n_tokens * T * c.n_head * size
+    blocks = c.n_layer * n_tokens * 4 * c.n_embd + block if recompute else c.n_layer * block
     # the log-softmax and two gradients of it, fp32
-    activations = blocks + n_tokens * ((residual + size) * c.n_embd + 12 * c.vocab_size)
-    gradients, casts = 4 * n_trained / n, 0 if size == 4 else 2 * (n_matrices + raw.lm_head.weight.numel())
-    if n > 1:  # gathered: two blocks, their gradients, and the rest; in bf16 also the head
-        casts = 4 * size * n_block + 8 * n_block + 4 * n_root + (2 * raw.lm_head.weight.numel() if size == 2 else 0)
-    elif rt.world_size > 1:
-        gradients *= 2  # and DDP's buckets
-    peak = activations + casts - (gradients if n_rows and n_rows <= B else 0)
-    peak = max(peak, 4 * raw.lm_head.weight.numel(), 16 * n_muon / n)  # the embedding's gradient; Muon's temporaries
-    if n > 1:  # `full_model`
-        peak = max(peak, 4 * raw.n_params() - (4 - size) * n_matrices)
+    peak = blocks + n_tokens * ((4 + size) * c.n_embd + 12 * c.vocab_size)
+    gradients = 4 * n_trained / n * (2 if rt.world_size > n else 1)  # and DDP's buckets
+    if n > 1:  # gathered: two blocks, their gradients, and the rest, fp32 and as autocast rounds it
+        peak += (4 * size + 8) * n_block + 6 * n_head
+    elif size == 2:  # as autocast rounds them
+        peak += 2 * (n_matrices + n_head)
+    # Muon's temporaries; `Run.full_model`, while there are no gradients
+    peak = max(peak, 16 * n_muon / n, 4 * raw.n_params() - gradients if n > 1 else 0)
     return [4 * raw.n_params() / n, gradients, (8 * n_trained - 4 * n_muon) / n, peak]
 
 
@@ -222,32 +194,26 @@ def check_memory(raw: model.GPT, B: int, rt: runtime.Runtime, **options: Any) ->
     """One line that compares `plan_memory` with the memory of the device and, if it is too small, names what would fit.
     Raises ValueError if not even weights, gradients and moments fit. options: of `plan_memory`.
     """
-    available, plan = runtime.device_memory(rt.device), partial(plan_memory, raw, **options)
-    needed = plan(B=B, rt=rt)
+    available, plan = runtime.device_memory(rt.device), partial(plan_memory, raw, rt=rt)
+    needed = plan(B=B, **options)
     names = "weights", "gradients", "moments", "activations"
     text = " + ".join(f"{name} {n_bytes / 1e9:.2f}" for name, n_bytes in zip(names, needed))
     text = f"memory per device with B={B}: {text} = {sum(needed) / 1e9:.1f} GB of {available / 1e9:.1f} GB"
     if sum(needed) <= available:
         return text
-
-    def fitting(option: str, **changes: Any) -> list[str]:
-        total = sum(plan(**dict(B=B, rt=rt) | changes))
-        return [f"{option} ({total / 1e9:.1f} GB)"] if total <= available else []
-
-    smaller = [fit for b in range(B - 1, 0, -1) if B % b == 0 for fit in fitting(f"--B={b}", B=b)]
-    fits = fitting("--sharded", sharded=True) + fitting("--recompute", recompute=True) + smaller[:1]
-    both = dict(sharded=True, recompute=True, B=1)
-    for n in (rt.world_size * 2**i for i in range(9) if not fits):
-        fits = fitting(f"--sharded --recompute --B=1 on {n} devices", rt=rt._replace(world_size=n), **both)
-    text += f"; enough would be {' or '.join(fits) or 'a smaller --model or --T'}"
+    changes = {"--sharded": dict(sharded=True), "--recompute": dict(recompute=True)}
+    changes |= {f"--B={b}": dict(B=b) for b in range(B - 1, 0, -1) if B % b == 0}
+    totals = {name: sum(plan(**dict(B=B) | options | change)) for name, change in changes.items()}
+    fits = [f"{name} ({total / 1e9:.1f} GB)" for name, total in totals.items() if total <= available][:3]
+    text += f"; enough would be {' or '.join(fits) or 'more devices with --sharded --recompute, or a smaller --model'}"
     if sum(needed[:3]) > available:
         raise ValueError(f"too little memory: {text}")
     return text
 
 
-def pick_B(run: Any, per_rank: int, step: Callable[[int], None]) -> int:
-    """The micro-batch size: that of the configuration or of the resumed run, else as many sequences as fit. run: a Run
-    of train_gpt2.py. per_rank: sequences per step on this rank. step: a forward and backward pass of B sequences.
+def pick_B(run: Any, per_rank: int, **options: Any) -> int:
+    """The micro-batch size: that of the configuration or of the resumed run, else as many sequences as `plan_memory`
+    fits into 85 % of the memory. run: a Run of train_gpt2.py. per_rank: sequences per step on this rank.
     """
     cfg, rt, resumed = run.cfg, run.rt, run.resumed
     if cfg.B:
@@ -255,18 +221,6 @@ def pick_B(run: Any, per_rank: int, step: Callable[[int], None]) -> int:
     if resumed and resumed.world_size == rt.world_size and resumed.B and per_rank % resumed.B == 0:
         return resumed.B  # the same B gives the same bits
     limit = 2**16 if rt.device.type == "cuda" else 2**12  # tokens: larger is not faster on a GPU, and slower on a CPU
-    sizes = [B for B in range(1, per_rank + 1) if per_rank % B == 0 and (B == 1 or B * cfg.T <= limit)]
-    if runtime.is_sharded(run.raw):  # trials would hang if they failed on one rank only
-        options = dict(T=cfg.T, optimizer=cfg.optimizer, sharded=True, recompute=cfg.recompute)
-        plan = partial(plan_memory, run.raw, rt=rt, **options)
-        return max(B for B in sizes if B == 1 or sum(plan(B)) < 0.85 * runtime.device_memory(rt.device))
-    moments = 0 if resumed else 8 * run.raw.n_params()  # bytes; the first step allocates them
-    return runtime.fit_micro_batch(step, sizes, moments, rt)
-
-
-def warn_if_slow(flops_per_step: float, max_steps: int, rt: runtime.Runtime) -> None:
-    """Warn if a step would take a CPU of 0.1 TFLOP/s more than two minutes, or the run more than a day."""
-    minutes = flops_per_step / 1e11 / 60
-    if rt.device.type == "cpu" and (minutes >= 2 or minutes * max_steps >= 24 * 60):
-        times = f"{minutes:,.1f} minutes, the run {minutes * max_steps / 60:,.0f} hours"
-        runtime.print0(f"on a CPU a step can take {times}: lower --total_batch_size or --max_steps, or use the demo")
+    sizes = [B for B in range(1, per_rank + 1) if per_rank % B == 0 and B * cfg.T <= limit]
+    available = 0.85 * runtime.device_memory(rt.device)
+    return max((B for B in sizes if sum(plan_memory(run.raw, B, rt=rt, **options)) < available), default=1)

@@ -44,7 +44,7 @@ def open_run(folder: Path, selected: str = "fp32", **constants: Any) -> run.Run:
     raw = harness.tiny_model(n_layer=1)
     if opened.resumed:
         raw = model.GPT.from_weights(raw.config, opened.resumed.model)
-    opened.attach(raw, optim.make_optimizers(raw, weight_decay=0.1), compile=False)
+    opened.attach(raw, raw, optim.make_optimizers(raw, weight_decay=0.1))
     return opened
 
 

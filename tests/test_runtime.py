@@ -129,15 +129,15 @@ def test_compiler_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
     raw, idx = tiny_model(n_layer=1), torch.arange(8)[None]
-    assert runtime.wrap(raw, ALONE, compile=False) is raw
+    assert training.wrap(raw, ALONE, False, False, compile=False) is raw
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # needs no compiler
     monkeypatch.setattr(runtime, "require_compiler", lambda device: None)
-    compiled = runtime.wrap(raw, ALONE, compile=True)
+    compiled = training.wrap(raw, ALONE, False, False, compile=True)
     assert compiled is not raw and torch.equal(compiled(idx), raw(idx))
     raw.register_forward_hook(lambda *_: torch._dynamo.graph_break())
     with pytest.raises(torch._dynamo.exc.Unsupported):
-        runtime.wrap(raw, ALONE, compile=True)(idx)
-    runtime.wrap(raw, ALONE, compile=True, dynamic=True)(idx)
+        training.wrap(raw, ALONE, False, False, compile=True)(idx)
+    training.wrap(raw, ALONE, False, False, compile=True, dynamic=True)(idx)
 
 
 def test_loss_is_the_only_output_of_the_training_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,5 +150,5 @@ def test_loss_is_the_only_output_of_the_training_graph(monkeypatch: pytest.Monke
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     monkeypatch.setattr(runtime, "require_compiler", lambda device: None)
     idx = torch.arange(8)[None]
-    runtime.wrap(tiny_model(n_layer=1), ALONE, compile=True)(idx, idx, reduction="sum").backward()
+    training.wrap(tiny_model(n_layer=1), ALONE, False, False, compile=True)(idx, idx, reduction="sum").backward()
     assert outputs == [[torch.Size([])]]

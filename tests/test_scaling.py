@@ -57,7 +57,7 @@ def test_a_study(study: Callable[..., dict], tmp_path: Path, capsys: pytest.Capt
         raw = checkpoint.load_model(points[size, 20]["folder"]).raw
         assert points[size, 10]["N"] == raw.flops_per_token(192) / 6
     assert all(point["max_lr"] == 1e-2 for point in points.values())  # better than 1e-3
-    assert len(results["laws"]) == 4 and results["entropy"][0] < results["entropy"][1] < points["tiny-16", 40]["loss"]
+    assert len(results["laws"]) == 4 and 0 < results["entropy"] < points["tiny-16", 40]["loss"]
     out = capsys.readouterr().out
     assert "held out" in out and "predicted" in out and "try more" in out
     assert (tmp_path / "Scaling.png").read_bytes()[:4] == b"\x89PNG"
@@ -83,6 +83,8 @@ def test_an_interrupted_study_continues(
         patch.setattr(scaling.subprocess, "run", lambda command, **_: study.started or train(command))
         harness.refused(scaling.main, study.cfg, "tiny-16-0.01-10", "again")
     assert study.started == ["tiny-16-0.001-10"] and not (tmp_path / "scaling.json").exists()
+    (tmp_path / "tiny-8-0.01-10").mkdir()  # of a run that was killed before its first loss
+    (tmp_path / "tiny-8-0.01-10" / "log.txt").write_text("# code=x python=3.11\n# data='x.txt'\n")
     study()
     assert len(study.started) == 9
 

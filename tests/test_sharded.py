@@ -42,7 +42,7 @@ def train(rt: runtime.Runtime, optimizer: str) -> tuple[list, dict[str, Tensor],
     the weights and the gathered moments. Ranks have micro-batches of different sizes.
     """
     raw = harness.tiny_model(scale=0.1, vocab_size=257, block_size=T).double()
-    training.place(raw, rt, sharded=True, recompute=False, compile=False)
+    training.wrap(raw, rt, sharded=True, recompute=False)
     optimizers, results = optim.make_optimizers(raw, optimizer=optimizer, weight_decay=0.1), []
     for step in range(N_STEPS):
         xy = torch.randint(257, (12, T + 1), generator=torch.Generator().manual_seed(step)).tensor_split(rt.world_size)
@@ -80,7 +80,7 @@ def test_recomputed_activations_give_the_same_bits(precision: str) -> None:
     rt, found, n_saved = ALONE._replace(precision=precision), [], []
     for recompute in (False, True):
         raw = harness.tiny_model(n_layer=4, n_embd=64)
-        training.place(raw, rt, sharded=False, recompute=recompute, compile=False)
+        training.wrap(raw, rt, sharded=False, recompute=recompute)
         idx, saved = torch.arange(128).view(4, 32), []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
             loss, _ = training.backward(raw, dict(x=idx, y=idx + 1, poison=False), loss_fn, 1.0, rt)
@@ -163,15 +163,16 @@ def test_what_cannot_be_sharded_or_does_not_fit_is_refused(
 
 def test_what_would_fit_is_named() -> None:
     raw, rt = harness.tiny_model(n_layer=8), ALONE._replace(world_size=4)
-    plan = partial(training.plan_memory, raw, T=64, rt=rt)
+    options = dict(T=64, sharded=False, recompute=False)
+    plan = partial(training.plan_memory, raw, rt=rt)
     with pytest.MonkeyPatch.context() as patch:
         for option, changed in {"--recompute": dict(recompute=True), "--sharded": dict(sharded=True)}.items():
-            patch.setattr(runtime, "device_memory", lambda _, changed=changed: sum(plan(B=8, **changed)))
-            assert f"{option} (" in training.check_memory(raw, 8, rt, T=64)
-        patch.setattr(runtime, "device_memory", lambda _: sum(plan(B=8)))
-        assert "enough" not in training.check_memory(raw, 8, rt, T=64)
-        patch.setattr(runtime, "device_memory", lambda _: sum(plan(B=2)))
-        assert "--B=2 (" in training.check_memory(raw, 8, rt, T=64)
+            patch.setattr(runtime, "device_memory", lambda _, changed=changed: sum(plan(B=8, **options | changed)))
+            assert f"{option} (" in training.check_memory(raw, 8, rt, **options)
+        patch.setattr(runtime, "device_memory", lambda _: sum(plan(B=8, **options)))
+        assert "enough" not in training.check_memory(raw, 8, rt, **options)
+        patch.setattr(runtime, "device_memory", lambda _: sum(plan(B=2, **options)))
+        assert "--B=2 (" in training.check_memory(raw, 8, rt, **options)
 
 
 # -----------------------------------------------------------------------------
@@ -194,15 +195,15 @@ def train(shape, B, T, n_rows, precision="fp32", **options):
         file.write("5")  # VmHWM, the peak, starts again
     before = status("VmRSS")
     raw = model.GPT(model.GPTConfig(**shape, block_size=T, n_tokens=257))
-    plan = training.plan_memory(raw, B, T, rt, n_rows=n_rows, **options)
-    recompute, sharded = (options.pop(name, False) for name in ("recompute", "sharded"))
-    raw = training.place(raw, rt, sharded=sharded, recompute=recompute, compile=False)
+    recompute = options.pop("recompute", False)
+    plan = training.plan_memory(raw, B, T, rt, False, recompute, **options)
+    net = training.wrap(raw, rt, False, recompute)
     optimizers = optim.make_optimizers(raw, weight_decay=0.1, **options)
     xy = torch.randint(257, (n_rows, T + 1))
     batches = [dict(x=rows[:, :-1], y=rows[:, 1:], n=len(rows) * T) for rows in xy.split(B)]
     loss_fn = lambda net, batch: (net(batch["x"], batch["y"], reduction="sum"), {})
     for _ in range(2):
-        training.train_step(runtime.wrap(raw, rt, False), optimizers, batches, loss_fn, lr=1e-3, grad_clip=1.0, rt=rt)()
+        training.train_step(net, optimizers, batches, loss_fn, lr=1e-3, grad_clip=1.0, rt=rt)()
     return [sum(plan), status("VmHWM") - before]
 
 train(dict(n_layer=1, n_head=1, n_embd=32, vocab_size=320), 1, 8, 2)  # loads libraries
@@ -211,7 +212,7 @@ print(json.dumps(train(**json.loads(sys.argv[1]))))
 
 SHAPES = [  # most memory for the activations, for the head's logits, and for Muon and the moments
     dict(shape=dict(n_layer=6, n_head=4, n_embd=256, vocab_size=320), B=8, T=128, n_rows=16),
-    dict(shape=dict(n_layer=3, n_head=4, n_embd=256, vocab_size=16384), B=4, T=128, n_rows=4, recompute=True),
+    dict(shape=dict(n_layer=3, n_head=4, n_embd=256, vocab_size=16384), B=4, T=128, n_rows=8, recompute=True),
     dict(shape=dict(n_layer=6, n_head=8, n_embd=384, vocab_size=320), B=1, T=64, n_rows=2, optimizer="muon"),
 ]
 

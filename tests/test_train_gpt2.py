@@ -1,6 +1,5 @@
 """Pretraining from end to end: killed, stopped, on several ranks, with other batches, and with invalid options."""
 
-import logging
 import math
 import os
 import random
@@ -190,22 +189,23 @@ def test_micro_batch_does_not_change_the_curve(cfg: Config) -> None:
     assert newest(resumed).B == 1  # kept, because the same B gives the same bits
 
 
-def test_validation_and_the_search_for_b_use_the_compiled_step(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs, sizes = torch._dynamo.testing.CompileCounter(), []
-
-    def fit(step: Callable[[int], None], sizes_: list[int], *_: Any) -> int:
-        step(4)
-        step(2)
-        sizes.append(graphs.frame_count)
-        return 2
-
+def test_validation_uses_the_compiled_step(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = torch._dynamo.testing.CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
     monkeypatch.setattr(runtime, "require_compiler", lambda device: None)
-    expected = train(cfg, B=2)
-    monkeypatch.setattr(runtime, "fit_micro_batch", fit)
-    folder = train(cfg, B=None, compile=True, val_tokens=3 * cfg.T, out_dir=cfg.out_dir + "2")
-    assert sizes == [2] and graphs.frame_count == 3  # two sizes; training needs no other graph, validation has its own
+    expected = train(cfg)
+    folder = train(cfg, compile=True, val_tokens=3 * cfg.T, out_dir=cfg.out_dir + "2")
+    assert graphs.frame_count == 2  # of training and of validation, whose last batch is not full
     assert losses(folder) == losses(expected)
+
+
+def test_largest_micro_batch_that_fits_is_chosen(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = SimpleNamespace(cfg=replace(cfg, B=None), rt=harness.ALONE, resumed=None, raw=harness.tiny_model())
+    options = dict(T=16, sharded=False, recompute=False)
+    needed = sum(training.plan_memory(run.raw, 6, rt=run.rt, **options))
+    for memory, B in ((needed / 0.84, 6), (needed / 0.86, 4), (1, 1), (math.inf, 12)):
+        monkeypatch.setattr(runtime, "device_memory", lambda _, memory=memory: memory)
+        assert training.pick_B(run, 12, **options) == B
 
 
 def test_evaluation_samples_and_checkpoints_do_not_disturb_training(cfg: Config) -> None:
@@ -432,15 +432,10 @@ def test_unusual_prompts_and_counts(cfg: Config, changed: dict[str, Any]) -> Non
     assert all(prompt in line for line in samples(folder))
 
 
-def test_warning_if_a_step_is_too_slow_for_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "neogpt")
-    flops = 854.7e6  # per token of gpt2
-    training.warn_if_slow(flops * 2**13, 100, harness.ALONE)
-    assert not caplog.text
-    training.warn_if_slow(flops * 2**13, 19073, harness.ALONE)
-    assert "1.2 minutes, the run 371 hours" in caplog.text
-    training.warn_if_slow(flops * 2**19, 1, harness.ALONE)
-    assert "74.7 minutes" in caplog.text  # at 1e11 FLOP/s
+def test_warning_if_a_step_is_too_slow_for_a_cpu(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--total_batch_size" not in notes(train(cfg, max_steps=1))
+    monkeypatch.setattr(model.GPT, "flops_per_token", lambda self, T: 2e11)
+    assert "--total_batch_size" in notes(train(cfg, max_steps=1, out_dir=cfg.out_dir + "2"))
 
 
 # -----------------------------------------------------------------------------
@@ -461,33 +456,6 @@ def test_compiled_run_killed_and_resumed_on_cuda(long: Config, tmp_path: Path, m
     with harness.fork_server() as server:
         harness.kill_and_resume(server, SCRIPT, replace(long, out_dir=str(killed)), [7, 23])
     harness.assert_same_run(killed, whole)
-
-
-@pytest.mark.gpu
-@needs_cuda
-def test_largest_micro_batch_that_fits_is_found(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    rt = runtime.Runtime(0, 1, torch.device("cuda:0"), "fp32")
-    row = 2**31  # bytes
-    free, total = torch.cuda.mem_get_info(rt.device)
-
-    def allocate(rows: int) -> None:
-        torch.empty(rows * row, dtype=torch.uint8, device=rt.device)
-
-    for share in (0.5, 0.1):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, share=share: (int(share * free), total))
-        budget = 0.95 * (share * free + torch.cuda.memory_allocated(rt.device))
-        found = runtime.fit_micro_batch(allocate, list(range(1, 100)), 0, rt)
-        assert found * row <= budget < (found + 1) * row
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, total))
-    with pytest.raises(ValueError, match="--B=1 "):
-        runtime.fit_micro_batch(allocate, [1, 2, 4], 0, rt)
-    monkeypatch.undo()
-
-    monkeypatch.setitem(model.SIZES, "tiny", dict(n_layer=1, n_head=2, n_embd=16, block_size=16))
-    cfg = replace(cfg, device="cuda", compile=False)
-    folder = train(cfg, B=None)
-    assert "1 x B=4 sequences" in notes(folder)
-    harness.assert_close_runs(folder, train(cfg, B=1, out_dir=cfg.out_dir + "1"), abs=1e-4)
 
 
 # -----------------------------------------------------------------------------

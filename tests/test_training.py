@@ -133,7 +133,7 @@ def work(rt: runtime.Runtime) -> dict[str, tuple]:
         batches = split(x[mine], y[mine], sizes[rt.rank])
         batches[0]["poison"] = name if rt.rank == 1 else None
         settings = dict(lr=0.5, grad_clip=1e-2, rt=rt, stop=name == "stop" and rt.rank == 1)
-        out = training.train_step(runtime.wrap(raw, rt, False), sgd, batches, loss_fn, **settings)()
+        out = training.train_step(training.wrap(raw, rt, False, False), sgd, batches, loss_fn, **settings)()
         results[name] = tuple(out), {name: p.detach() for name, p in raw.named_parameters()}
     return results
 

@@ -91,7 +91,7 @@ def training_loops(cfg: Config, name: str, B: int, deterministic: bool = True, *
     n, is_cuda = cfg.total_batch_size // cfg.T, rt.device.type == "cuda"  # n: sequences per step
     train = data.Windows(data.open_data(cfg.data, tokenizer)[0], cfg.T)
     optimizers = optim.make_optimizers(raw, optimizer=cfg.optimizer, weight_decay=0.1)
-    net = runtime.wrap(raw, rt, is_cuda if cfg.compile is None else cfg.compile)
+    net = training.wrap(raw, rt, False, False, is_cuda if cfg.compile is None else cfg.compile)
     plain_rt = rt._replace(precision=cfg.plain_precision or rt.precision)
 
     def read(step: int) -> training.Batch:  # as in train_gpt2.py

@@ -75,11 +75,10 @@ def fit(N: np.ndarray, D: np.ndarray, L: np.ndarray, start: Law | None = None) -
     if start:
         E, A, B, alpha, beta = start
         starts = [(np.log(A) - alpha * x0, np.log(B) - beta * y0, np.log(E), alpha, beta)]
-    else:  # E as a share of the smallest loss; the rest of the mean loss is divided between the two terms
-        low, mean, starts = target.min(), target.mean(), []
-        for share, part, alpha, beta in itertools.product((0.3, 0.7, 0.95), (0.2, 0.8), (0.2, 0.7), (0.2, 0.7)):
-            rest = (mean.exp() - share * low.exp()).log()
-            starts.append((rest + np.log(part), rest + np.log(1 - part), low + np.log(share), alpha, beta))
+    else:  # each term is a half or a tenth of the mean loss, or E almost the smallest loss
+        terms, exponents = (target.mean() + np.log(0.5), target.mean() + np.log(0.1)), (0.2, 0.7)
+        E = (target.min() + np.log(0.3), target.min() + np.log(0.95))
+        starts = itertools.product(terms, terms, E, exponents, exponents)
     found = [minimize(torch.tensor(start, dtype=torch.float64)) for start in starts]
     a, b, e, alpha, beta = min((f for f in found if np.isfinite(f[0])), key=lambda f: f[0])[1].tolist()
     return Law(np.exp(e), np.exp(a + alpha * x0.item()), np.exp(b + beta * y0.item()), alpha, beta)

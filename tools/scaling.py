@@ -14,6 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,14 +41,10 @@ class Config:
     jobs: config.PositiveInt = 1  # runs at the same time, each of another size
 
 
-DEMO = Config(
-    train="demo --T=192 --total_batch_size=576 --B=3 --val_tokens=131072 --device=cpu --precision=fp32",
-    sizes=("demo-w24", "demo-w32", "demo-w48", "demo-w64", "demo-w96"),
-    max_lrs=(3.5e-3, 7e-3, 1.4e-2),
-    fresh_tokens=16_000 * 576,
-    out_dir="out/scaling-demo",
-    jobs=2,  # models this small are fastest on one thread each
-)
+DEMO = Config("demo --T=192 --total_batch_size=576 --B=3 --val_tokens=131072 --device=cpu --precision=fp32")
+DEMO = replace(DEMO, sizes=tuple(f"demo-w{C}" for C in (24, 32, 48, 64, 96)), max_lrs=(3.5e-3, 7e-3, 1.4e-2))
+# models this small are fastest on one thread each
+DEMO = replace(DEMO, jobs=2, fresh_tokens=16_000 * 576, out_dir="out/scaling-demo")
 CONFIGS = {"gpt2": Config(), "demo": DEMO}
 
 
@@ -81,14 +78,15 @@ def final_loss(folder: str, steps: int, base: train_gpt2.Config) -> float | None
     """The final loss of a run according to its log; None if it is not finished. Raises ValueError if it is a run with
     other data or batches.
     """
-    if not Path(folder, "log.txt").exists():
+    log = Path(folder, "log.txt")
+    if not log.exists() or b" val " not in log.read_bytes():  # it can be killed before its first loss
         return None
     _, curves, constants = plot.read_log(folder)
     expected = dict(data=base.data, T=base.T, total_batch_size=base.total_batch_size)
     for name in expected.keys() & constants.keys():
         if constants[name] != str(expected[name]).split(" ")[0]:  # read_log ends values at a space
             raise ValueError(f"{folder} was trained with {name}={constants[name]}: use another --out_dir")
-    return float(curves["val"][1][-1]) if "val" in curves and curves["val"][0][-1] == steps else None
+    return float(curves["val"][1][-1]) if curves["val"][0][-1] == steps else None
 
 
 def train(cfg: Config, base: train_gpt2.Config, size: str, steps: int, max_lr: float, start: Point | None) -> Point:
@@ -105,10 +103,9 @@ def train(cfg: Config, base: train_gpt2.Config, size: str, steps: int, max_lr: f
         subprocess.run(command, env=env, stdout=subprocess.DEVNULL)
         if (loss := final_loss(folder, steps, base)) is None:
             raise ValueError(f"the run in {folder} did not finish: run the same command again; {shlex.join(command)}")
-    n_tokens = data.get_tokenizer(base.tokenizer).n_vocab
-    shape = model.SIZES[size] | dict(block_size=base.T, n_tokens=n_tokens, vocab_size=model.pad_vocab(n_tokens))
+    shape = train_gpt2.expected_config(replace(base, model=size), data.get_tokenizer(base.tokenizer).n_vocab)
     with torch.device("meta"):
-        N = model.GPT(model.GPTConfig(**shape)).flops_per_token(base.T) / 6
+        N = model.GPT(shape).flops_per_token(base.T) / 6
     print(f"{folder}: loss {loss:.4f}", flush=True)
     return Point(folder, size, max_lr, steps, N, float(steps * base.total_batch_size), loss)
 
@@ -125,89 +122,88 @@ def train_size(cfg: Config, base: train_gpt2.Config, size: str) -> list[Point]:
     return points
 
 
-def middle(values: object) -> np.ndarray:
+def middle(values: list) -> np.ndarray:
     """The 5th and 95th percentiles, (2, …), of results of the resamples, (n, …)."""
-    return np.percentile(np.array(values), [5, 95], axis=0)
+    return np.percentile(values, [5, 95], axis=0)
 
 
-def with_interval(values: list[float]) -> str:
-    """The first value and, if there are more, the middle 90 % of the others, as text."""
-    interval = " [{:.4g} … {:.4g}]".format(*middle(values[1:])) if len(values) > 1 else ""
-    return f"{values[0]:.4g}{interval}"
+def with_intervals(laws: list[fit.Law], results: Callable[[fit.Law], Sequence[float]]) -> list[str]:
+    """The results of the first law as text, with the middle 90 % of those of the others."""
+    first, *others = (results(law) for law in laws)
+    return [f"{x:.4g} [{low:.4g} … {high:.4g}]" for x, low, high in zip(first, *middle(others))]
 
 
-def print_report(laws: list[fit.Law], points: list[Point], minima: list[fit.Parabola], n_fitted: int) -> None:
+def as_arrays(points: list[Point]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """N, D and loss of all points."""
+    return tuple(np.array([(p.N, p.D, p.loss) for p in points]).T)
+
+
+def print_report(laws: list[fit.Law], fitted: list[Point], held_out: list[Point]) -> None:
     """Print the constants beside published ones, optima and predictions. laws: of all points, then of the resamples."""
-    C = max(6 * p.N * p.D for p in points)
+    C = max(6 * p.N * p.D for p in fitted + held_out)
+
+    def constants(law: fit.Law) -> list[float]:
+        N, D = law.optimum(C)
+        return [*law, law.beta / (law.alpha + law.beta), D / N]
+
     rows = [["", *fit.Law._fields, "a in N ~ C^a", "tokens per parameter"]]
-    for name, group in {"this study": laws, **{name: [law] for name, law in fit.PUBLISHED.items()}}.items():
-        values = [[*law, law.beta / (law.alpha + law.beta), np.divide(*law.optimum(C)[::-1])] for law in group]
-        rows.append([name, *(with_interval(v) for v in zip(*values))])
-    if len(minima) > 1:
-        slope = np.polyfit([np.log(m.C) for m in minima], [np.log(m.lowest) for m in minima], 1)[0]
+    rows.append(["this study", *with_intervals(laws, constants)])
+    rows += [[name, *(f"{x:.4g}" for x in constants(law))] for name, law in fit.PUBLISHED.items()]
+    if len(minima := fit.parabolas(*as_arrays(fitted))) > 1:
+        slope = np.polyfit(np.log([m.C for m in minima]), np.log([m.lowest for m in minima]), 1)[0]
         rows.append(["parabolas", *[""] * 5, f"{slope:.4g}", ""])
     print(config.format_table(rows))
     rows = [["FLOPs", "N_opt", "D_opt", "loss"]]
     for budget in C * np.array([0.1, 1, 10]):  # ten times is as far as laws hold
-        values = [[*law.optimum(budget), law.loss(*law.optimum(budget))] for law in laws]
-        rows.append([f"{budget:.2e}", *(with_interval(v) for v in zip(*values))])
+        results = with_intervals(laws, lambda law, C=budget: [*law.optimum(C), law.loss(*law.optimum(C))])
+        rows.append([f"{budget:.2e}", *results])
     print(config.format_table(rows))
-    for p in points[n_fitted:]:
-        losses = [law.loss(p.N, p.D) for law in laws]
-        error = f"{losses[0] / p.loss - 1:+.2%}"
-        print(f"held out: {p.folder}: predicted {with_interval(losses)}, measured {p.loss:.4f} ({error})")
+    for p in held_out:
+        [predicted] = with_intervals(laws, lambda law, p=p: [law.loss(p.N, p.D)])
+        error = f"{laws[0].loss(p.N, p.D) / p.loss - 1:+.2%}"
+        print(f"held out: {p.folder}: predicted {predicted}, measured {p.loss:.4f} ({error})")
 
 
-def draw(
-    path: Path,
-    laws: list[fit.Law],
-    points: list[Point],
-    minima: list[fit.Parabola],
-    n_fitted: int,
-    entropy: tuple | None,
-) -> None:
-    """Write the figure. The points after n_fitted were not fitted. entropy: bounds of the smallest possible loss."""
+def draw(path: Path, laws: list[fit.Law], fitted: list[Point], held_out: list[Point], entropy: float | None) -> None:
+    """Write the figure. entropy: a lower bound of the loss."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    C = [6 * p.N * p.D for p in points]
+    C = [6 * p.N * p.D for p in fitted + held_out]
     budgets, law = np.geomspace(min(C), 10 * max(C), 50), laws[0]
     star = dict(color="k", marker="*", markersize=12, linestyle="")
     with matplotlib.rc_context(plot.STYLE):
         figure = Figure(figsize=(13, 10), layout="constrained")
         [[curves, equal], [optimum, residuals]] = figure.subplots(2, 2)
-        for color, size in enumerate(dict.fromkeys(p.size for p in points)):
-            own = sorted([p for p in points if p.size == size], key=lambda p: p.D)
-            N, D, losses = (np.array(column) for column in zip(*[(p.N, p.D, p.loss) for p in own]))
-            curves.plot(6 * N * D, losses, "o", color=f"C{color}", label=f"{size}, N = {N[0]:.2g}")
+        for color, size in enumerate(dict.fromkeys(p.size for p in fitted)):
+            N, D, losses = as_arrays([p for p in fitted if p.size == size])
+            curves.plot(6 * N * D, losses, f"C{color}o", label=f"{size}, N = {N[0]:.2g}")
             smooth = np.geomspace(D[0], D[-1], 50)
-            curves.plot(6 * N[0] * smooth, law.loss(N[0], smooth), color=f"C{color}", linewidth=1)
-            residuals.plot(losses, 100 * (law.loss(N, D) / losses - 1), "o", color=f"C{color}", label=size)
-        frontier = [x.loss(*x.optimum(budgets)) for x in laws]
-        curves.plot(budgets, frontier[0], "k--", label="compute-optimal")
-        curves.fill_between(budgets, *middle(frontier[1:]), color="k", alpha=0.1)
-        if entropy:
-            curves.axhspan(*entropy, color="C3", label="entropy of the text")
-        for color, m in enumerate(minima):
+            curves.plot(6 * N[0] * smooth, law.loss(N[0], smooth), f"C{color}", linewidth=1)
+            residuals.plot(losses, 100 * (law.loss(N, D) / losses - 1), f"C{color}o", label=size)
+        for color, m in enumerate(fit.parabolas(*as_arrays(fitted))):
             smooth = np.geomspace(min(m.N), max(m.N), 50)
-            equal.plot(m.N, m.losses, "o", color=f"C{color}", label=f"{m.C:.1e} FLOPs")
-            equal.plot(smooth, np.polyval(m.coefficients, np.log(smooth)), color=f"C{color}", linewidth=1)
-            equal.plot(m.lowest, np.polyval(m.coefficients, np.log(m.lowest)), **star)
+            equal.plot(m.N, m.losses, f"C{color}o", label=f"{m.C:.1e} FLOPs")
+            equal.plot(smooth, np.polyval(m.coefficients, np.log(smooth)), f"C{color}", linewidth=1)
             optimum.plot(m.C, m.lowest, **star, label="" if color else "N of the parabolas")
-        for i, name in enumerate(("N, parameters", "D, tokens")):
-            optimum.plot(budgets, law.optimum(budgets)[i], color=f"C{i}", label=name)
-            optimum.fill_between(budgets, *middle([x.optimum(budgets)[i] for x in laws[1:]]), color=f"C{i}", alpha=0.15)
-        for p in points[n_fitted:]:
+        lines = [(curves, "k", "compute-optimal", lambda law: law.loss(*law.optimum(budgets)))]
+        lines += [(optimum, "C0", "N, parameters", lambda law: law.optimum(budgets)[0])]
+        lines += [(optimum, "C1", "D, tokens", lambda law: law.optimum(budgets)[1])]
+        for axes, color, label, results in lines:
+            axes.plot(budgets, results(law), color, label=label)
+            axes.fill_between(budgets, *middle([results(x) for x in laws[1:]]), color=color, alpha=0.15)
+        for p in held_out:
+            curves.plot(6 * p.N * p.D, p.loss, **star, label="held out")
             errors = [100 * (x.loss(p.N, p.D) / p.loss - 1) for x in laws]
             residuals.plot([p.loss] * 2, middle(errors[1:]), "k", linewidth=1)
             residuals.plot(p.loss, errors[0], **star, label="held out, with 90 % of resamples")
-            curves.plot(6 * p.N * p.D, p.loss, **star, label="held out")
-        residuals.axhline(0, color="0.5", linewidth=1)
+        if entropy:
+            curves.axhline(entropy, color="C3", label="entropy of the text")
         curves.set(title="Loss against compute", xlabel="FLOPs", ylabel="validation loss")
         equal.set(title="Sizes at equal compute", xlabel="N, parameters", ylabel="validation loss")
         optimum.set(title="Compute-optimal size and tokens", xlabel="FLOPs")
         residuals.set(title="Predicted against measured", xlabel="measured loss", ylabel="error of the prediction, %")
-        for axes in (curves, equal, optimum, residuals):
+        for axes in figure.axes:
             axes.set(xscale="log", yscale="linear" if axes is residuals else "log")
             if axes.lines:  # without parabolas there is nothing to explain
                 axes.legend(fontsize=9)
@@ -224,17 +220,17 @@ def main(cfg: Config) -> None:
         base = replace(base, data=str(out_dir / "data"))
         entropy = fresh.write_fresh_text(out_dir / "data", cfg.fresh_tokens, base.val_tokens, base.T)
     with ThreadPoolExecutor(cfg.jobs) as pool:  # the largest size first, because it takes longest
-        found = [*pool.map(lambda size: train_size(cfg, base, size), cfg.sizes[::-1])][::-1]
-    points = sorted([p for runs in found for p in runs], key=lambda p: p.steps > cfg.lengths[-1])
+        found = [*pool.map(lambda size: train_size(cfg, base, size), cfg.sizes[::-1])]
+    points = [p for runs in found[::-1] for p in runs]
     n_fitted = len(cfg.sizes) * len(cfg.lengths)
-    N, D, L = (np.array(column) for column in zip(*[(p.N, p.D, p.loss) for p in points[:n_fitted]]))
-    law = fit.fit(N, D, L)
-    laws, minima = [law, *fit.bootstrap(N, D, L, law)], fit.parabolas(N, D, L)
-    print_report(laws, points, minima, n_fitted)
+    fitted, held_out = points[:n_fitted], points[n_fitted:]
+    law = fit.fit(*as_arrays(fitted))
+    laws = [law, *fit.bootstrap(*as_arrays(fitted), law)]
+    print_report(laws, fitted, held_out)
     if entropy:
-        E = with_interval([x.E for x in laws])
-        print(f"E {E}; entropy of the text, nats per token: between {entropy[0]:.4f} and {entropy[1]:.4f}")
-    draw(out_dir / "Scaling.png", laws, points, minima, n_fitted, entropy)
+        [E] = with_intervals(laws, lambda law: [law.E])
+        print(f"E {E}; entropy of the text, nats per token: {entropy:.4f} or slightly more")
+    draw(out_dir / "Scaling.png", laws, fitted, held_out, entropy)
     results = dict(entropy=entropy, points=[p._asdict() for p in points], laws=[x._asdict() for x in laws])
     files.write_json(out_dir / "scaling.json", results)
     print(f"wrote {out_dir / 'scaling.json'} and {out_dir / 'Scaling.png'}")
