@@ -57,6 +57,10 @@ def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         sys.exit("interrupted" if is_rank_0 else 130)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of PyTorch, which is not imported here
+            raise
+        sys.exit(f"error: {str(error).partition('. GPU')[0]}: use a smaller --B")
     except (ValueError, OSError) as error:
         origin = traceback.extract_tb(error.__traceback__)[-1]
         path = Path(origin.filename).resolve()

@@ -1,5 +1,6 @@
-"""Rewards for grpo.py: plain functions of an answer, and sums of them such as `exact + 0.2*ends(40)`. Every rank computes
-all rewards, so a reward must depend on nothing else.
+"""Rewards for grpo.py: plain functions of an answer, and sums of them such as `exact + 0.2*ends(40)`.
+
+Every rank computes the rewards of all answers, so a reward must depend on the answer only.
 """
 
 import math

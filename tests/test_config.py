@@ -139,6 +139,12 @@ def test_errors_for_the_user_are_one_line(tmp_path: Path) -> None:
     assert code == 1 and text.count("\n") == 1 and "second line" in text
 
 
+def test_out_of_gpu_memory_is_one_line(tmp_path: Path) -> None:
+    body = 'import torch; raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has …")'
+    status, text = run_script(tmp_path, body)
+    assert status == 1 and "20.00 GiB" in text and "--B" in text and text.count("\n") == 1
+
+
 def test_bugs_keep_their_traceback(tmp_path: Path) -> None:
     not_raised_by_the_repository = ['int("x")', 'json.loads("{")', 'raise ValueError("x")', 'config.require("[x, 1]")']
     for body in [*not_raised_by_the_repository, "config.run()"]:  # the last is a TypeError
