@@ -69,16 +69,28 @@ class Config:
     deterministic: bool = True  # CUDA kernels that give the same bits every time: a resumed run is exact
 
 
-DEMO = Config(data=str(config.ROOT / "input.txt"), tokenizer="bytes", out_dir="out/demo", model="demo", T=256)
-DEMO = replace(DEMO, total_batch_size=8 * 256, max_steps=1200, warmup_steps=50, save_every=400)
-DEMO = replace(DEMO, optimizer="muon", momentum=0.9, max_lr=1e-2, min_lr_frac=0.0)
-DEMO = replace(DEMO, val_tokens=2**16, eval_every=200, n_samples=2, sample_tokens=200, prompt="Once upon a time")
-DEMO = replace(DEMO, hellaswag_every=200, hellaswag_data=str(config.ROOT / "demo" / "hellaswag.jsonl"))
-# Tiny Shakespeare as bytes; 78 s on two CPU cores. The README says where to download it.
-SHAKESPEARE = replace(DEMO, data="tinyshakespeare.txt", out_dir="out/shakespeare", model="shakespeare", T=64)
-SHAKESPEARE = replace(SHAKESPEARE, total_batch_size=16 * 64, max_steps=1600, warmup_steps=30, save_every=1000)
-SHAKESPEARE = replace(SHAKESPEARE, schedule="wsd", decay_frac=1.0, weight_decay=0.02, grad_clip=0.0)
-SHAKESPEARE = replace(SHAKESPEARE, val_tokens=2**20, eval_every=800, n_samples=0, hellaswag_every=0)
+DEMO = Config(
+    data=str(config.ROOT / "input.txt"),
+    tokenizer="bytes",
+    out_dir="out/demo",
+    model="demo",
+    T=256,
+    total_batch_size=8 * 256,
+    max_steps=1200,
+    min_lr_frac=0.0,
+    optimizer="muon",
+    momentum=0.9,
+    max_lr=1e-2,
+    warmup_steps=50,
+    val_tokens=2**16,
+    eval_every=200,
+    hellaswag_every=200,
+    hellaswag_data=str(config.ROOT / "demo" / "hellaswag.jsonl"),
+    n_samples=2,
+    sample_tokens=200,
+    prompt="Once upon a time",
+    save_every=400,
+)
 # batches of the GPT-3 paper's table 2.1 for the larger models; steps for 10e9 tokens, warmup for 375e6
 BATCH_1M = Config(total_batch_size=2**20, max_steps=9536, warmup_steps=357)
 BATCH_2M = Config(total_batch_size=2**21, max_steps=4768, warmup_steps=178)
@@ -91,7 +103,26 @@ CONFIGS = {
     "gpt3-2.7b": replace(BATCH_1M, model="gpt3-2.7b", out_dir="out/gpt3-2.7b", T=2048, max_lr=1.6e-4),
     "gpt3-6.7b": replace(BATCH_2M, model="gpt3-6.7b", out_dir="out/gpt3-6.7b", T=2048, max_lr=1.2e-4),
     "demo": DEMO,
-    "shakespeare": SHAKESPEARE,
+    # Tiny Shakespeare as bytes; 78 s on two CPU cores. The README says where to download it.
+    "shakespeare": replace(
+        DEMO,
+        data="tinyshakespeare.txt",
+        out_dir="out/shakespeare",
+        model="shakespeare",
+        T=64,
+        total_batch_size=16 * 64,
+        max_steps=1600,
+        warmup_steps=30,
+        schedule="wsd",
+        decay_frac=1.0,
+        weight_decay=0.02,
+        grad_clip=0.0,
+        val_tokens=2**20,
+        eval_every=800,
+        n_samples=0,
+        hellaswag_every=0,
+        save_every=1000,
+    ),
     "nd-demo": replace(DEMO, model="nd-demo", out_dir="out/nd-demo"),
     "ndgpt2-96m": Config(model="ndgpt2-96m", out_dir="out/ndgpt2-96m"),
     "ndgpt2-82m": Config(model="ndgpt2-82m", out_dir="out/ndgpt2-82m"),

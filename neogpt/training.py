@@ -176,7 +176,8 @@ def plan_memory(
     # of one block: the residual stream twice, fp32; the outputs of norms, attention and MLP; q, k, v
     block = n_tokens * c.n_embd * (8 + 14 * size)
     if c.attention == "manual" or size == 2 and rt.device.type == "cpu":
-        block += n_tokens * T * c.n_head * size
+        n_keys = T if c.attention == "manual" else min(T, (T + model.CHUNK) / 2)  # per query
+        block += n_tokens * n_keys * c.n_head * size
     blocks = c.n_layer * n_tokens * 4 * c.n_embd + block if recompute else c.n_layer * block
     # the log-softmax and two gradients of it, fp32
     peak = blocks + n_tokens * ((4 + size) * c.n_embd + 12 * c.vocab_size)

@@ -41,10 +41,14 @@ class Config:
     jobs: config.PositiveInt = 1  # runs at the same time, each of another size
 
 
-DEMO = Config("demo --T=192 --total_batch_size=576 --B=3 --val_tokens=131072 --device=cpu --precision=fp32")
-DEMO = replace(DEMO, sizes=tuple(f"demo-w{C}" for C in (24, 32, 48, 64, 96)), max_lrs=(3.5e-3, 7e-3, 1.4e-2))
-# models this small are fastest on one thread each
-DEMO = replace(DEMO, jobs=2, fresh_tokens=16_000 * 576, out_dir="out/scaling-demo")
+DEMO = Config(
+    train="demo --T=192 --total_batch_size=576 --B=3 --val_tokens=131072 --device=cpu --precision=fp32",
+    sizes=("demo-w24", "demo-w32", "demo-w48", "demo-w64", "demo-w96"),
+    max_lrs=(3.5e-3, 7e-3, 1.4e-2),
+    fresh_tokens=16_000 * 576,
+    out_dir="out/scaling-demo",
+    jobs=2,  # models this small are fastest on one thread each
+)
 CONFIGS = {"gpt2": Config(), "demo": DEMO}
 
 
