@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -80,7 +81,15 @@ def sample_answers(
     indices = ((numbers << 16) + np.arange(n)).flatten().astype(np.uint64)  # of all samples of the run
     seeds = (data.mix(np.uint64(run.cfg.seed) ^ data.mix(indices)) >> 32).tolist()  # PyTorch uses 32 bits
     answers = finetune.answer(run, [prompt for prompt in prompts for _ in range(n)], seeds)
-    values = np.array([rewards.score(terms, each) for each in answers])
+    try:
+        result = [[rewards.score(terms, each) for each in answers] if run.rt.rank == 0 else None]
+    except ValueError as error:
+        result = [error]
+    if run.rt.world_size > 1:  # of one rank, because a user's function need not return the same twice
+        torch.distributed.broadcast_object_list(result)
+    if isinstance(result[0], ValueError):
+        raise result[0]
+    values = np.array(result[0])
     return answers, values, (values @ [term.weight for term in terms.values()]).reshape(-1, n)
 
 

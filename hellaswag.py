@@ -62,7 +62,7 @@ class Row(NamedTuple):
     fields: dict[str, Any]  # as in the file
 
 
-def read_rows(source: str, limit: int | None, rt: runtime.Runtime) -> list[Row]:
+def read_rows(source: str, limit: int | None) -> list[Row]:
     """The first `limit` rows with a label. source: a file, or "" for the hub's validation set. Raises ValueError."""
     rows, source = [], source or HUB
     for index, fields in enumerate(chat.load_rows(source, "validation")):
@@ -158,7 +158,7 @@ def try_load_questions(
     """The questions in completion style for a training run; None, on all ranks, if they cannot be downloaded."""
     questions = None
     try:
-        questions = prepare(read_rows(source, limit, rt), tokenizer, "completion", block_size)
+        questions = prepare(read_rows(source, limit), tokenizer, "completion", block_size)
     except OSError as error:  # no network
         runtime.print0(f"training without HellaSwag: {error}")
     n_ready = runtime.all_reduce_sum(torch.tensor(float(questions is not None), device=rt.device), rt)
@@ -223,7 +223,7 @@ def main(cfg: Config) -> None:
         raise ValueError(f"--out={cfg.out}: there is no folder {Path(cfg.out).parent}")
     rt = runtime.setup(cfg.device, cfg.precision)
     raw, tokenizer, _, _ = checkpoint.load_model(cfg.checkpoint)
-    questions = prepare(read_rows(cfg.data, cfg.limit, rt), tokenizer, cfg.style, raw.config.block_size)
+    questions = prepare(read_rows(cfg.data, cfg.limit), tokenizer, cfg.style, raw.config.block_size)
     result = evaluate(raw.to(rt.device), questions, rt, progress=True)
     if not np.isfinite(result.sums).all():
         raise ValueError(f"{cfg.checkpoint} gives log-probabilities that are not finite")

@@ -107,7 +107,7 @@ def load_data(
     train, val = (data.Windows(shards, T) for shards in data.open_data(cfg.data, tokenizer))
     config.require(f"[1, {len(train)}]", n_sequences=cfg.n_sequences)  # training sequences of T tokens in the data
     windows = train.read(data.windows_at(0, cfg.n_sequences, len(train), cfg.seed))  # (n_sequences, T + 1)
-    rows = [] if cfg.hellaswag_rows == 0 else hellaswag.read_rows(cfg.hellaswag_data, cfg.hellaswag_rows, rt)
+    rows = [] if cfg.hellaswag_rows == 0 else hellaswag.read_rows(cfg.hellaswag_data, cfg.hellaswag_rows)
     questions = hellaswag.prepare(rows, tokenizer, "completion", T) if rows else None
     return torch.from_numpy(windows[:, :-1]).to(rt.device), val, questions
 

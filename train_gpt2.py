@@ -262,11 +262,11 @@ def main(cfg: Config) -> None:
     scored = data.checksum(p.inputs for p in questions.packed) if questions else "none"
     contents = dict(training_data=data.fingerprint(train.shards), validation_data=data.fingerprint(val.shards))
     run.identify(**contents, hellaswag=scored, kernel=kernel, compiled=compiled, B=run.B)
-    run.warm_up(read(run.step), loss_fn)
     runtime.print0(f"{cfg.model}: {raw.n_params():,} parameters, {len(train):,} training windows of {cfg.T} tokens")
     runtime.print0(f"{cfg.total_batch_size:,} tokens per step, {per_rank // run.B} x B={run.B} sequences per device")
     runtime.print0(f"{rt.world_size} x {rt.device.type}, {rt.precision}, compile={compiled}, {kernel}")
     runtime.print0(training.check_memory(raw, run.B, rt, **plan))
+    run.warm_up(read(run.step), loss_fn)
     if rt.device.type == "cpu" and run.flops_per_token * cfg.total_batch_size > 1e13:  # a CPU does about 1e11 a second
         runtime.print0("a step can take minutes on this CPU: lower --total_batch_size, or use the demo")
     lr_at = lr_schedule(cfg)

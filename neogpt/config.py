@@ -47,8 +47,9 @@ def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = Non
 
 
 def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
-    """Run main(config) with the configuration of the command line. An OSError, or a ValueError raised by this
-    repository, is a message for the user: one line and exit code 1. Every other exception is a bug: it has a traceback.
+    """Run main(config) with the configuration of the command line. An OSError, a lack of GPU memory, or a ValueError
+    raised by this repository is a message for the user: one line and exit code 1. Every other exception is a bug: it
+    has a traceback.
     """
     is_rank_0 = os.environ.get("RANK", "0") == "0"
     try:
@@ -60,7 +61,8 @@ def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # of PyTorch, which is not imported here
             raise
-        sys.exit(f"error: {str(error).partition('. GPU')[0]}: use a smaller --B")
+        remedy = "use a smaller --B" if hasattr(next(iter(configs.values())), "B") else "use a smaller model"
+        sys.exit(f"error: {str(error).partition('. GPU')[0]}: {remedy}")
     except (ValueError, OSError) as error:
         origin = traceback.extract_tb(error.__traceback__)[-1]
         path = Path(origin.filename).resolve()
@@ -87,7 +89,7 @@ def require(interval: str, **values: float | None) -> None:
         if not (value is None or low < value < high or value in included):  # also for NaN
             raise ValueError(f"--{name}={value} must be in {interval}")
         if isinstance(value, int) and abs(value) >= 2**63:
-            raise ValueError(f"--{name}={value} is too large")
+            raise ValueError(f"--{name}={value} must be less than 2**63")
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> str:

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neogpt import lora, runtime
+from neogpt import lora, model, runtime
 
 MAX_ROWS = 64  # use packed matrices up to this many rows; at 512 rows F.linear is as fast
 MIN_WEIGHTS = 2**18  # use them for matrices of at least this size
 
 
 @contextmanager
-def fast_cpu_linears(raw: nn.Module, n_rows: int) -> Iterator[None]:
+def fast_cpu_linears(raw: model.GPT, n_rows: int) -> Iterator[None]:
     """Inside, large linear layers on a CPU use a faster matmul for inputs of `n_rows` rows, without gradients.
 
     For one row PyTorch leaves cores idle, unless the matrix comes first, (out, in) @ (in, 1); in bf16 its own kernel
@@ -31,6 +31,8 @@ def fast_cpu_linears(raw: nn.Module, n_rows: int) -> Iterator[None]:
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
     is_fast = "AVX" in torch.backends.cpu.get_cpu_capability() and (dtype == torch.float32 or runtime.cpu_has_bf16())
     linears = [m for m in raw.modules() if type(m) is nn.Linear and n_rows <= MAX_ROWS and is_fast]
+    if raw.config.vocab_size <= model.SMALL_VOCAB:
+        linears = [m for m in linears if m is not raw.lm_head]  # it is small, and stays fp32
     try:
         for linear in linears:
             W, b = linear.weight.detach(), linear.bias

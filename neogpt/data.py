@@ -45,8 +45,9 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # requests and tiktoken raise many kinds
         names = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"  # tiktoken's
-        problem = f"cannot download the GPT-2 vocabulary ({names[0]}, vocab.bpe, and {names[1]}, encoder.json)"
-        raise OSError(f"{problem}: copy both files from another machine's cache into {folder}") from error
+        problem = f"cannot download the GPT-2 vocabulary into {folder} ({files.one_line(error)})"
+        remedy = f"copy {names[0]} (vocab.bpe) and {names[1]} (encoder.json) from another machine's cache there"
+        raise OSError(f"{problem}: {remedy}, or set TIKTOKEN_CACHE_DIR to another folder") from error
 
 
 def encode_document(tokenizer: tiktoken.Encoding, text: str) -> np.ndarray:

@@ -131,6 +131,8 @@ def make_folder(folder: str | Path) -> Path:
     """Create a folder and its parents if missing; return it. Raises OSError, whose message has the path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"cannot write to the folder {folder}: use another one")
     return folder
 
 

@@ -59,11 +59,14 @@ def open_run(
     if cfg.lora_rank and optim.zero_masks(raw):
         raise ValueError(f"--lora_rank={cfg.lora_rank}: merged adapters would fill the zeros of a pruned model, use 0")
     run = Run(cfg, stage, tokenizer, rt)
+    rt = run.rt
     run.base = lora.fingerprint(raw.state_dict())
     if run.resumed:
         start = dict(weights=run.base, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha)
         if changed := checkpoint.differences(run.resumed.config | dict(weights=run.resumed.base), start):
-            problem = f"the run in {cfg.out_dir} did not start like this from {cfg.checkpoint} ({changed})"
+            problem = (
+                f"the run in {cfg.out_dir} started with other weights or adapters than {cfg.checkpoint} ({changed})"
+            )
             raise ValueError(f"{problem}: use another --out_dir, or give the checkpoint file it started from")
         if not cfg.lora_rank:
             raw = model.GPT.from_weights(raw.config, run.resumed.model)
@@ -77,7 +80,7 @@ def open_run(
     runtime.print0(training.check_memory(raw, cfg.B, rt, **plan))
     net = training.wrap(raw, rt, cfg.sharded, cfg.recompute, compile, dynamic)
     run.attach(raw, net, optim.make_optimizers(raw, weight_decay=cfg.weight_decay))
-    return run, run.rt, T
+    return run, rt, T
 
 
 def read_rows(cfg: Any, read: Callable = chat.read_rows, prompt_of: Callable = chat.whole_prompt) -> tuple[list, list]:

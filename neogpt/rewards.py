@@ -1,7 +1,4 @@
-"""Rewards for grpo.py: plain functions of an answer, and sums of them such as `exact + 0.2*ends(40)`.
-
-Every rank computes the rewards of all answers, so a reward must depend on the answer only.
-"""
+"""Rewards for grpo.py: plain functions of an answer, and sums of them such as `exact + 0.2*ends(40)`."""
 
 import math
 import re
@@ -83,8 +80,8 @@ TERM = re.compile(
 
 def load(source: str) -> tuple[Callable, str]:
     """The function that FILE.py:FUNCTION names, and the file's content. Raises ValueError."""
-    path, _, name = str(Path(source).expanduser()).rpartition(":")
     try:
+        path, _, name = str(Path(source).expanduser()).rpartition(":")
         return runpy.run_path(path)[name], Path(path).read_text(encoding="utf-8")
     except Exception as error:  # the file of a user can raise anything
         raise ValueError(f"cannot load {source}: {type(error).__name__}: {files.one_line(error)}") from error

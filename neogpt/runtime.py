@@ -64,6 +64,8 @@ def setup(
     kind, _, index = device.partition(":")
     if kind not in ("cuda", "mps", "cpu") or index and not index.isdecimal() or (kind == "mps" and not has_mps):
         raise ValueError(f"--device={device} is not available: expected auto, cuda, mps or cpu")
+    if kind == "mps" and world_size > 1:
+        raise ValueError(f"--device={device} with {world_size} processes: use --device=cpu, or one process")
     if kind == "cuda":
         device = f"cuda:{int(index or os.environ.get('LOCAL_RANK', '0'))}"
         setup_cuda(device)
@@ -140,12 +142,6 @@ def device_memory(device: torch.device) -> float:
         return float("inf")
     n_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return n_bytes / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def barrier(rt: Runtime) -> None:
-    """Wait for all ranks."""
-    if rt.world_size > 1:
-        torch.distributed.barrier()
 
 
 def all_reduce_sum(x: Tensor, rt: Runtime) -> Tensor:

@@ -206,7 +206,8 @@ def check_memory(raw: model.GPT, B: int, rt: runtime.Runtime, **options: Any) ->
     changes |= {f"--B={b}": dict(B=b) for b in range(B - 1, 0, -1) if B % b == 0}
     totals = {name: sum(plan(**dict(B=B) | options | change)) for name, change in changes.items()}
     fits = [f"{name} ({total / 1e9:.1f} GB)" for name, total in totals.items() if total <= available][:3]
-    text += f"; enough would be {' or '.join(fits) or 'more devices with --sharded --recompute, or a smaller --model'}"
+    remedy = "more devices with --sharded --recompute, a smaller --T or a smaller model"
+    text += f"; enough would be {' or '.join(fits) or remedy}"
     if sum(needed[:3]) > available:
         raise ValueError(f"too little memory: {text}")
     return text

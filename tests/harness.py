@@ -216,7 +216,8 @@ def work_on_rank(rank: int, env: dict[str, str], folder: Path, work: Callable) -
     torch.set_num_threads(1)
     rt = runtime.setup("cpu", "fp32")
     torch.save(work(rt), folder / f"rank{rank}.pt")
-    runtime.barrier(rt)
+    if rt.world_size > 1:
+        torch.distributed.barrier()
     runtime.cleanup(rt)
 
 
@@ -238,7 +239,8 @@ from neogpt import config, runtime
 scripts = {name: importlib.import_module(name) for name in ("train_gpt2", "sft", "dpo", "grpo")}
 
 def leave(rt):  # the thread of a store may never end in a forked process
-    runtime.barrier(rt)
+    if rt.world_size > 1:
+        torch.distributed.barrier()
     sys.stderr.flush()
     os._exit(0)
 

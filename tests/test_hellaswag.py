@@ -62,7 +62,7 @@ def make_model(**shape: Any) -> model.GPT:
 def load(rows: list, tmp_path: Path, style: str = "completion", tokenizer: Any = BYTES, block_size: int = 1024) -> Any:
     """Rows -> file -> questions."""
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    return hellaswag.prepare(hellaswag.read_rows(str(path), None, ALONE), tokenizer, style, block_size)
+    return hellaswag.prepare(hellaswag.read_rows(str(path), None), tokenizer, style, block_size)
 
 
 # -----------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_rows_without_label_are_skipped(tmp_path: Path) -> None:
     rows = [*(GOOD | dict(label=label) for label in ("3", "", 1, None, " 0 ")), no_label]
     questions = load(rows, tmp_path)
     assert questions.label.tolist() == [3, 1, 0] and questions.index.tolist() == [0, 2, 4]
-    assert [row.index for row in hellaswag.read_rows(str(tmp_path / "rows.jsonl"), 2, ALONE)] == [0, 2]
+    assert [row.index for row in hellaswag.read_rows(str(tmp_path / "rows.jsonl"), 2)] == [0, 2]
     with pytest.raises(ValueError, match="rows.jsonl"):
         load([no_label, GOOD | dict(label="")], tmp_path)
 
@@ -295,7 +295,7 @@ def test_rows_without_label_are_skipped(tmp_path: Path) -> None:
 def test_unreadable_file_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match="rows.jsonl"):
-        hellaswag.read_rows(str(tmp_path / "rows.jsonl"), None, ALONE)
+        hellaswag.read_rows(str(tmp_path / "rows.jsonl"), None)
 
 
 def test_validation_split_of_the_hub(monkeypatch: Patch) -> None:
@@ -306,7 +306,7 @@ def test_validation_split_of_the_hub(monkeypatch: Patch) -> None:
         return SimpleNamespace(to_list=lambda: [GOOD | dict(label="1"), GOOD | dict(label="3")])
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert [row.label for row in hellaswag.read_rows("", None, ALONE)] == [1, 3]
+    assert [row.label for row in hellaswag.read_rows("", None)] == [1, 3]
     assert requests == [("Rowan/hellaswag", "validation")]
 
 
