@@ -253,7 +253,7 @@ def test_hellaswag_during_training(cfg: Config) -> None:
     scores = losses(folder, "hella")
     assert list(scores) == [0, 5, 10, 12]
     tokenizer = data.get_tokenizer("bytes")
-    rows = hellaswag.read_rows(cfg.hellaswag_data, 50, harness.ALONE)
+    rows = hellaswag.read_rows(cfg.hellaswag_data, 50)
     questions = hellaswag.prepare(rows, tokenizer, "completion", cfg.T)
     result = hellaswag.evaluate(checkpoint.load_model(str(folder)).raw, questions, harness.ALONE)
     assert scores[12] == pytest.approx(result.accuracy["per token"]) == newest(folder).scores["hella"]

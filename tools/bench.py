@@ -207,7 +207,7 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
 def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
     """hellaswag.py against scoring the four padded endings of one row at a time."""
     raw, tokenizer, rt = build_model(cfg, name)
-    rows = hellaswag.read_rows(cfg.data, None, rt)
+    rows = hellaswag.read_rows(cfg.data, None)
     rows = rows[:: max(1, len(rows) // cfg.rows)][: cfg.rows]
     questions = hellaswag.prepare(rows, tokenizer, "completion", raw.config.block_size)
 
