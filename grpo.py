@@ -111,9 +111,9 @@ def rollout(run: Run, prompts: list[finetune.Prompt], terms: rewards.Terms) -> t
 
 
 def make_batch(run: Run, examples: list[chat.Example], totals: np.ndarray) -> training.Batch:
-    """This rank's micro-batches of B examples, longest first: `chat.collate` with advantages, (B, 1), and weights of
-    tokens, whose weighted sum divided by the number of tokens is the loss of cfg.loss. Examples without gradient are
-    left out, unless no example has one. totals: the rewards, (groups, n).
+    """This rank's micro-batches of B examples, longest first: `chat.collate` with advantages, (B, 1), and weights: the
+    weighted sum over tokens, divided by their number, is the loss of cfg.loss. Examples without gradient are left out,
+    unless no example has one. totals: the rewards, (groups, n).
     """
     cfg, rt, advantages = run.cfg, run.rt, totals - totals.mean(axis=1, keepdims=True)
     if cfg.scale_by_std:

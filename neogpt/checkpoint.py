@@ -120,7 +120,7 @@ def check(ckpt: Checkpoint) -> None:
     is_valid = is_valid and isinstance(states, list) and all(is_map(state, int, dict) for state in states)
     if not (is_valid and all(is_map(moments, str, Tensor) for state in states for moments in state.values())):
         raise ValueError("a value has the wrong type or range")
-    model.GPTConfig(**ckpt.model_config)
+    model.GPTConfig(**ckpt.model_config)  # raises, if it is invalid or of another version
 
 
 def read(path: Path, verify: bool = True) -> Checkpoint:

@@ -64,9 +64,7 @@ def open_run(
     if run.resumed:
         start = dict(weights=run.base, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha)
         if changed := checkpoint.differences(run.resumed.config | dict(weights=run.resumed.base), start):
-            problem = (
-                f"the run in {cfg.out_dir} started with other weights or adapters than {cfg.checkpoint} ({changed})"
-            )
+            problem = f"the run in {cfg.out_dir} has another start than {cfg.checkpoint} ({changed})"
             raise ValueError(f"{problem}: use another --out_dir, or give the checkpoint file it started from")
         if not cfg.lora_rank:
             raw = model.GPT.from_weights(raw.config, run.resumed.model)

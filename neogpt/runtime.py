@@ -74,7 +74,8 @@ def setup(
         keep_freed_memory()
     if world_size > 1:
         settings = dict(backend="nccl", device_id=torch.device(device)) if kind == "cuda" else dict(backend="gloo")
-        torch.distributed.init_process_group(timeout=timedelta(minutes=30), **settings)  # rank 0 can read all shards
+        # the others wait while rank 0 checks all shards
+        torch.distributed.init_process_group(timeout=timedelta(minutes=30), **settings)
     if precision == "auto":
         fast_on_cuda = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if fast_on_cuda or kind == "cpu" and cpu_has_bf16() else "fp32"

@@ -173,11 +173,12 @@ def plan_memory(
     n_muon = n_matrices if optimizer == "muon" else 0
     n_block, n_head = sum(p.numel() for p in raw.transformer.h[0].parameters()), raw.lm_head.weight.numel()
     size = 2 if rt.precision == "bf16" else 4  # bytes of an activation
-    # of one block: the residual stream twice, fp32; the outputs of norms, attention and MLP; q, k, v
-    block = n_tokens * c.n_embd * (8 + 14 * size)
+    mlp = 8 * c.n_embd if c.mlp == "dense" else (2 + 2 * c.mlp_modes) * (c.mlp_width or 4 * c.n_embd)
+    # of one block: the residual stream twice, fp32; the outputs of both norms and of attention, q, k, v; the MLP
+    block = n_tokens * (8 * c.n_embd + size * (6 * c.n_embd + mlp))
     if c.attention == "manual" or size == 2 and rt.device.type == "cpu":
         n_keys = T if c.attention == "manual" else min(T, (T + model.CHUNK) / 2)  # per query
-        block += n_tokens * n_keys * c.n_head * size
+        block += n_tokens * n_keys * c.n_head * (size + 4 * (size == 2 and rt.device.type == "cuda"))  # fp32 softmax
     blocks = c.n_layer * n_tokens * 4 * c.n_embd + block if recompute else c.n_layer * block
     # the log-softmax and two gradients of it, fp32
     peak = blocks + n_tokens * ((4 + size) * c.n_embd + 12 * c.vocab_size)
