@@ -153,6 +153,8 @@ def lr_schedule(cfg: Config) -> Callable[[int], float]:
 def check_branch(cfg: Config, start: checkpoint.Checkpoint) -> None:
     """Raise ValueError unless the steps before a branch had the learning rates of this configuration."""
     names = "schedule", "max_steps", "warmup_steps", "max_lr", "min_lr_frac", "decay_frac"
+    if missing := {*names} - start.config.keys():
+        raise ValueError(f"--branch_from={cfg.branch_from}: its configuration has no {min(missing)}")
     old, new = lr_schedule(replace(cfg, **{name: start.config[name] for name in names})), lr_schedule(cfg)
     if changed := [step for step in range(start.step) if old(step) != new(step)]:
         rates = f"the learning rate of step {changed[0]} was {old(changed[0]):.3g} and would be {new(changed[0]):.3g}"

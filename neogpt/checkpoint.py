@@ -57,7 +57,7 @@ def save(folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False) -> 
         write(folder / "best.pt", replace(ckpt, optimizers=None, adapters={}))
     write(path, ckpt)
     checkpoints = list_checkpoints(folder)
-    # a checkpoint of a later step was not readable when the run was resumed, so it does not count
+    # files of later steps were not readable when the run was resumed, so they do not count
     for old in checkpoints[checkpoints.index(path) + keep_last :]:
         old.unlink()
 
@@ -166,7 +166,7 @@ def read_newest(source: str | Path, script: str = "train_gpt2.py") -> Checkpoint
     source = Path(source)
     candidates = [source] if source.is_file() else list_checkpoints(source)
     if not candidates:
-        raise FileNotFoundError(f"no checkpoint in {source}: run `python {script}` first, or give another --checkpoint")
+        raise FileNotFoundError(f"no checkpoint in {source}: run `python {script}` first, or name another checkpoint")
     for candidate in candidates[:-1]:
         try:
             return read(candidate)
@@ -187,9 +187,8 @@ def find_resume(folder: Path, rt: runtime.Runtime, branch_from: str = "") -> Che
         ckpt, selected = read(Path(branch_from)), [str(Path(branch_from).resolve())]
     if rt.world_size > 1:
         torch.distributed.broadcast_object_list(selected)
-        path, found = folder / selected[0], [None] * rt.world_size
-        torch.distributed.all_gather_object(found, not selected[0] or path.is_file())
-        if not all(found):
+        path = folder / selected[0]
+        if not all(runtime.all_gather(not selected[0] or path.is_file(), rt)):
             raise ValueError(f"not every rank sees {path}: all nodes must share the folder {path.parent}")
         if rt.rank and selected[0]:
             ckpt = read(path, verify=False)  # memory-mapped: a node holds it in memory once
@@ -206,8 +205,8 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def to_model(ckpt: Checkpoint) -> model.GPT:
-    """The model of a checkpoint. Raises ValueError if its weights do not fit its configuration."""
-    return model.GPT.from_weights(model.GPTConfig(**ckpt.model_config), ckpt.model)
+    """The model of a checkpoint, in fp32. Raises ValueError if its weights do not fit its configuration."""
+    return model.GPT.from_weights(model.GPTConfig(**ckpt.model_config), ckpt.model).float()
 
 
 class Loaded(NamedTuple):

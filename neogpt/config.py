@@ -51,7 +51,7 @@ def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
     raised by this repository is a message for the user: one line and exit code 1. Every other exception is a bug: it
     has a traceback.
     """
-    is_rank_0 = os.environ.get("RANK", "0") == "0"
+    is_rank_0 = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"  # of each machine
     try:
         main(parse(configs, sys.modules[main.__module__].__doc__))
     except BrokenPipeError:  # the reader of our output, for example `head`, has stopped
@@ -69,7 +69,7 @@ def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
         ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts and origin.line.startswith("raise")
         if not ours and not isinstance(error, OSError):
             raise
-        # all ranks see the same wrong value, but a disk can be full on one node only
+        # all ranks of a machine see the same wrong value, but a disk can be full for one of them
         sys.exit(f"error: {files.one_line(error)}" if is_rank_0 or isinstance(error, OSError) else 1)
 
 

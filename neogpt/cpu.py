@@ -1,7 +1,7 @@
 """Faster decoding on a CPU: matrix products for small batches, and compilation. Results agree to rounding.
 
 Private PyTorch APIs: torch.ops.mkldnn._reorder_linear_weight and _linear_pointwise, because no public function packs a
-weight matrix once and multiplies with it often. The fallback is F.linear.
+weight matrix once and multiplies with it often. The fallback is F.linear, also in a build without oneDNN.
 """
 
 import functools
@@ -22,14 +22,15 @@ MIN_WEIGHTS = 2**18  # use them for matrices of at least this size
 def fast_cpu_linears(raw: model.GPT, n_rows: int) -> Iterator[None]:
     """Inside, large linear layers on a CPU use a faster matmul for inputs of `n_rows` rows, without gradients.
 
-    For one row PyTorch leaves cores idle, unless it multiplies a batch of parts of the matrix; in bf16 its own kernel
-    reads faster than oneDNN's. For several rows it rearranges the matrix in every call; we pack a copy of every matrix
+    For one row F.linear leaves cores idle in fp32, unless the matrix is split into parts; in bf16 PyTorch's kernel is
+    faster than oneDNN's. For several rows F.linear repacks the matrix in every call; we pack a copy of every matrix
     once, in 0.1 s for gpt2; under autocast the copy is bf16. All products of gpt2 on two cores of an EPYC
     (avx512_bf16), in ms: one row 18 instead of 41, and 10 instead of 16 in bf16; eight rows 24 instead of 72, and 18
     instead of 31 in bf16.
     """
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
-    is_fast = "AVX" in torch.backends.cpu.get_cpu_capability() and (dtype == torch.float32 or runtime.cpu_has_bf16())
+    is_fast = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
+    is_fast = is_fast and (dtype == torch.float32 or runtime.cpu_has_bf16())
     linears = [m for m in raw.modules() if type(m) is nn.Linear and n_rows <= MAX_ROWS and is_fast]
     if raw.config.vocab_size <= model.SMALL_VOCAB:
         linears = [m for m in linears if m is not raw.lm_head]  # it is small, and stays fp32

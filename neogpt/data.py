@@ -1,8 +1,9 @@
 """Tokenizers, token shards on disk, and the order in which training reads them.
 
-A data folder holds shards of uint16 token ids, `*train*` and `*val*`: `.npy` files of fineweb.py or build-nanogpt, or
-llm.c's `.bin`. A text file or several folders can take the place of a folder. The order depends on the seed and on the
-position, which counts sequences, but not on the number of devices or the micro-batch size.
+A data folder holds shards of uint16 ids, with the word "train" or "val" in their names: `.npy` files of fineweb.py
+or build-nanogpt, llm.c's `.bin`, or nanoGPT's `train.bin` and `val.bin`. A text file or several folders can take the
+place of a folder. The order depends on the seed and on the position, which counts sequences, but not on the number of
+devices or the micro-batch size.
 """
 
 import contextlib
@@ -79,6 +80,8 @@ def open_shard(path: Path) -> Shard:
                     raise ValueError("no llm.c header with uint16 tokens")
                 offset, n_tokens = 0, path.stat().st_size // 2  # nanoGPT: only the tokens
         else:
+            with open(path, "rb") as file:
+                np.lib.format.read_magic(file)  # raises a clearer error than np.load
             array = np.load(path, mmap_mode="r")  # reads the header only
             if array.dtype != np.dtype("<u2") or array.ndim != 1:
                 raise ValueError(f"it holds {array.dtype} of shape {array.shape}, not one row of uint16")
@@ -137,11 +140,12 @@ def scan_shard(shard: Shard) -> tuple[int, int]:
 
 def open_folder(folder: Path, tokenizer: tiktoken.Encoding, check: bool) -> Splits:
     """The (training, validation) shards of a folder, sorted by name. Raises ValueError if a shard is missing. check:
-    also if a shard differs from the manifest, or has an id that the tokenizer has not. `checked.json` stores the sizes
-    and modification times of a successful check; until they change, nothing is read.
+    also if a shard differs from the manifest, or has an id outside the tokenizer's vocabulary. `checked.json` stores
+    the sizes and modification times of a successful check; until they change, nothing is read.
     """
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".bin"))
-    train, val = ([open_shard(p) for p in paths if split in p.name] for split in ("train", "val"))
+    words = "train", "val(idation)?"  # not within a word: medieval_train_000001.npy is no validation shard
+    train, val = ([open_shard(p) for p in paths if re.search(f"(?<![a-z]){w}(?![a-z])", p.name)] for w in words)
     shards, n_tokens, cache = {shard.path.name: shard for shard in train + val}, tokenizer.n_vocab, folder / CHECKED
     manifest = read_manifest(folder) or {"complete": True, "shards": [], "tokenizer": tokenizer.name}
     if manifest["tokenizer"] != tokenizer.name:

@@ -39,7 +39,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
     if os.name == "posix":  # make the rename itself durable; Windows cannot open a folder
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        with suppress(OSError):  # some network file systems cannot
+            os.fsync(folder)
         os.close(folder)
 
 
@@ -116,7 +117,7 @@ def open_binary(path: Path) -> IO[bytes]:
 
 
 def lock(file: IO, wait: bool = False) -> None:
-    """Lock an open file for this process, until it dies. If another process has locked it, wait or raise OSError."""
+    """Lock an open file until this process closes it or dies. If another process has locked it: wait, or OSError."""
     if os.name == "posix" and stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # not /dev/null, which several ranks open
         import fcntl
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.distributed
 
 from neogpt import chat, checkpoint, config, generate, lora, model, optim, rewards, runtime, training
 from neogpt.run import Run
@@ -121,14 +120,11 @@ def answer(run: Run, prompts: list[Prompt], seeds: list[int] | None = None) -> l
         for (row, _), (ids, ended) in zip(prompts[part], found):
             texts = chat.whole_prompt(row), row.response, run.tokenizer.decode(ids)
             answers.append(rewards.Answer(*texts, ids + [eot] * ended, ended))
-    parts = [answers] * rt.world_size
-    if rt.world_size > 1:
-        torch.distributed.all_gather_object(parts, answers)
-    return sum(parts, [])
+    return sum(runtime.all_gather(answers, rt), [])
 
 
 def score_answers(run: Run, rows: list[chat.Row]) -> dict[str, float]:
-    """The rewards exact, begins and ends (see rewards.py) of greedy answers: means over all rows; {} without rows."""
+    """The rewards exact and begins (see rewards.py) and the part that ended, of greedy answers; {} without rows."""
     T = run.cfg.T or run.raw.config.block_size
     budget = T - min(run.cfg.answer_tokens, T // 2)  # for the prompt, so that an answer fits into T tokens
     answers = answer(run, [(row, chat.encode_prompt(row, budget, run.tokenizer)) for row in rows])

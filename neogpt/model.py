@@ -29,7 +29,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),  # 774M
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600, block_size=1024),  # 1558M
-    "gpt3-1.3b": dict(n_layer=24, n_head=16, n_embd=2048, block_size=2048),
+    "gpt3-1.3b": dict(n_layer=24, n_head=16, n_embd=2048, block_size=2048),  # the table's 24 heads do not divide 2048
     "gpt3-2.7b": dict(n_layer=32, n_head=32, n_embd=2560, block_size=2048),
     "gpt3-6.7b": dict(n_layer=32, n_head=32, n_embd=4096, block_size=2048),
     "nd-demo": DEMO | dict(mlp="ndlinear", mlp_width=256, mlp_modes=2),
@@ -113,7 +113,9 @@ CHUNK = 256  # queries at a time, whose scores stay in a CPU's cache
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`manual_attention` with PyTorch's fused kernels; in bf16 on a CPU, where they are slow, in chunks of queries."""
+    """`manual_attention` with PyTorch's fused kernels; in bf16 on a CPU, where they are slow, in chunks of queries, for
+    which a mask needs its full T and S.
+    """
     T, S = q.size(-2), k.size(-2)
     if not (q.is_cpu and q.dtype == torch.bfloat16):
         # is_causal aligns the triangle to the top left, which for one query would hide all keys but the first

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import tiktoken
 import torch
-import torch.distributed
 from torch import nn
 from torch.optim import Optimizer
 
@@ -88,7 +87,8 @@ class Run:
         runtime.logger.addHandler(self.log)
         self.resumed = checkpoint.find_resume(self.out_dir, rt, branch_from)
         if self.resumed and (self.resumed.stage != stage or self.resumed.optimizers is None):
-            raise ValueError(f"the checkpoint in {self.out_dir} is not of a {stage} run: use another --out_dir")
+            problem = f"no {stage} run can continue the checkpoint in {branch_from if starts_branch else self.out_dir}"
+            raise ValueError(f"{problem} (stage {self.resumed.stage}): use another, or start a run from its model")
         old = self.resumed.facts if self.resumed else {}
         kept = old.get("precision", rt.precision) if old.get("device") == rt.device.type else rt.precision
         if cfg.precision == "auto" and kept != rt.precision:
@@ -117,19 +117,17 @@ class Run:
         ValueError if ranks differ.
         """
         self.facts |= {name: str(value) for name, value in facts.items()}
-        if self.rt.world_size > 1:
-            found = [{}] * self.rt.world_size
-            torch.distributed.all_gather_object(found, asdict(self.cfg) | self.facts)
-            for rank, other in enumerate(found):
-                if changed := checkpoint.differences(found[0], other):
-                    raise ValueError(f"rank {rank} differs from rank 0: {changed}")
+        found = runtime.all_gather(asdict(self.cfg) | self.facts | dict(checkpoint_weights=self.base), self.rt)
+        for rank, other in enumerate(found):
+            if changed := checkpoint.differences(found[0], other):
+                raise ValueError(f"rank {rank} differs from rank 0: {changed}; all need the same files and options")
         self.facts["processor"] = runtime.processor(self.rt.device)  # can differ between ranks
         self.log.header(**facts, processor=self.facts["processor"])
         if self.resumed and (changed := checkpoint.differences(self.resumed.facts, self.facts)):
             runtime.print0(f"changed since step {self.step}: {changed}; the curve can change")
 
     def attach(self, raw: model.GPT, net: nn.Module, optimizers: list[Optimizer]) -> None:
-        """Train net, the model `raw` after `training.wrap`, and load the moments of a resumed run."""
+        """Set what the run trains: net, which is `raw` after `training.wrap`. Load the moments of a resumed run."""
         self.raw, self.model, self.optimizers, self.gathered = raw, net, optimizers, None
         if n_pruned := optim.keep_zeros(optimizers, raw):
             runtime.print0(f"{n_pruned} pruned matrices: their zeros stay zero")
@@ -182,7 +180,8 @@ class Run:
     def steps(self, max_steps: int) -> Iterator[int]:
         """Yield the steps from the resumed one to max_steps. Step max_steps is only evaluated and saved."""
         if self.step > max_steps:
-            raise ValueError(f"the run in {self.out_dir} is at step {self.step} already: --max_steps={max_steps}")
+            remedy = f"raise --max_steps={max_steps} or use another --out_dir"
+            raise ValueError(f"the run in {self.out_dir} is at step {self.step} already: {remedy}")
         self.stop_requested = runtime.stop_on_signals()
         self.max_steps, self.clock = max_steps, runtime.now(self.rt.device)
         for step in range(self.step, max_steps + 1):
@@ -193,7 +192,9 @@ class Run:
             yield step
 
     def due(self, every: int | None) -> bool:
-        """Whether this step is a multiple of `every` (0 or None: never) or the last. If so, all losses are read."""
+        """Whether this step is a multiple of `every` (0 or None: never) or max_steps, and no signal came. Reads all
+        losses first.
+        """
         is_due = bool(every) and (self.step % every == 0 or self.step == self.max_steps)
         if is_due:
             self.read_results(0)
@@ -245,8 +246,10 @@ class Run:
         self.clock = runtime.now(self.rt.device)  # the time of an evaluation is not part of a step
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint in the background, and best.pt if `best`. Does nothing after a nonfinite step."""
-        if (self.step == self.saved_step and not best) or self.n_nonfinite:
+        """Write a checkpoint in the background, and best.pt if `best`. After a nonfinite step only the last checkpoint
+        is written, so a run that diverges keeps those from before.
+        """
+        if not best and (self.step == self.saved_step or self.n_nonfinite and not self.last):
             return
         self.wait_for_writer()
         sharded = runtime.is_sharded(self.raw)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.distributed
@@ -24,7 +24,7 @@ from neogpt import model
 
 logger = logging.getLogger("neogpt")
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # a run saves and stops
-SAME_STOP = 5.0  # seconds; signals closer than this count as one: torchrun and Slurm both send SIGTERM
+SAME_STOP = 5.0  # seconds; signals this soon after the first do not kill: torchrun and Slurm both send SIGTERM
 
 
 class Runtime(NamedTuple):
@@ -38,6 +38,16 @@ class Runtime(NamedTuple):
     def autocast(self) -> torch.autocast:
         """The context of every forward pass."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+class Console(logging.StreamHandler):
+    """A handler that raises the error if the reader of our output, for example `head`, has stopped."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called where an exception is handled."""
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            raise
+        super().handleError(record)
 
 
 def print0(text: str) -> None:
@@ -56,7 +66,7 @@ def setup(
         raise ValueError("several processes without RANK: each would train alone; start them with torchrun")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # some consoles cannot show what a model samples
-    logger.handlers = [logging.StreamHandler(console or sys.stdout)]
+    logger.handlers = [Console(console or sys.stdout)]
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     has_mps = torch.backends.mps.is_available()
     if device == "auto":
@@ -124,7 +134,7 @@ def set_determinism(enabled: bool) -> None:
 def peak_flops(device: torch.device) -> float | None:
     """Dense bf16 FLOP/s of a GPU according to NVIDIA's data sheets; None if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peaks = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}
+    peaks = {"A100": 312e12, "H100 PCIe": 756e12, "NVL": 835e12, "H100": 989e12, "H200": 989e12}
     return next((peak for key, peak in peaks.items() if key in name), None)
 
 
@@ -151,6 +161,14 @@ def all_reduce_sum(x: Tensor, rt: Runtime) -> Tensor:
         x = x.to(rt.device, copy=True)
         torch.distributed.all_reduce(x)  # SUM: gloo has no AVG
     return x
+
+
+def all_gather(value: Any, rt: Runtime) -> list:
+    """The values of all ranks, by rank."""
+    values = [value] * rt.world_size
+    if rt.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def cleanup(rt: Runtime) -> None:
@@ -245,7 +263,8 @@ def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Eve
 
 def stop_on_signals() -> Callable[[], bool]:
     """Catch Ctrl-C and the signals that schedulers send before they kill; return a function that tells whether a signal
-    was received. A second signal kills. Signals that are ignored, such as SIGHUP under nohup, stay ignored.
+    was received. A second Ctrl-C kills, and so does any signal more than SAME_STOP seconds after the first. Signals
+    that are ignored, such as SIGHUP under nohup, stay ignored.
     """
     received = []
 

@@ -203,7 +203,7 @@ def test_circumstances_are_compared_on_resume_and_between_ranks(tmp_path: Path) 
         )
         train(opened, opened.step + 1)
     messages = harness.on_ranks(tmp_path, partial(identify_on_rank, folder=tmp_path / "ranks"), n_ranks=3)
-    assert messages == ["rank 2 differs from rank 0: data 0 -> 1"] * 3
+    assert all(message.startswith("rank 2 differs from rank 0: data 0 -> 1") for message in messages)
 
 
 def test_stop_saves_all_steps_that_were_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,7 @@ def test_checkpoints_are_saved_resumed_and_refused(tmp_path: Path) -> None:
         next(resumed.steps(2))
     for other in (best, replace(ckpt, stage="sft")):  # without moments, as best.pt and prune.py's; of another stage
         checkpoint.write(tmp_path / "ckpt_000004.pt", other)
-        with pytest.raises(ValueError, match=f"{tmp_path} is not of a pretraining run.*--out_dir"):
+        with pytest.raises(ValueError, match=f"pretraining run can continue .*{tmp_path}"):
             open_run(tmp_path)
 
 
