@@ -32,7 +32,7 @@ from neogpt.run import Run
 class Config(finetune.FinetuneConfig):
     data: str = "andersonbcdefg/red_teaming_reward_modeling_pairwise"  # dataset on the hub, or a file
     out_dir: str = "out/dpo"  # log.txt, checkpoints, best.pt (lowest held-out loss), reference log-probabilities
-    eval_questions: str = ""  # rows as for sft.py: how many answers begin with the reference; "": not evaluated
+    eval_questions: str = ""  # rows as for sft.py: the part of greedy answers that begin with the response; "": none
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"  # DPO, robust DPO, SLiC or IPO
     beta: config.PositiveFloat = 0.1  # KL penalty strength (beta in Eq. 7)
     label_smoothing: float = 0.0  # assumed fraction of wrong preferences, for sigmoid (cDPO) and robust
@@ -221,16 +221,18 @@ def evaluate(run: Run, pairs: list[Pair], held_out: list[chat.Row], questions: l
         tolerance = 1e-2 if rt.precision == "bf16" or rt.device.type == "cuda" else 1e-4
         assert logratio <= tolerance, f"the policy does not start as the reference: log-ratio {logratio} per token"
     if held_out:
-        scores["chosen"] = finetune.score_answers(run, held_out)["exact"]  # fraction that equal chosen responses
+        scores["exact"] = finetune.score_answers(run, held_out)["exact"]  # equal to the chosen responses
     if questions:
-        scores["right"] = finetune.score_answers(run, questions)["begins"]  # fraction that begin with the reference
+        scores["begins"] = finetune.score_answers(run, questions)["begins"]
     return finetune.report(run, scores)
 
 
 def main(cfg: Config) -> None:
     """Optimize preferences; evaluate, answer and save in between."""
     config.check(cfg)
-    config.require("[0, 0.5)" if cfg.loss in ("sigmoid", "robust") else "[0, 0]", label_smoothing=cfg.label_smoothing)
+    config.require("[0, 0.5)", label_smoothing=cfg.label_smoothing)
+    if cfg.label_smoothing and cfg.loss not in ("sigmoid", "robust"):
+        raise ValueError(f"--label_smoothing={cfg.label_smoothing} with --loss={cfg.loss}: use sigmoid or robust")
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     run, rt, T = finetune.open_run(cfg, "dpo", ("sft",), rt)
     texts, val_texts = finetune.read_rows(cfg, read_pairs, lambda pair: chat.whole_prompt(pair[0]))

@@ -96,8 +96,8 @@ def find_source(url: str, k: int, n: int, manifest: dict | None) -> tuple[dict, 
         if others:
             print(f"files that are not read: {', '.join(path.name for path in others)}")
     if len(found) < n:
-        problem = f"{len(found)} {', '.join(SUFFIXES)} files in --data={url}, too few for --part={k}/{n}"
-        raise ValueError(f"{problem}: give a path, {HUB}OWNER/NAME/FOLDER, or fewer parts")
+        problem = f"{len(found)} files ({', '.join(SUFFIXES)}) in --data={url}, too few for --part={k}/{n}"
+        raise ValueError(f"{problem}: give another path, {HUB}OWNER/NAME/FOLDER, or fewer parts")
     share = slice(len(found) * (k - 1) // n, len(found) * k // n)
     entries = [{"name": name, "size": size} for name, size in found[share]]
     source = {"data": url if url.startswith(HUB) else Path(url).name, "revision": revision, "files": entries}
@@ -331,7 +331,8 @@ def main(cfg: Config) -> None:
     manifest = manifest or settings | empty
     for name, value in settings.items():
         if (old := manifest.get(name)) != value:
-            raise ValueError(f"{folder} was begun with {name}={old}, not {value}: change --out_dir")
+            changed = f"other files, {old['data']}" if name == "source" else f"{name}={old}, not {value}"
+            raise ValueError(f"{folder} was begun with {changed}: change --out_dir")
     for entry in manifest["shards"]:
         data.open_shard(folder / entry["file"])  # raises if it is missing or truncated
     if not manifest["complete"]:

@@ -35,7 +35,7 @@ FIRST_HELD_OUT = 2**40  # number of the first held-out prompt; training prompts 
 @dataclass(frozen=True)
 class Config(finetune.FinetuneConfig):
     out_dir: str = "out/grpo"  # log.txt, checkpoints, best.pt (highest held-out reward)
-    eval_questions: str = ""  # rows of another ability: exact match of greedy answers; "": not evaluated
+    eval_questions: str = ""  # rows as for sft.py: exact match of greedy answers; "": none
     reward: str = "ends(100) + repetition"  # a sum of rewards: see neogpt/rewards.py
     prompts_per_step: config.PositiveInt = 16  # prompts per optimizer step over all devices
     samples_per_prompt: Annotated[int, "[2, 65536]"] = 16  # answers to each prompt: one group
@@ -112,8 +112,8 @@ def rollout(run: Run, prompts: list[finetune.Prompt], terms: rewards.Terms) -> t
 
 def make_batch(run: Run, examples: list[chat.Example], totals: np.ndarray) -> training.Batch:
     """This rank's micro-batches of B examples, longest first: `chat.collate` with advantages, (B, 1), and weights: the
-    weighted sum over tokens, divided by their number, is the loss of cfg.loss. Examples without gradient are left out,
-    unless no example has one. totals: the rewards, (groups, n).
+    weighted sum over target tokens, divided by their number in the step, is the loss of cfg.loss. Examples without
+    gradient are left out, unless no example has one. totals: the rewards, (groups, n).
     """
     cfg, rt, advantages = run.cfg, run.rt, totals - totals.mean(axis=1, keepdims=True)
     if cfg.scale_by_std:
@@ -197,7 +197,9 @@ def evaluate(run: Run, prompts: list[finetune.Prompt], questions: list[chat.Row]
 def main(cfg: Config) -> None:
     """Answer, score, update; evaluate and save in between."""
     config.check(cfg)
-    config.require("[0, 1)" if cfg.updates_per_rollout == 1 else "(0, 1)", clip=cfg.clip)
+    config.require("[0, 1)", clip=cfg.clip)
+    if cfg.updates_per_rollout > 1 and not cfg.clip:
+        raise ValueError(f"--clip={cfg.clip} with --updates_per_rollout={cfg.updates_per_rollout}: use --clip=0.2")
     terms = rewards.parse(cfg.reward)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     run, rt, T = finetune.open_run(cfg, "grpo", ("sft", "dpo"), rt)

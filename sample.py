@@ -33,7 +33,7 @@ Ids = list[int]  # token ids
 class Config:
     checkpoint: str = "out/gpt2"  # out_dir, checkpoint file, adapter folder, Hugging Face folder or hub name
     prompt: str = "Hello, I'm a language model,"  # "-" reads standard input; "" starts a new document
-    chat: bool = False  # chat: every line of standard input is an instruction in the prompt template of sft.py
+    chat: bool = False  # instead of samples: every line of standard input is an instruction in sft.py's template
     history_turns: config.NonNegativeInt = 8  # earlier turns that the model sees; 0 if trained on single questions
     n_samples: config.PositiveInt = 1  # samples; they are generated together and printed one after another
     max_new_tokens: config.NonNegativeInt = 256  # tokens per sample; end-of-text ends a sample earlier
@@ -130,7 +130,9 @@ def main(cfg: Config) -> None:
         text = sys.stdin.read() if cfg.prompt == "-" and not cfg.chat else cfg.prompt
     except UnicodeDecodeError as error:
         raise ValueError(f"standard input is not UTF-8 text: {error}") from error
-    raw, tokenizer, _, _ = checkpoint.load_model(cfg.checkpoint)
+    raw, tokenizer, stage, _ = checkpoint.load_model(cfg.checkpoint)
+    if cfg.chat and stage == "pretraining":
+        runtime.print0("this model was not trained to answer: use one of sft.py, dpo.py or grpo.py")
     raw.to(rt.device)
     if rt.precision == "bf16":
         generate.cast_linears(raw, torch.bfloat16)

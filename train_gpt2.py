@@ -27,13 +27,13 @@ class Config:
     data: str = "edu_fineweb10B"  # folder of token shards (fineweb.py), several ('edu-*' or A,B), or one .txt file
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # of the shards, or for the .txt file
     out_dir: str = "out/gpt2"  # where log.txt and checkpoints go
-    init_from: str = ""  # start from the weights of this checkpoint; "": random weights
-    branch_from: str = ""  # continue this checkpoint file of another run, whose learning rates were the same until then
+    init_from: str = ""  # start from the weights of this model, as --checkpoint of sft.py; "": random weights
+    branch_from: str = ""  # continue this checkpoint file of another run; the learning rates before it must be equal
     model: str = "gpt2"  # a name in SIZES of neogpt/model.py
     attention: Literal["flash", "manual"] = "flash"  # flash: fused kernels; manual: written out, slower
     residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream in bf16 runs
     T: config.PositiveInt = 1024  # sequence length, tokens; becomes the model's block_size
-    B: config.PositiveInt | None = None  # sequences per forward pass, the same curve for any; None: as many as fit
+    B: config.PositiveInt | None = None  # micro-batch size; does not change the curve; None: as many as fit
     sharded: bool = False  # divide weights, gradients and moments among the devices (FSDP2), for models of billions
     recompute: bool = False  # compute activations again in the backward pass: a third more work, much less memory
     total_batch_size: config.PositiveInt = 2**19  # tokens per step of all devices (GPT-3 paper, table 2.1: 0.5M)
@@ -134,8 +134,10 @@ def check(cfg: Config, world_size: int) -> int:
     config.check(cfg)
     if cfg.model not in model.SIZES:
         raise ValueError(f"--model={cfg.model}: expected one of {', '.join(model.SIZES)}")
-    if cfg.branch_from:
-        checkpoint.refuse_own_folder(cfg.out_dir, cfg.branch_from)
+    if cfg.branch_from and cfg.init_from:
+        raise ValueError(f"--init_from={cfg.init_from} with --branch_from={cfg.branch_from}: use one of them")
+    if start := cfg.branch_from or cfg.init_from:
+        checkpoint.refuse_own_folder(cfg.out_dir, start)
     unit = cfg.T * world_size
     per_rank, rest = divmod(cfg.total_batch_size, unit)
     if rest:

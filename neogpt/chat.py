@@ -1,4 +1,4 @@
-"""Rows of prompts and responses for sft.py and dpo.py: files, prompt template, masks, and packing."""
+"""Rows of prompts and responses, for all stages after pretraining: files, prompt template, masks, and packing."""
 
 import hashlib
 import json
@@ -179,7 +179,7 @@ def split_rows(rows: Sequence, prompts: Sequence[str], fraction: float, seed: in
 
 
 def prompt_text(instruction: str, context: str = "") -> str:
-    """The prompt template: the text before the response."""
+    """The prompt template: the text before the response. Change TEMPLATE below with it, for exported models."""
     return f"{instruction}\nContext:\n{context}\nResponse:\n" if context else f"{instruction}\nResponse:\n"
 
 

@@ -161,12 +161,13 @@ def upgrade(state: dict[str, Any]) -> dict[str, Any]:
     return dict(stage="pretraining") | state | position | dict(model_config=model_config, scores=scores)
 
 
-def read_newest(source: str | Path, script: str = "train_gpt2.py") -> Checkpoint:
-    """The checkpoint in a file, or the newest readable one in a folder. script: for the message if there is none."""
+def read_newest(source: str | Path, stages: tuple[str, ...] = ()) -> Checkpoint:
+    """The checkpoint in a file, or the newest readable one in a folder. stages: for the message if there is none."""
     source = Path(source)
     candidates = [source] if source.is_file() else list_checkpoints(source)
     if not candidates:
-        raise FileNotFoundError(f"no checkpoint in {source}: run `python {script}` first, or name another checkpoint")
+        scripts = " or ".join(SCRIPT_OF_STAGE[stage] for stage in stages or SCRIPT_OF_STAGE)
+        raise FileNotFoundError(f"no checkpoint in {source}: write it with {scripts}, or name another checkpoint")
     for candidate in candidates[:-1]:
         try:
             return read(candidate)
@@ -226,7 +227,7 @@ def load_model(source: str, stages: tuple[str, ...] = ()) -> Loaded:
     # a path that does not exist can be a name on the hub
     is_local = path.exists() or path.suffix == ".pt" or source.startswith(("out/", "/", "."))
     is_adapter, is_hf = (path / "adapter_config.json").is_file(), (path / "config.json").is_file() or not is_local
-    ckpt = None if is_adapter or is_hf else read_newest(path, SCRIPT_OF_STAGE[stages[0] if stages else "pretraining"])
+    ckpt = None if is_adapter or is_hf else read_newest(path, stages)
     try:
         if is_adapter:
             base, _, _ = lora.read_adapter_config(path)

@@ -201,7 +201,8 @@ def find_folders(source: str) -> list[Path]:
     folders = set()
     for pattern in [glob.escape(source)] if os.path.exists(source) else source.split(","):
         if not (found := {Path(path) for path in glob.glob(pattern) if os.path.isdir(path)}):
-            raise OSError(f"no data in {pattern}: run `python fineweb.py` to write shards, or use --data=FILE.txt")
+            remedy = "check the path, write shards with fineweb.py, or use --data=FILE.txt"
+            raise OSError(f"no data in {pattern}: {remedy}")
         folders |= found
     manifests = filter(None, map(read_manifest, sorted(folders)))
     parts = Counter((str(m["source"].get("whole")), m["part"]["n"], m["part"]["k"]) for m in manifests)
@@ -233,7 +234,8 @@ class Windows:
         self.starts = np.cumsum([0, *(max(0, shard.n_tokens - 1) // T for shard in shards)])  # first windows of shards
         if not len(self):
             longest = max(shards, key=lambda shard: shard.n_tokens)
-            raise ValueError(f"{longest.path} has {longest.n_tokens} tokens, fewer than T + 1 = {T + 1}")
+            parts = "its training or validation part" if longest.tokens is not None else "the longest shard"
+            raise ValueError(f"{longest.path}: {parts} has {longest.n_tokens} tokens, fewer than T + 1 = {T + 1}")
 
     def __len__(self) -> int:
         return int(self.starts[-1])

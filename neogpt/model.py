@@ -113,9 +113,7 @@ CHUNK = 256  # queries at a time, whose scores stay in a CPU's cache
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`manual_attention` with PyTorch's fused kernels; in bf16 on a CPU, where they are slow, in chunks of queries, for
-    which a mask needs its full T and S.
-    """
+    """`manual_attention` with PyTorch's fused kernels; in bf16 on a CPU, where they are slow, in chunks of queries."""
     T, S = q.size(-2), k.size(-2)
     if not (q.is_cpu and q.dtype == torch.bfloat16):
         # is_causal aligns the triangle to the top left, which for one query would hide all keys but the first
@@ -128,7 +126,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         return manual_attention(q, k, v, mask)
     for end in range(CHUNK, T + CHUNK, CHUNK):
         rows, n_keys = slice(end - CHUNK, end), S - T + end if mask is None else S  # later keys are hidden
-        part = mask if mask is None else mask[..., rows, :]
+        part = mask if mask is None or mask.size(-2) == 1 else mask[..., rows, :]
         parts.append(manual_attention(q[..., rows, :], k[..., :n_keys, :], v[..., :n_keys, :], part))
     return torch.cat(parts, dim=-2)
 

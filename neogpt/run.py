@@ -87,8 +87,9 @@ class Run:
         runtime.logger.addHandler(self.log)
         self.resumed = checkpoint.find_resume(self.out_dir, rt, branch_from)
         if self.resumed and (self.resumed.stage != stage or self.resumed.optimizers is None):
-            problem = f"no {stage} run can continue the checkpoint in {branch_from if starts_branch else self.out_dir}"
-            raise ValueError(f"{problem} (stage {self.resumed.stage}): use another, or start a run from its model")
+            has = "no moments" if self.resumed.stage == stage else f"stage {self.resumed.stage}"
+            path = branch_from if starts_branch else self.out_dir
+            raise ValueError(f"a {stage} run cannot continue from {path}, which has {has}: use another --out_dir")
         old = self.resumed.facts if self.resumed else {}
         kept = old.get("precision", rt.precision) if old.get("device") == rt.device.type else rt.precision
         if cfg.precision == "auto" and kept != rt.precision:

@@ -356,8 +356,8 @@ def test_rule_is_learned(cfg: dpo.Config, tmp_path: Path) -> None:
         assert value["rewards/margins"] == pytest.approx(value["rewards/chosen"] - value["rewards/rejected"])
     logps = losses(folder, "val/logps/chosen")  # a reward is beta times the log-ratio
     assert 0.1 * (logps[60] - logps[0]) == pytest.approx(losses(folder, "val/rewards/chosen")[60], abs=1e-4)
-    assert losses(folder, "right")[0] == 0 and losses(folder, "right")[60] == 0.5
-    assert losses(folder, "chosen")[0] == 0 and losses(folder, "chosen")[60] == 1
+    assert losses(folder, "begins")[0] == 0 and losses(folder, "begins")[60] == 0.5
+    assert losses(folder, "exact")[0] == 0 and losses(folder, "exact")[60] == 1
     assert "> a? -> yes\n" in notes(folder).replace("\\n", "\n") + "\n"
 
 
@@ -487,7 +487,7 @@ def test_two_ranks_equal_one(cfg: dpo.Config, server: ForkServer) -> None:
     one, two = train(cfg), Path(cfg.out_dir + "-two")
     server.run("dpo", harness.command_line(replace(cfg, B=2, out_dir=str(two))), n_ranks=2)
     assert "world_size=2" in notes(two) and losses(two).keys() == set(range(8))
-    names = ("train", "val", "norm", "chosen", "tokens", *METRICS, *(f"val/{name}" for name in METRICS))
+    names = ("train", "val", "norm", "exact", "tokens", *METRICS, *(f"val/{name}" for name in METRICS))
     harness.assert_close_runs(two, one, names)
     np.testing.assert_allclose(read_reference(two), read_reference(one), atol=1e-4)
     assert [path.name for path in two.glob("*.npz")] == [path.name for path in one.glob("*.npz")]

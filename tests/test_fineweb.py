@@ -272,7 +272,7 @@ def test_invalid_and_other_settings_are_refused(source: SimpleNamespace, tmp_pat
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "train_000002.npy"}
     refused(config(source.folder, out, shard_size=20_000), out, "shard_size", 10000, 20000, "--out_dir")
     refused(config(source.folder, out, max_tokens=5), "max_tokens", 5)
-    refused(config(source.folder / "part-0.parquet", out), "part-1.parquet", "--out_dir")
+    refused(config(source.folder / "part-0.parquet", out), source.folder.name, "--out_dir")
     for name, value in (("shard_size", 1), ("max_tokens", 0), ("workers", 0), ("tokenizer", "gpt5")):
         refused(config(source.folder, out, **{name: value}), name, value)
     (out / "train_000002.npy").unlink()

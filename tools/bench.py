@@ -280,7 +280,8 @@ def main(cfg: Config) -> None:
     """Run one measurement and write its results."""
     config.check(cfg)
     config.require("[1, inf)", B=min(cfg.B, default=0))
-    config.require(f"[{cfg.T}, inf)", total_batch_size=cfg.total_batch_size)
+    if cfg.total_batch_size % cfg.T:
+        raise ValueError(f"--total_batch_size={cfg.total_batch_size} must be a multiple of --T={cfg.T}")
     files.make_folder(cfg.out_dir)
     write = functools.partial(timing.write_json, Path(cfg.out_dir) / f"{cfg.bench}.json", config=asdict(cfg))
     if cfg.bench not in PER_MODEL:

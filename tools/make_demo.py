@@ -1,4 +1,4 @@
-"""Generate the demo data from a fixed seed: the same bytes on every platform and in every Python from 3.10 on.
+"""Generate the demo data from a fixed seed: the same bytes on every platform and in every Python from 3.11 on.
 
     python -m tools.make_demo [folder]    # default: the repository
 
@@ -228,4 +228,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] and sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
     main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent)

@@ -54,7 +54,7 @@ def read_log(path: str | Path) -> Run:
     for line in lines:
         if re.match("# (code|data|checkpoint)=", line):
             constants |= dict(re.findall(r"(\w+)='?([^\s']*)", line))
-        elif match := re.fullmatch(r"(\d+) (\w+) (\S+)", line):
+        elif match := re.fullmatch(r"(\d+) (\S+) (\S+)", line):
             step, name = int(match[1]), match[2]
             if name == "train" and step in points["train"]:  # the run restarted from this step: drop later points
                 points = {n: {s: v for s, v in p.items() if s <= step} for n, p in points.items()}
@@ -89,6 +89,7 @@ def draw(runs: list[Run], folder: str | Path, x: str = "steps") -> list[Path]:
     like_gpt2 = all(c.get("tokenizer") == "gpt2" and "checkpoint" not in c for _, _, c in runs)
     other_questions = any(c.get("hellaswag_data") or c.get("hellaswag_rows", "None") != "None" for _, _, c in runs)
     loss = "loss" if any("beta" in c for _, _, c in runs) else "loss (nats per token)"  # of DPO: per pair
+    loss = "loss; validation: minus the reward" if any("reward" in c for _, _, c in runs) else loss  # of GRPO
     paths = []
     for name, title, ylabel in (("val", "Loss", loss), ("hella", "HellaSwag", "accuracy (acc_norm)")):
         if not any(name in run.curves for run in runs):

@@ -96,7 +96,8 @@ def overview(measurements: dict[str, Callable[[], list[dict]]], rt: runtime.Runt
 def write_json(path: Path, **results: Any) -> None:
     """Write results with the command, the revision of the code, the machine and the versions of packages."""
     machine = collect_env.get_env_info()._asdict()  # also PyTorch and CUDA
-    versions = {d.name: d.version for d in metadata.distributions() if d.name in ("tiktoken", "gigatoken", "pyarrow")}
+    names = "tiktoken", "gigatoken", "pyarrow", "transformers"
+    versions = {d.name: d.version for d in metadata.distributions() if d.name in names}
     facts = dict(command=" ".join(sys.argv), code=run.code_revision(), machine=machine, versions=versions)
     files.write_json(path, facts | results)
     print(f"wrote {path}")

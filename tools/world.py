@@ -3,7 +3,7 @@
 `make_demo.py` turns these words and templates into text. In a template, `{c}` is the main character and `{o}` another
 one. `{he}`, `{his}`, `{him}`, `{He}` and `{His}` are the pronouns of `{c}`, and `{did}` is what its kind does all day.
 `{home}` is the home of `{c}`, and `{o.home}` that of `{o}`, likewise for the other attributes. `{item}` and `{item2}`
-are small objects, `{spot}` and `{spot2}` are places for them. `[x|y]` is a random choice.
+are small objects, `{spot}`, `{spot2}` and `{spot3}` are places for them. `[x|y]` is a random choice.
 
 Outside of yes-or-no questions, every mention of an attribute's value is true. The values of an attribute start
 with different letters, and so do all names: a model that reads bytes can distinguish them by the first byte.
