@@ -175,8 +175,6 @@ def draw(path: Path, laws: list[fit.Law], runs: np.ndarray, held_out: list[Point
         equal.set(title="Sizes at equal compute", xlabel="N, parameters", ylabel="validation loss")
         optimum.set(title="Compute-optimal size and tokens", xlabel="FLOPs")
         errors.set(title="Predicted against measured", xlabel="measured loss", ylabel="error of the prediction, %")
-        for axes in figure.axes:
-            axes.set(xscale="log", yscale="linear" if axes is errors else "log")
         for color, size in enumerate(np.unique(N)):
             d, losses = D[N == size], L[N == size]
             curves.plot(6 * size * d, losses, f"C{color}o", label=f"N = {size:.2g}")
@@ -200,6 +198,7 @@ def draw(path: Path, laws: list[fit.Law], runs: np.ndarray, held_out: list[Point
             errors.plot([p.loss] * 2, interval, "k", linewidth=1)
             errors.plot(p.loss, error, "k*", markersize=12, label="held out, with 90 % of resamples")
         for axes in figure.axes:
+            axes.set(xscale="log", yscale="linear" if axes is errors else "log")
             if axes.lines:  # there can be no parabolas
                 axes.legend(fontsize=9)
         with files.atomic_write(path) as temporary:
