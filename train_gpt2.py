@@ -238,7 +238,8 @@ def main(cfg: Config) -> None:
     per_rank = check(cfg, rt.world_size)
     n = per_rank * rt.world_size  # sequences per step
     tokenizer = data.get_tokenizer(cfg.tokenizer)
-    plan = dict(T=cfg.T, optimizer=cfg.optimizer, sharded=cfg.sharded, recompute=cfg.recompute)
+    compiled = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
+    plan = dict(T=cfg.T, sharded=cfg.sharded, recompute=cfg.recompute, muon=cfg.optimizer == "muon", compiled=compiled)
     with torch.device("meta"):  # allocates nothing
         shape = model.GPT(expected_config(cfg, tokenizer.n_vocab))
     training.check_memory(shape, cfg.B or 1, rt, **plan)
@@ -248,7 +249,6 @@ def main(cfg: Config) -> None:
     rt = run.rt
     raw = build_model(cfg, tokenizer, run.resumed)
     settings = dict(weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, momentum=cfg.momentum)
-    compiled = rt.device.type == "cuda" if cfg.compile is None else cfg.compile
     net = training.wrap(raw, rt, cfg.sharded, cfg.recompute, compiled)
     run.attach(raw, net, optim.make_optimizers(raw, optimizer=cfg.optimizer, **settings))
     run.flops_per_token = raw.flops_per_token(cfg.T)

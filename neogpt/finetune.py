@@ -74,6 +74,7 @@ def open_run(
             lora.load_lora(raw, run.resumed.adapters)
     T = cfg.T or raw.config.block_size
     plan = dict(T=T * (1 + (stage == "dpo")), sharded=cfg.sharded, recompute=cfg.recompute)  # pairs of responses
+    plan |= dict(muon=False, compiled=compile and not dynamic)
     runtime.print0(training.check_memory(raw, cfg.B, rt, **plan))
     net = training.wrap(raw, rt, cfg.sharded, cfg.recompute, compile, dynamic)
     run.attach(raw, net, optim.make_optimizers(raw, weight_decay=cfg.weight_decay))

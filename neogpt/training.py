@@ -160,56 +160,62 @@ def validate(net: nn.Module, val: data.Windows, n_tokens: int, B: int, rt: runti
     return runtime.all_reduce_sum(torch.stack(losses).cpu().double().sum(), rt).item() / (n * val.T)
 
 
+# measured on CPUs: holes in the heap / activations; bytes that libraries and their kernels take, by precision
+HOLES, LIBRARIES = 0.5, {"fp32": 5e7, "bf16": 8e7}
+
+
 def plan_memory(
-    raw: model.GPT, B: int, T: int, rt: runtime.Runtime, sharded: bool, recompute: bool, optimizer: str = "adamw"
-) -> list[float]:
-    """Bytes per device of weights, gradients, moments, and activations with other temporary tensors, at the peak of a
-    training step of several micro-batches; a compiled step and one of a single micro-batch need less. raw: can be on
-    the meta device. B, T: of a micro-batch. The other arguments are as in the Config of train_gpt2.py.
+    raw: model.GPT, B: int, T: int, rt: runtime.Runtime, sharded: bool, recompute: bool, muon: bool, compiled: bool
+) -> dict[str, float]:
+    """Bytes per device by kind at the peak of a run whose steps have several micro-batches of B sequences of T tokens.
+    raw: can be on the meta device. compiled: the whole step is one graph, unless it is sharded.
     """
-    c, n, n_tokens = raw.config, rt.world_size if sharded else 1, B * T
+    c, n, n_tokens, on_cpu = raw.config, rt.world_size if sharded else 1, B * T, rt.device.type == "cpu"
     n_trained = sum(p.numel() for p in raw.parameters() if p.requires_grad)
     n_matrices = sum(linear.weight.numel() for linear in model.weight_matrices(raw).values())
-    n_muon = n_matrices if optimizer == "muon" else 0
     n_block, n_head = sum(p.numel() for p in raw.transformer.h[0].parameters()), raw.lm_head.weight.numel()
     size = 2 if rt.precision == "bf16" else 4  # bytes of an activation
     mlp = 8 * c.n_embd if c.mlp == "dense" else (2 + 2 * c.mlp_modes) * (c.mlp_width or 4 * c.n_embd)
     # of one block: the residual stream twice, fp32; the outputs of both norms and of attention, q, k, v; the MLP
     block = n_tokens * (8 * c.n_embd + size * (6 * c.n_embd + mlp))
-    if c.attention == "manual" or size == 2 and rt.device.type == "cpu":
+    if c.attention == "manual" or size == 2 and on_cpu:
         n_keys = T if c.attention == "manual" else min(T, (T + model.CHUNK) / 2)  # per query
-        block += n_tokens * n_keys * c.n_head * (size + 4 * (size == 2 and rt.device.type == "cuda"))  # fp32 softmax
+        block += n_tokens * n_keys * c.n_head * (size if on_cpu else size + 4)  # autocast on CUDA: an fp32 softmax
     blocks = c.n_layer * n_tokens * 4 * c.n_embd + block if recompute else c.n_layer * block
-    # the log-softmax and two gradients of it, fp32
-    peak = blocks + n_tokens * ((4 + size) * c.n_embd + 12 * c.vocab_size)
-    gradients = 4 * n_trained / n * (2 if rt.world_size > n else 1)  # and DDP's buckets
+    # the log-softmax and two gradients of it, fp32; a compiled graph keeps the logits and overwrites them
+    per_logit = size if compiled and n == 1 else 12
+    activations = blocks + n_tokens * ((4 + size) * c.n_embd + per_logit * c.vocab_size)
     if n > 1:  # gathered: two blocks, their gradients, and the rest, fp32 and as autocast rounds it
-        peak += (4 * size + 8) * n_block + 6 * n_head
-    elif size == 2:  # as autocast rounds them
-        peak += 2 * (n_matrices + n_head)
-    # Muon's temporaries; `Run.full_model`, while there are no gradients
-    peak = max(peak, 16 * n_muon / n, 4 * raw.n_params() - gradients if n > 1 else 0)
-    return [4 * raw.n_params() / n, gradients, (8 * n_trained - 4 * n_muon) / n, peak]
+        activations += (4 * size + 8) * n_block + 6 * n_head
+    elif size == 2:  # weights as autocast rounds them
+        activations += 2 * (n_matrices + n_head)
+    plan = dict(weights=4 * raw.n_params() / n, gradients=4 * n_trained / n * (2 if rt.world_size > n else 1))  # DDP's
+    plan["moments"] = (8 * n_trained - 4 * n_matrices * muon) / n
+    # or Muon's temporaries, or `Run.full_model`, while there are no gradients
+    others = 16 * n_matrices * muon / n, 4 * raw.n_params() - plan["gradients"] if n > 1 else 0
+    plan["activations"] = max(activations, *others)
+    if on_cpu:  # the copy of a checkpoint is written during the next step; it fills the holes that freed tensors left
+        copies = n * (plan["weights"] + plan["moments"])
+        plan |= dict(heap=max(copies, HOLES * plan["activations"]), libraries=LIBRARIES[rt.precision])
+    return plan
 
 
 def check_memory(raw: model.GPT, B: int, rt: runtime.Runtime, **options: Any) -> str:
     """One line that compares `plan_memory` with the memory of the device and, if it is too small, names what would fit.
     Raises ValueError if not even weights, gradients and moments fit. options: of `plan_memory`.
     """
-    available, plan = runtime.device_memory(rt.device), partial(plan_memory, raw, rt=rt)
-    needed = plan(B=B, **options)
-    names = "weights", "gradients", "moments", "activations"
-    text = " + ".join(f"{name} {n_bytes / 1e9:.2f}" for name, n_bytes in zip(names, needed))
-    text = f"memory per device with B={B}: {text} = {sum(needed) / 1e9:.1f} GB of {available / 1e9:.1f} GB"
-    if sum(needed) <= available:
+    available, plan = runtime.device_memory(rt.device), plan_memory(raw, B, rt=rt, **options)
+    text = " + ".join(f"{name} {n_bytes / 1e9:.2f}" for name, n_bytes in plan.items())
+    needed = f"{sum(plan.values()) / 1e9:.1f} GB of {available / 1e9:.1f} GB"
+    text = f"memory per device with B={B}: {text} = {needed}"
+    if sum(plan.values()) <= available:
         return text
-    changes = {"--sharded": dict(sharded=True), "--recompute": dict(recompute=True)}
-    changes |= {f"--B={b}": dict(B=b) for b in range(B - 1, 0, -1) if B % b == 0}
-    totals = {name: sum(plan(**dict(B=B) | options | change)) for name, change in changes.items()}
-    fits = [f"{name} ({total / 1e9:.1f} GB)" for name, total in totals.items() if total <= available][:3]
+    changes = [dict(sharded=True), dict(recompute=True), *(dict(B=b) for b in range(B - 1, 0, -1) if B % b == 0)]
+    totals = [sum(plan_memory(raw, **dict(B=B, rt=rt) | options | change).values()) for change in changes]
+    fits = [f"--{name}={x}" for change, n in zip(changes, totals) if n <= available for name, x in change.items()]
     remedy = "more devices with --sharded --recompute, a smaller --T or a smaller model"
-    text += f"; enough would be {' or '.join(fits) or remedy}"
-    if sum(needed[:3]) > available:
+    text += f"; enough would be {' or '.join(fits[:3]) or remedy}"
+    if plan["weights"] + plan["gradients"] + plan["moments"] > available:
         raise ValueError(f"too little memory: {text}")
     return text
 
@@ -226,4 +232,4 @@ def pick_B(run: Any, per_rank: int, **options: Any) -> int:
     limit = 2**16 if rt.device.type == "cuda" else 2**12  # tokens: larger is not faster on a GPU, and slower on a CPU
     sizes = [B for B in range(1, per_rank + 1) if per_rank % B == 0 and B * cfg.T <= limit]
     available = 0.85 * runtime.device_memory(rt.device)
-    return max((B for B in sizes if sum(plan_memory(run.raw, B, rt=rt, **options)) < available), default=1)
+    return max((B for B in sizes if sum(plan_memory(run.raw, B, rt=rt, **options).values()) < available), default=1)

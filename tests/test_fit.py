@@ -41,9 +41,8 @@ def test_parabolas_find_the_optimum_of_a_law() -> None:
     N, D = (array.ravel() for array in np.meshgrid(1e4 * 2.0 ** np.arange(6), 1e4 * 2.0 ** np.arange(6)))
     found = fit.parabolas(N, D, law.loss(N, D))
     assert len(found) >= 3
-    for parabola in found:
-        assert parabola.lowest == pytest.approx(law.optimum(parabola.C)[0], rel=0.1)  # of interpolation
-        at = np.polyval(parabola.coefficients, np.log(parabola.N))
-        assert at == pytest.approx(parabola.losses, rel=0.02)
+    for C, sizes, losses, coefficients, lowest in found:
+        assert lowest == pytest.approx(law.optimum(C)[0], rel=0.1)  # of interpolation
+        assert np.polyval(coefficients, np.log(sizes)) == pytest.approx(losses, rel=0.02)
     # where only two sizes can be compared there is none
     assert fit.parabolas(N[N < 4e4], D[N < 4e4], law.loss(N, D)[N < 4e4]) == []

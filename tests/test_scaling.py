@@ -50,7 +50,7 @@ def test_a_study(study: Callable[..., dict], tmp_path: Path, capsys: pytest.Capt
     results = study()
     names = [f"{size}-{lr:g}-10" for size in SIZES for lr in (0.001, 0.01)] + [f"{size}-0.01-20" for size in SIZES]
     assert sorted(study.started) == sorted([*names, "tiny-16-0.01-40"])
-    points = {(point["size"], point["steps"]): point for point in results["points"]}
+    points = {(Path(p["folder"]).name.split("-0")[0], p["steps"]): p for p in results["points"]}
     assert [*points] == [(size, steps) for size in SIZES for steps in (10, 20)] + [("tiny-16", 40)]
     assert [p["D"] for p in points.values()] == [192 * p["steps"] for p in points.values()]
     for size in SIZES:
@@ -84,7 +84,7 @@ def test_an_interrupted_study_continues(
         harness.refused(scaling.main, study.cfg, "tiny-16-0.01-10", "again")
     assert study.started == ["tiny-16-0.001-10"] and not (tmp_path / "scaling.json").exists()
     (tmp_path / "tiny-8-0.01-10").mkdir()  # of a run that was killed before its first loss
-    (tmp_path / "tiny-8-0.01-10" / "log.txt").write_text("# code=x python=3.11\n# data='x.txt'\n")
+    (tmp_path / "tiny-8-0.01-10" / "log.txt").write_text("# code=x python=3.11\n")
     study()
     assert len(study.started) == 9
 
@@ -94,10 +94,10 @@ def test_wrong_options_are_refused(study: Callable[..., dict]) -> None:
     refused("gpt5", sizes=("tiny-8", "gpt5"))
     refused("lengths", lengths=(20, 10))
     refused("15", lengths=(10, 15))
-    refused("warmup", train=f"{study.cfg.train} --warmup_steps=9")
+    refused("11.25", "warmup", train=f"{study.cfg.train} --warmup_steps=9")
     refused("7680", "15,360", lengths=(10, 20, 40))
     refused("jobs=0", jobs=0)
     refused("six", sizes=("tiny-8",))
     (Path(study.cfg.out_dir) / "tiny-16-0.001-10").mkdir(parents=True)
     (Path(study.cfg.out_dir) / "tiny-16-0.001-10" / "log.txt").write_text("# data='x.txt'\n0 val 1\n")
-    refused("data=x.txt", "--out_dir")
+    refused("tiny-16-0.001-10", "data=", "--out_dir")

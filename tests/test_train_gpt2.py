@@ -200,9 +200,10 @@ def test_validation_uses_the_compiled_step(cfg: Config, monkeypatch: pytest.Monk
 
 
 def test_largest_micro_batch_that_fits_is_chosen(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = SimpleNamespace(cfg=replace(cfg, B=None), rt=harness.ALONE, resumed=None, raw=harness.tiny_model())
-    options = dict(T=16, sharded=False, recompute=False)
-    needed = sum(training.plan_memory(run.raw, 6, rt=run.rt, **options))
+    rt = harness.ALONE._replace(device=torch.device("cuda"))
+    run = SimpleNamespace(cfg=replace(cfg, B=None), rt=rt, resumed=None, raw=harness.tiny_model())
+    options = dict(T=16, sharded=False, recompute=False, muon=False, compiled=False)
+    needed = sum(training.plan_memory(run.raw, 6, rt=run.rt, **options).values())
     for memory, B in ((needed / 0.84, 6), (needed / 0.86, 4), (1, 1), (math.inf, 12)):
         monkeypatch.setattr(runtime, "device_memory", lambda _, memory=memory: memory)
         assert training.pick_B(run, 12, **options) == B

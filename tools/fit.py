@@ -38,50 +38,36 @@ PUBLISHED = {"Chinchilla": Law(1.69, 406.4, 410.7, 0.34, 0.28)}
 PUBLISHED |= {"Chinchilla, refitted by Epoch": Law(1.8172, 477.84, 2143.9, 0.34731, 0.36718)}
 
 
-class Parabola(NamedTuple):
-    """The losses of several sizes after the same compute, and a parabola in log N through them."""
-
-    C: float  # FLOPs
-    N: np.ndarray
-    losses: np.ndarray
-    coefficients: np.ndarray  # for np.polyval
-    lowest: float  # N of the minimum
-
-
 def fit(N: np.ndarray, D: np.ndarray, L: np.ndarray, start: Law | None = None) -> Law:
     """The law with the smallest sum of Huber losses of log L, from many starts or from one; N, D and L are (n,)."""
     x, y, target = (torch.from_numpy(np.log(np.asarray(v, dtype=np.float64))) for v in (N, D, L))
-    x0, y0 = x.mean(), y.mean()  # around the means, the parameters are nearly independent
+    x0, y0 = x.mean().item(), y.mean().item()  # around the means, the parameters are nearly independent
 
-    def objective(p: Tensor) -> Tensor:
-        a, b, e, alpha, beta = p  # the logs of the three terms at the means, and the exponents
-        predicted = torch.stack([a - alpha * (x - x0), b - beta * (y - y0), e.expand_as(x)]).logsumexp(0)
-        return 1e3 * F.huber_loss(predicted, target, reduction="sum", delta=HUBER)
-
-    def minimize(p: Tensor) -> tuple[float, Tensor]:
-        p.requires_grad_()
+    def minimize(start: tuple[float, ...]) -> tuple[float, list[float]]:
+        """The smallest sum near `start`, and where: logs of the three terms at x0 and y0, and the exponents."""
+        p = torch.tensor(start, dtype=torch.float64, requires_grad=True)
         tolerances = dict(tolerance_grad=1e-9, tolerance_change=1e-13)
         lbfgs = torch.optim.LBFGS([p], max_iter=300, history_size=20, line_search_fn="strong_wolfe", **tolerances)
 
         def closure() -> Tensor:
+            a, b, e, alpha, beta = p
+            predicted = torch.stack([a - alpha * (x - x0), b - beta * (y - y0), e.expand_as(x)]).logsumexp(0)
+            value = 1e3 * F.huber_loss(predicted, target, reduction="sum", delta=HUBER)
             lbfgs.zero_grad()
-            value = objective(p)
             value.backward()
             return value
 
         lbfgs.step(closure)
-        return objective(p).item(), p.detach()
+        return closure().item(), p.tolist()
 
     if start:
         E, A, B, alpha, beta = start
         starts = [(np.log(A) - alpha * x0, np.log(B) - beta * y0, np.log(E), alpha, beta)]
     else:  # each term is a half or a tenth of the mean loss, or E almost the smallest loss
-        terms, exponents = (target.mean() + np.log(0.5), target.mean() + np.log(0.1)), (0.2, 0.7)
-        E = (target.min() + np.log(0.3), target.min() + np.log(0.95))
-        starts = itertools.product(terms, terms, E, exponents, exponents)
-    found = [minimize(torch.tensor(start, dtype=torch.float64)) for start in starts]
-    a, b, e, alpha, beta = min((f for f in found if np.isfinite(f[0])), key=lambda f: f[0])[1].tolist()
-    return Law(np.exp(e), np.exp(a + alpha * x0.item()), np.exp(b + beta * y0.item()), alpha, beta)
+        terms, E = np.log([0.5, 0.1]) + target.mean().item(), np.log([0.3, 0.95]) + target.min().item()
+        starts = itertools.product(terms, terms, E, (0.2, 0.7), (0.2, 0.7))
+    a, b, e, alpha, beta = min(found for found in map(minimize, starts) if np.isfinite(found[0]))[1]
+    return Law(*np.exp([e, a + alpha * x0, b + beta * y0]).tolist(), alpha, beta)
 
 
 def bootstrap(N: np.ndarray, D: np.ndarray, L: np.ndarray, law: Law, n: int = 100, seed: int = 0) -> list[Law]:
@@ -90,21 +76,22 @@ def bootstrap(N: np.ndarray, D: np.ndarray, L: np.ndarray, law: Law, n: int = 10
     return [fit(N[i], D[i], L[i], law) for i in rows]
 
 
-def parabolas(N: np.ndarray, D: np.ndarray, L: np.ndarray, n: int = 6) -> list[Parabola]:
-    """A parabola for each of n budgets at which three sizes or more can be compared and the minimum is between them.
-    The loss of a size is interpolated between its runs, linearly in the logs of D and L.
+def parabolas(N: np.ndarray, D: np.ndarray, L: np.ndarray, n: int = 6) -> list[tuple]:
+    """For each of n budgets C: (C, sizes, their losses, coefficients of a parabola in log N through them for
+    np.polyval, N of its minimum). Without budgets at which fewer than three sizes can be compared or the minimum is not
+    between them. The loss of a size is interpolated between its runs, linearly in the logs of D and L.
     """
     C, found = 6 * N * D, []
     for budget in np.geomspace(C.min(), C.max(), n + 2)[1:-1]:
-        sizes, losses = [], []
+        points = []
         for size in np.unique(N):
             d, loss = (array[N == size][np.argsort(D[N == size])] for array in (D, L))
             if d[0] <= budget / (6 * size) <= d[-1]:
-                sizes.append(size)
-                losses.append(np.exp(np.interp(np.log(budget / (6 * size)), np.log(d), np.log(loss))))
-        if len(sizes) > 2:
+                points.append((size, np.exp(np.interp(np.log(budget / (6 * size)), np.log(d), np.log(loss)))))
+        if len(points) > 2:
+            sizes, losses = np.array(points).T
             c = np.polyfit(np.log(sizes), losses, 2)
             lowest = np.exp(-c[1] / (2 * c[0]))
             if c[0] > 0 and sizes[0] < lowest < sizes[-1]:
-                found.append(Parabola(budget, np.array(sizes), np.array(losses), c, lowest))
+                found.append((budget, sizes, losses, c, lowest))
     return found
