@@ -161,8 +161,8 @@ def print_report(laws: list[fit.Law], runs: np.ndarray, held_out: list[Point]) -
         print(f"held out: {p.folder}: predicted {as_text(predicted)[0]}, measured {p.loss:.4f} ({error:+.2%})")
 
 
-def draw(path: Path, laws: list[fit.Law], runs: np.ndarray, held_out: list[Point]) -> None:
-    """Write the figure."""
+def draw(path: Path, laws: list[fit.Law], runs: np.ndarray, held_out: list[Point], entropy: float | None) -> None:
+    """Write the figure. entropy: a lower bound of the loss."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -177,8 +177,9 @@ def draw(path: Path, laws: list[fit.Law], runs: np.ndarray, held_out: list[Point
         errors.set(title="Predicted against measured", xlabel="measured loss", ylabel="error of the prediction, %")
         for color, size in enumerate(np.unique(N)):
             d, losses = D[N == size], L[N == size]
+            smooth = np.geomspace(d[0], d[-1], 50)
             curves.plot(6 * size * d, losses, f"C{color}o", label=f"N = {size:.2g}")
-            curves.plot(6 * size * d, law.loss(size, d), f"C{color}", linewidth=1)
+            curves.plot(6 * size * smooth, law.loss(size, smooth), f"C{color}", linewidth=1)
             errors.plot(losses, 100 * (law.loss(size, d) / losses - 1), f"C{color}o", label=f"N = {size:.2g}")
         for color, (C, sizes, losses, coefficients, lowest) in enumerate(fit.parabolas(*runs)):
             equal.plot(sizes, losses, f"C{color}o", label=f"{C:.1e} FLOPs")
@@ -197,6 +198,8 @@ def draw(path: Path, laws: list[fit.Law], runs: np.ndarray, held_out: list[Point
             [error], *interval = with_interval(laws, lambda law, p=p: [100 * (law.loss(p.N, p.D) / p.loss - 1)])
             errors.plot([p.loss] * 2, interval, "k", linewidth=1)
             errors.plot(p.loss, error, "k*", markersize=12, label="held out, with 90 % of resamples")
+        if entropy:
+            curves.axhline(entropy, color="C3", label="entropy of the text")
         for axes in figure.axes:
             axes.set(xscale="log", yscale="linear" if axes is errors else "log")
             if axes.lines:  # there can be no parabolas
@@ -223,7 +226,7 @@ def main(cfg: Config) -> None:
     print_report(laws, runs, held_out)
     if entropy:
         print(f"entropy of the text, to compare with E: {entropy:.4f} nats per token or slightly more")
-    draw(out_dir / "Scaling.png", laws, runs, held_out)
+    draw(out_dir / "Scaling.png", laws, runs, held_out, entropy)
     results = dict(entropy=entropy, points=[p._asdict() for p in points], laws=[x._asdict() for x in laws])
     files.write_json(out_dir / "scaling.json", results)
     print(f"wrote {out_dir / 'scaling.json'} and {out_dir / 'Scaling.png'}")
