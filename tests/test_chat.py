@@ -202,18 +202,6 @@ def test_no_prompt_is_on_both_sides_of_the_split(fraction: float) -> None:
 # Tokens and masks
 
 
-def test_mask_of_a_short_example() -> None:
-    prompt = chat.encode_prompt(Row("Q", "", ""), 100, BYTES)
-    assert bytes(prompt) == b"Q\nResponse:\n"
-    assert bytes(chat.encode_prompt(Row("Q", "C", ""), 100, BYTES)) == b"Q\nContext:\nC\nResponse:\n"
-    example = chat.make_example(prompt, "ab", 100, BYTES)
-    assert example.ids.tolist() == [*b"Q\nResponse:\n", *b"ab", 256] and example.n_inputs == 14
-    batch = chat.collate([[example]], CPU)
-    assert batch["x"].tolist() == [[*b"Q\nResponse:\n", *b"ab"]]
-    assert batch["y"].tolist() == [[-100] * 11 + [*b"ab", 256]]
-    assert batch["n"] == 3 and "pos" not in batch and "mask" not in batch
-
-
 RESPONSES = ["yes", "\nyes", "\n\n\nyes\n", " yes", "\t\n ja — 日本語 🦊", "Response:\nno", "<|endoftext|>", "\n"]
 
 
@@ -244,19 +232,6 @@ def test_truncation_leaves_no_incomplete_character(tokenizer: tiktoken.Encoding)
     assert tokenizer.decode(prompt) == "Q\nResponse:\n"  # only the context is truncated
 
 
-def test_truncated_response_has_no_end_of_text(tokenizer: tiktoken.Encoding) -> None:
-    response = " ".join(f"word{i}" for i in range(20))
-    prompt, ids = chat.encode_prompt(Row("Tell me.", "", ""), T, tokenizer), tokenizer.encode(response)
-    n_prompt, n = len(prompt), len(ids)
-    assert chat.make_example(prompt, response, n_prompt - 1, tokenizer) is None  # no target
-    for room in range(n + 2):
-        example = chat.make_example(prompt, response, n_prompt + room, tokenizer)
-        batch = chat.collate([[example]], CPU)
-        assert batch["x"].size(1) == example.n_inputs == min(n_prompt + room, n_prompt + n)
-        # `room` inputs after the prompt are room + 1 targets
-        assert batch["y"][batch["y"] >= 0].tolist() == [*ids, tokenizer.eot_token][: room + 1]
-
-
 # -----------------------------------------------------------------------------
 # Packing, and any split into micro-batches and ranks
 
@@ -284,21 +259,6 @@ def test_packing_places_every_example_once_without_overflow() -> None:
     assert [[e.n_inputs for e in row] for row in chat.pack(some, 11)] == [[7, 4], [6, 3]]
 
 
-@pytest.mark.parametrize("width", [1, 7])
-def test_tensors_of_a_packed_batch(width: int) -> None:
-    a, b = Example(np.array([1, 2, 3, 4]), 2), Example(np.array([5, 6, 7]), 1)
-    batch = chat.collate([[a, b], [b], []], CPU, width)
-    W = max(5, width)
-    pad, ignored = [0] * (W - 5), [-100] * (W - 5)
-    assert batch["x"].tolist() == [[1, 2, 3, 5, 6, *pad], [5, 6, 0, 0, 0, *pad], [0] * W]
-    assert batch["y"].tolist() == [[-100, 3, 4, 6, 7, *ignored], [6, 7] + [-100] * (W - 2), [-100] * W]
-    assert batch["pos"][0, :5].tolist() == [0, 1, 2, 0, 1] and batch["pos"][1, :2].tolist() == [0, 1]
-    assert batch["n"] == 5 + 1 and batch["mask"].shape == (3, 1, W, W)
-    expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
-    assert batch["mask"][0, 0, :5, :5].int().tolist() == expected and not batch["mask"][0, 0, :5, 5:].any()
-    assert batch["mask"].any(-1).all()  # a padded position that attends to nothing would be NaN
-
-
 @pytest.mark.parametrize("attention", ["flash", "manual"])
 def test_packed_logits_and_loss_equal_those_of_single_examples(attention: str) -> None:
     """In float64; the logits depend on positions and tokens."""
@@ -307,6 +267,7 @@ def test_packed_logits_and_loss_equal_those_of_single_examples(attention: str) -
     assert len(bins) < len(EXAMPLES) and max(map(len, bins)) >= 3
     with torch.no_grad():
         batch = chat.collate(bins, CPU)
+        assert batch["mask"].any(-1).all()  # a padded position that attends to nothing could be NaN
         loss, logits = chat.loss(raw, batch, "sum"), raw(batch["x"], pos=batch["pos"], mask=batch["mask"])
         for row, packed in zip(bins, logits):
             for example in row:
@@ -359,15 +320,10 @@ def fixed_answers(
         yield [text[at] if at < len(text) else None for text in texts]
 
 
-def run_of(texts: list[str], answer_tokens: int, rt: runtime.Runtime = ALONE) -> Any:
+def run_of(texts: list[str], answer_tokens: int) -> Any:
     """Stands for a run.Run whose model answers with these texts."""
-    return SimpleNamespace(
-        full_model=lambda: texts,
-        raw=texts,
-        tokenizer=BYTES,
-        rt=rt,
-        cfg=SimpleNamespace(T=T, answer_tokens=answer_tokens),
-    )
+    cfg = SimpleNamespace(T=T, answer_tokens=answer_tokens)
+    return SimpleNamespace(full_model=lambda: texts, raw=texts, tokenizer=BYTES, rt=ALONE, cfg=cfg)
 
 
 def test_answers_end_at_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:

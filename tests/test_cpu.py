@@ -1,10 +1,12 @@
 """Fast matrix products and compilation for decoding on a CPU."""
 
+import functools
 import itertools
 import shutil
 
 import pytest
 import torch
+import torch._dynamo.testing
 from test_generate import tokens_of, uncached
 from test_model import random_ids, rough_model
 from torch._dynamo.utils import counters
@@ -59,31 +61,33 @@ def test_products_equal_float64(dtype: torch.dtype, way: str, rows: tuple[int, .
 
 
 @needs_avx
-@pytest.mark.parametrize("n_rows", [1, 2, 65])
-@pytest.mark.parametrize("instructions", ["AVX2", "DEFAULT"])
-def test_generation_uses_fast_products(instructions: str, n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "instructions, n_rows, fast",
+    [("AVX2", 1, "split_matmul"), ("AVX2", 2, "packed_matmul"), ("AVX2", 65, "usual"), ("DEFAULT", 1, "usual")],
+)
+def test_generation_uses_fast_products(
+    instructions: str, n_rows: int, fast: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For the time of a generation, with the weights at its start."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
     monkeypatch.setattr("neogpt.model.SMALL_VOCAB", 0)  # a small head is left alone
-    fast = {1: "split_matmul", 2: "packed_matmul", 65: "usual"}[n_rows] if instructions == "AVX2" else "usual"
     raw = rough_model(vocab_size=61)  # an odd size, like OpenAI's
     prompts = [random_ids(1 + n % 7, seed=n).tolist() for n in range(n_rows)]
-    for large in (2**30, 0):
-        monkeypatch.setattr(cpu, "MIN_WEIGHTS", large)
-        for _ in range(2):
-            expected = [uncached(raw, p, 20, seed) for seed, p in enumerate(prompts)]
-            steps = generate(raw, prompts, 20)
-            tokens = [next(steps)]
-            assert products(raw) == {fast if large == 0 else "usual"}
-            tokens += steps
-            assert [list(row) for row in zip(*tokens)] == expected
-            assert products(raw) == {"usual"} and not any("forward" in vars(m) for m in raw.modules())
-            with torch.no_grad():
-                raw.lm_head.weight.neg_()
-    steps = generate(raw, prompts, 20)
+    steps = generate(raw, prompts, 2)
     next(steps)
-    del steps  # an abandoned generation
-    assert products(raw) == {"usual"}
+    assert products(raw) == {"usual"}  # of small matrices
+    steps.close()
+    monkeypatch.setattr(cpu, "MIN_WEIGHTS", 0)
+    for _ in range(2):
+        expected = [uncached(raw, p, 4 if n_rows > 2 else 20, seed) for seed, p in enumerate(prompts)]
+        steps = generate(raw, prompts, len(expected[0]))
+        tokens = [next(steps)]
+        assert products(raw) == {fast}
+        tokens += steps
+        assert [list(row) for row in zip(*tokens)] == expected
+        assert products(raw) == {"usual"} and not any("forward" in vars(m) for m in raw.modules())
+        with torch.no_grad():
+            raw.lm_head.weight.neg_()
     in_doubles = generate(raw.double(), prompts, 20)
     next(in_doubles)
     assert products(raw) == {"usual"}
@@ -114,20 +118,25 @@ def test_fast_products_in_bf16(cast: bool, n_rows: int, way: str, monkeypatch: p
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
-def test_compiled_equals_uncached_and_changed_weights_are_compiled_again() -> None:
-    """One compilation serves prompts of all lengths, beyond block_size, until the weights change."""
-    raw = rough_model(n_layer=1, block_size=8)
+def test_compiled_equals_uncached() -> None:
+    """One compilation serves prompts of all lengths, beyond block_size."""
+    raw, n_compiled = rough_model(n_layer=1, block_size=8), counters["stats"]["unique_graphs"]
+    for lengths, n in (((3, 5), 20), ((2, 4), 19)):
+        prompts = [random_ids(length, seed=length).tolist() for length in lengths]
+        expected = [uncached(raw, p, n, seed) for seed, p in enumerate(prompts)]
+        assert tokens_of(raw, prompts, n, compile=True) == expected
+    assert counters["stats"]["unique_graphs"] == n_compiled + 1
+
+
+def test_changed_weights_are_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler, which is replaced here, makes them constants."""
+    graphs, raw = torch._dynamo.testing.CompileCounter(), rough_model(n_layer=1, block_size=8)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
     optimizer = torch.optim.AdamW(raw.parameters(), lr=0.1, fused=True)
-    prompts = [random_ids(n, seed=n).tolist() for n in (3, 5)]
-    n_compiled = counters["stats"]["unique_graphs"]
-    for _ in range(2):
-        for n_cut in (0, 1):
-            cut = [p[n_cut:] for p in prompts]
-            n = 20 - n_cut
-            expected = [uncached(raw, p, n, seed) for seed, p in enumerate(cut)]
-            assert tokens_of(raw, cut, n, compile=True) == expected
-        n_compiled += 1
-        assert counters["stats"]["unique_graphs"] == n_compiled
+    for n_compiled in (1, 2):
+        for n in (6, 7):
+            tokens_of(raw, [[1, 2, 3]], n, compile=True)
+            assert graphs.frame_count == n_compiled
         for p in raw.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()  # a fused optimizer does not increment the version of a tensor

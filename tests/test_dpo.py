@@ -1,4 +1,4 @@
-"""dpo.py: pairs, losses worked by hand, sums that no split changes, the cached reference, and whole runs."""
+"""dpo.py: pairs, losses, sums that no split changes, the cached reference, whole runs. See test_finetune.py too."""
 
 import math
 import random
@@ -14,8 +14,8 @@ import harness
 import numpy as np
 import pytest
 import torch
-from harness import ALONE, ForkServer, losses, notes, read_log, write_rows
-from torch import Tensor
+from harness import ALONE, losses, notes, read_log, write_rows
+from test_finetune import configure
 
 import dpo
 from dpo import Pair
@@ -61,28 +61,6 @@ def test_preferred_selects_chosen_and_unusable_pairs_are_counted(tmp_path: Path,
     assert "explanation (9 rows)" in unused
     for text in ("7 of 9", "3 with a blank response", "1 with equal responses", "3 with a preference"):
         assert text in message
-
-
-def test_rows_with_chosen_and_rejected(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    texts = [("one", "yes", "no"), ("two", " x", "y "), ("three", "x", "x")]
-    rows = [dict(zip(("prompt", "chosen", "rejected"), text)) for text in texts]
-    assert dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows)) == [
-        (Row(p, "", chosen), rejected) for p, chosen, rejected in texts[:2]
-    ]
-    assert "1 of 3" in log.messages[0]
-
-
-UNUSABLE = [([dict(question="q", answer="a")], ["answer, question", "response_a", "chosen"])]
-UNUSABLE += [([], ["(none)", "prompt"])]
-UNUSABLE += [([row("a", "yes", "yes"), row("b", "", "no"), row("c", "x", "y", "?")], ["no usable row", "1 with equal"])]
-
-
-@pytest.mark.parametrize("rows, words", UNUSABLE, ids=["unknown fields", "no rows", "all dropped"])
-def test_unusable_rows_are_refused(tmp_path: Path, rows: list[dict], words: list[str]) -> None:
-    source = write_rows(tmp_path / "bad.jsonl", rows)
-    with pytest.raises(ValueError) as error:
-        dpo.read_pairs(source)
-    assert [word for word in [source, *words] if word not in str(error.value)] == []
 
 
 def test_kind_of_rows_is_decided_by_all_rows(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
@@ -155,46 +133,8 @@ def test_pairs_are_truncated_to_the_sequence_length(log: pytest.LogCaptureFixtur
         dpo.tokenize_pairs(pairs[-1:], 19, BYTES, "pairs.jsonl")
 
 
-def test_micro_batches_are_longest_first_and_equally_many_on_every_rank() -> None:
-    """Row i of the chosen half, row i of the rejected half and row i of the reference are of the same pair."""
-    pairs = [Pair(Example(np.arange(n), 2), Example(np.arange(3, 7), 1), (float(-n), 0.5)) for n in (4, 9, 6, 8, 5)]
-    parts = [dpo.collate_pairs(pairs, 2, ALONE._replace(rank=rank, world_size=3)) for rank in range(3)]
-    assert [[batch["n"] for batch in part] for part in parts] == [[2], [2], [1]]
-    for lengths, (batch,) in zip(([9, 5], [8, 4], [6]), parts):
-        n, W = len(lengths), max(lengths) - 1
-        assert batch["x"].shape == batch["y"].shape == (4, W)
-        assert (batch["y"] >= 0).any(dim=1).tolist() == ([True] * n + [False] * (2 - n)) * 2
-        assert batch["reference"].tolist() == [[-length, 0.5] for length in lengths] + [[0.0, 0.0]] * (2 - n)
-        for i, length in enumerate(lengths):
-            assert torch.equal(batch["y"][i], torch.tensor([-100, *range(2, length), *[-100] * (W + 1 - length)]))
-            assert batch["y"][2 + i].tolist() == [4, 5, 6, *[-100] * (W - 3)]
-    assert (parts[2][0]["y"][[1, 3]] == -100).all()  # the empty rows of the last rank
-
-
 # -----------------------------------------------------------------------------
 # Losses
-
-LN3 = math.log(3)  # sigmoid(LN3) = 3/4 and sigmoid(-LN3) = 1/4
-
-
-@pytest.mark.parametrize(
-    "loss, changed, expected, at_zero",
-    [
-        ("sigmoid", dict(), math.log(4 / 3), math.log(2)),
-        ("sigmoid", dict(label_smoothing=0.25), 0.75 * math.log(4 / 3) + 0.25 * math.log(4), math.log(2)),
-        ("robust", dict(), math.log(4 / 3), math.log(2)),
-        ("robust", dict(label_smoothing=0.25), 1.5 * math.log(4 / 3) - 0.5 * math.log(4), math.log(2)),
-        ("hinge", dict(), 0.0, 1.0),  # beta times the logit is 1.0986, beyond the margin
-        ("hinge", dict(beta=0.25), 1 - LN3 / 2, 1.0),
-        ("ipo", dict(), (1.5 * LN3 / 3 - (-0.5 * LN3) / 2 - 1) ** 2, 1.0),  # 3 and 2 tokens; 1 / (2 beta) = 1
-    ],
-    ids=str,
-)
-def test_losses_worked_by_hand(loss: Any, changed: dict, expected: float, at_zero: float) -> None:
-    cfg = dpo.Config(**dict(loss=loss, beta=0.5) | changed)
-    chosen, rejected = torch.tensor([1.5 * LN3, 0.0]), torch.tensor([-0.5 * LN3, 0.0])  # logits 2 ln 3, and 0
-    got = dpo.preference_loss(chosen, rejected, torch.tensor([[3, 1], [2, 1]]), cfg).tolist()
-    assert got == pytest.approx([expected, at_zero], abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -274,33 +214,6 @@ def test_loss_with_rpo_term_and_metrics_worked_one_by_one(loss: Any) -> None:
     np.testing.assert_allclose(dpo.reference_logps(raw, pairs, 3, ALONE), logps, atol=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
-def test_no_split_changes_loss_or_gradient(loss: Any) -> None:
-    """Micro-batches and ranks, also more ranks than pairs, and a number of pairs that they do not divide."""
-    pairs, cfg = random_pairs(5), dpo.Config(loss=loss, beta=0.2, rpo_alpha=0.5)
-
-    def sums(world_size: int, B: int) -> tuple[int, Tensor, Tensor]:
-        """The number of pairs, the loss with the metrics, and the gradient."""
-        raw, n, values = tiny().double(), 0, torch.zeros(8)
-        ranks = [ALONE._replace(rank=rank, world_size=world_size) for rank in range(world_size)]
-        parts = [dpo.collate_pairs(pairs, B, rt) for rt in ranks]
-        # ranks wait for each other after every micro-batch
-        assert len({tuple(len(batch["reference"]) for batch in part) for part in parts}) == 1
-        for batch in (batch for part in parts for batch in part):
-            loss, metrics = dpo.dpo_loss(raw, batch, cfg)
-            loss.backward()
-            n, values = n + batch["n"], values + torch.stack([loss.detach(), *metrics.values()])
-        return n, values, torch.cat([p.grad.flatten() for p in raw.parameters()])
-
-    n, values, gradient = sums(1, 5)
-    assert n == 5 and gradient.abs().max() > 1e-2
-    for world_size, B in ((1, 1), (1, 2), (2, 1), (2, 8), (3, 2), (8, 3)):
-        got = sums(world_size, B)
-        assert got[0] == 5
-        torch.testing.assert_close(got[1], values, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(got[2], gradient, rtol=1e-6, atol=1e-6)
-
-
 # -----------------------------------------------------------------------------
 # Whole runs on a toy rule: "yes" is better than "no"
 
@@ -312,17 +225,13 @@ def toy_rows() -> list[dict[str, str]]:
     return [dict(prompt=prompt, response_a=a, response_b=b, preferred=p) for prompt, a, b, p in rows]
 
 
-def write_start(folder: Path, seed: int = 0, stage: str = "sft") -> str:
-    return str(harness.write_model(folder, tiny(seed, 0.1), stage))
-
-
 @pytest.fixture
 def cfg(tmp_path: Path) -> dpo.Config:
     """A configuration that trains in a second."""
-    start, rows = write_start(tmp_path / "sft"), write_rows(tmp_path / "pairs.jsonl", toy_rows())
-    steps = dict(B=4, pairs_per_step=8, max_steps=12, max_lr=1e-3, save_every=4, device="cpu", precision="fp32")
-    evaluation = dict(val_frac=0.2, eval_every=5, n_eval_prompts=3, prompts=("a?",), answer_tokens=5)
-    return dpo.Config(checkpoint=start, data=rows, out_dir=str(tmp_path / "out"), **steps, **evaluation)
+    start = str(harness.write_model(tmp_path / "sft", tiny(scale=0.1), "sft"))
+    rows = write_rows(tmp_path / "pairs.jsonl", toy_rows())
+    changed = dict(B=4, max_lr=1e-3, rpo_alpha=0.0, save_every=4, eval_every=5, n_eval_prompts=3, prompts=("a?",))
+    return replace(configure("dpo", tmp_path), checkpoint=start, data=rows, **changed)
 
 
 def start_again(folder: Path) -> None:
@@ -331,10 +240,10 @@ def start_again(folder: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("changed", [*(dict(loss=loss) for loss in LOSSES), dict(lora_rank=8)], ids=str)
-def test_first_loss_is_that_of_equal_models_and_margins_grow(cfg: dpo.Config, changed: dict) -> None:
-    folder = train(cfg, max_steps=15, max_lr=3e-3, n_eval_prompts=0, prompts=(), **changed)
-    at_zero = dict(hinge=1.0, ipo=25.0).get(changed.get("loss", ""), math.log(2))
+@pytest.mark.parametrize("loss", LOSSES)
+def test_first_loss_is_that_of_equal_models_and_margins_grow(cfg: dpo.Config, loss: Any) -> None:
+    folder = train(cfg, max_steps=15, max_lr=3e-3, n_eval_prompts=0, prompts=(), loss=loss)
+    at_zero = dict(hinge=1.0, ipo=25.0).get(loss, math.log(2))
     log = {name: float(value) for (step, name), value in read_log(folder).items() if step == 0}
     assert log["preference"] == log["train"] == pytest.approx(at_zero, rel=1e-6)
     assert log["val"] == log["val/preference"] == pytest.approx(at_zero, rel=1e-6)
@@ -353,9 +262,6 @@ def test_rule_is_learned(cfg: dpo.Config, tmp_path: Path) -> None:
         value = {name: losses(folder, prefix + name)[step] for name in METRICS}
         assert value["rewards/chosen"] > 0.5 and value["rewards/rejected"] < -0.2
         assert value["rewards/accuracies"] == 1 and value["preference"] < 0.5
-        assert value["rewards/margins"] == pytest.approx(value["rewards/chosen"] - value["rewards/rejected"])
-    logps = losses(folder, "val/logps/chosen")  # a reward is beta times the log-ratio
-    assert 0.1 * (logps[60] - logps[0]) == pytest.approx(losses(folder, "val/rewards/chosen")[60], abs=1e-4)
     assert losses(folder, "begins")[0] == 0 and losses(folder, "begins")[60] == 0.5
     assert losses(folder, "exact")[0] == 0 and losses(folder, "exact")[60] == 1
     assert "> a? -> yes\n" in notes(folder).replace("\\n", "\n") + "\n"
@@ -367,21 +273,14 @@ def test_files_and_position_of_a_run_that_is_extended(cfg: dpo.Config) -> None:
     assert {path: path.read_bytes() for path in Path(cfg.checkpoint).iterdir()} == start
     (reference,) = folder.glob("reference_*.npz")
     names = {"best.pt", "ckpt_000010.pt", "ckpt_000012.pt", "log.txt", reference.name}
-    assert {path.name for path in folder.iterdir()} == names  # margins grow: the best is the last
+    assert {path.name for path in folder.iterdir()} == names
     assert losses(folder, "val").keys() == {0, 5, 10, 12} and losses(folder, "lr").keys() == set(range(12))
-    best, last = checkpoint.read(folder / "best.pt"), checkpoint.read(folder / "ckpt_000012.pt")
-    assert (best.step, best.optimizers) == (12, None)
-    assert (last.stage, last.step) == ("dpo", 12)
+    best, last = checkpoint.read(folder / "best.pt"), checkpoint.read_newest(folder)
+    assert best.step == 12 and last.stage == "dpo"  # margins grow: the best is the last
     assert last.scores["val"] == pytest.approx(losses(folder, "val")[12])
-    assert checkpoint.load_model(str(folder)).step == 12
-    # a pair is 13 tokens of prompt twice, "yes" and "no"; end-of-text is a target only: 16 + 15 inputs, without padding
-    assert losses(folder, "tokens") == {step: step * 8 * 31 for step in (0, 5, 10, 12)}
-
-    train(cfg)  # a finished run is only evaluated once more
-    assert checkpoint.read(folder / "ckpt_000012.pt").seconds == last.seconds
-    assert losses(folder).keys() == set(range(12))
-    train(cfg, pairs_per_step=5, max_steps=14)  # continues at the same position
+    train(cfg, pairs_per_step=5, max_steps=14)
     ckpt = checkpoint.read_newest(folder)
+    # a pair is 13 tokens of prompt twice, "yes" and "no"; end-of-text is a target only: 16 + 15 inputs, without padding
     assert (ckpt.step, ckpt.n_sequences, ckpt.n_tokens) == (14, 106, 106 * 31)
     # checkpoints of format 1 hold the loss, the margin and the step of the best evaluation
     torch.save(vars(ckpt) | dict(format=1, scores=dict(best=(0.01, 0.5, 12))), folder / "ckpt_000014.pt")
@@ -411,7 +310,7 @@ def test_reference_is_computed_once(cfg: dpo.Config, tmp_path: Path, monkeypatch
     monkeypatch.setattr(dpo, "reference_logps", lambda *args: pytest.fail("computed again"))
     train(cfg)
     assert read_log(folder) == first and "computing the reference" not in notes(folder)
-    other = write_start(tmp_path / "other", seed=1)
+    other = str(harness.write_model(tmp_path / "other", tiny(1, 0.1), "sft"))
     for changed in (dict(T=15), dict(precision="bf16"), dict(checkpoint=other)):  # have another reference
         start_again(folder)
         with pytest.raises(pytest.fail.Exception):
@@ -465,68 +364,3 @@ def test_damaged_reference_is_computed_again_from_the_start(cfg: dpo.Config) -> 
         assert "computing the reference" in notes(resumed) and min(losses(resumed)) == 8
         assert (resumed / path.name).read_bytes() == good
         harness.assert_same_run(resumed, folder, from_step=8)
-
-
-# -----------------------------------------------------------------------------
-# Interrupted runs and several ranks
-
-
-@pytest.mark.parametrize("changed, moments", [(dict(), [0, 7, 13]), (dict(lora_rank=2), [2, 9])], ids=["all", "lora"])
-def test_killed_and_resumed_run_equals_uninterrupted_run(
-    cfg: dpo.Config, server: ForkServer, changed: dict, moments: list[int]
-) -> None:
-    cfg = replace(cfg, max_steps=60, eval_every=9, save_every=5, max_lr=5e-3, rpo_alpha=0.5, **changed)
-    folder = harness.kill_and_resume(server, "dpo", replace(cfg, out_dir=cfg.out_dir + "-killed"), moments)
-    harness.assert_same_run(folder, train(cfg))
-    assert (folder / "best.pt").is_file()
-
-
-def test_two_ranks_equal_one(cfg: dpo.Config, server: ForkServer) -> None:
-    """With another micro-batch size and an odd number of pairs per step, so that one rank has an empty row."""
-    cfg = replace(cfg, pairs_per_step=5, max_steps=8, rpo_alpha=0.5, max_lr=3e-3)
-    one, two = train(cfg), Path(cfg.out_dir + "-two")
-    server.run("dpo", harness.command_line(replace(cfg, B=2, out_dir=str(two))), n_ranks=2)
-    assert "world_size=2" in notes(two) and losses(two).keys() == set(range(8))
-    names = ("train", "val", "norm", "exact", "tokens", *METRICS, *(f"val/{name}" for name in METRICS))
-    harness.assert_close_runs(two, one, names)
-    np.testing.assert_allclose(read_reference(two), read_reference(one), atol=1e-4)
-    assert [path.name for path in two.glob("*.npz")] == [path.name for path in one.glob("*.npz")]
-
-
-# -----------------------------------------------------------------------------
-# Refusals
-
-OPTIONS = [dict(beta=0.0), dict(beta=math.nan), dict(rpo_alpha=-1.0), dict(pairs_per_step=0), dict(T=49)]
-OPTIONS += [dict(label_smoothing=-0.1)] + [dict(label_smoothing=0.1, loss=loss) for loss in ("hinge", "ipo")]
-OPTIONS += [dict(label_smoothing=0.5, loss=loss) for loss in ("sigmoid", "robust")]
-
-
-@pytest.mark.parametrize("changed", OPTIONS, ids=str)
-def test_invalid_options_are_refused(cfg: dpo.Config, changed: dict) -> None:
-    name, value = next(iter(changed.items()))
-    harness.refused(dpo.main, cfg, f"--{name}={value}", **changed)
-
-
-def test_one_prompt_needs_held_out_pairs(cfg: dpo.Config, tmp_path: Path) -> None:
-    same = write_rows(tmp_path / "same.jsonl", [row("a", "yes", "no"), row(" a", "yes", "never")])
-    harness.refused(dpo.main, cfg, "2 rows have the same prompt", "--val_data", data=same)
-    folder = train(cfg, data=same, val_data=cfg.data, max_steps=1)
-    assert "2 pairs to train on, 26 held out" in notes(folder)
-
-
-def test_checkpoints_of_other_stages_are_refused(cfg: dpo.Config, tmp_path: Path) -> None:
-    pretrained = write_start(tmp_path / "pretrained", stage="pretraining")
-    harness.refused(dpo.main, cfg, pretrained, "stage pretraining", "sft.py", checkpoint=pretrained)
-    assert not Path(cfg.out_dir).exists()
-    harness.refused(dpo.main, cfg, "of-sft", "dpo", out_dir=write_start(tmp_path / "of-sft"))
-
-
-def test_changed_batch_size_continues_the_order(cfg: dpo.Config) -> None:
-    harness.check_changed_batch_size(dpo.main, replace(cfg, rpo_alpha=1.0), "pairs_per_step", 1)
-
-
-def test_what_changes_the_curve_is_reported(cfg: dpo.Config) -> None:
-    rows = Path(cfg.data).read_text().splitlines(keepends=True)
-    changes = {"beta": dict(beta=0.3), "loss sigmoid -> ipo": dict(loss="ipo"), "max_lr": dict(max_lr=0.1)}
-    changes |= {"training_data": lambda: Path(cfg.data).write_text("".join(rows[1:])), "seed 1337 -> 5": dict(seed=5)}
-    harness.check_changes_are_reported(dpo.main, cfg, changes)

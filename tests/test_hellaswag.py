@@ -4,8 +4,6 @@ import json
 import math
 import random
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,6 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 from harness import ALONE, write_rows
-from torch import Tensor
 
 import hellaswag
 from neogpt import chat, config, data, hf, model, runtime
@@ -44,11 +41,11 @@ def make_rows(n: int, seed: int = 0) -> list[dict]:
     def text(low: int, high: int) -> str:
         return " ".join(rng.choice(words) for _ in range(rng.randint(low, high)))
 
-    rows = []
+    rows, ends = [], [".", "  ", " [title] end", " [step]", " [a\nb]."]
     for i in range(n):
         ctx_a = text(3, 25) + rng.choice([".", " [title] Go on.", "  ", " [step]"])
         ctx_b = rng.choice(["", text(1, 3)])
-        endings = [f"{rng.choice('abcdef')} {text(1, 12)}" + rng.choice([".", "  ", " [title] end"]) for _ in range(4)]
+        endings = [f"{rng.choice('abcdef')} {text(1, 12)}" + rng.choice(ends) for _ in range(4)]
         row = dict(ind=i, activity_label=rng.choice(["Cutting [x] grass", "Ärger"]), ctx_a=ctx_a, ctx_b=ctx_b)
         rows.append(row | dict(ctx=f"{ctx_a} {ctx_b}", endings=endings, label=rng.randrange(4)))
     return rows
@@ -130,13 +127,13 @@ def plain_scores(raw: model.GPT, rows: list[dict], style: str, tokenizer: tiktok
 def test_scores_equal_a_plain_scorer(
     style: str, name: str, block_size: int, attention: str, dtype: torch.dtype, tolerance: float, tmp_path: Path
 ) -> None:
-    tokenizer, rows = harness.get_tokenizer(name), make_rows(30)
+    tokenizer, rows = harness.get_tokenizer(name), make_rows(12)
     rows[0]["ctx"] = ""  # end-of-text takes its place
     n_tokens = tokenizer.n_vocab
     raw = make_model(n_tokens=n_tokens, vocab_size=n_tokens + 7, block_size=block_size, attention=attention).to(dtype)
     questions = load(rows, tmp_path, style, tokenizer, block_size)
     result, (expected, lengths) = hellaswag.evaluate(raw, questions, ALONE), plain_scores(raw, rows, style, tokenizer)
-    assert result.sums.shape == (30, 4) and result.sums.std() > 10
+    assert result.sums.shape == (12, 4) and result.sums.std() > 10
     assert np.abs(result.sums - expected).max() < tolerance
     for by in NORMS:
         assert (questions.length[by] == lengths[by]).all()
@@ -145,19 +142,14 @@ def test_scores_equal_a_plain_scorer(
         assert result.accuracy[by] == pytest.approx(np.mean(predictions == [row["label"] for row in rows]))
 
 
-def test_batch_size_does_not_change_scores(tmp_path: Path) -> None:
-    raw, questions = make_model(), load(make_rows(40), tmp_path)
-    reference, *results = (hellaswag.evaluate(raw, questions, ALONE, n_tokens=n) for n in (1, 3000, 10**9))
-    for result in results:
-        assert np.abs(result.sums - reference.sums).max() < 1e-4 and result.accuracy == reference.accuracy
-        assert all((result.predictions[by] == reference.predictions[by]).all() for by in NORMS)
-
-
-def test_batches_stay_below_n_tokens(tmp_path: Path) -> None:
+def test_batches_stay_below_n_tokens_and_do_not_change_scores(tmp_path: Path) -> None:
     raw, questions, shapes, n_rows = make_model(), load(make_rows(60), tmp_path), [], []
+    alone, together = (hellaswag.evaluate(raw, questions, ALONE, n_tokens=n) for n in (1, 10**9))
     raw.transformer.wte.register_forward_hook(lambda module, args, out: shapes.append(args[0].shape))
     raw.lm_head.register_forward_hook(lambda module, args, out: n_rows.append(len(out)))
-    hellaswag.evaluate(raw, questions, ALONE, n_tokens=600)
+    result = hellaswag.evaluate(raw, questions, ALONE, n_tokens=600)
+    for other in (alone, together):
+        assert np.abs(result.sums - other.sums).max() < 1e-4 and result.accuracy == other.accuracy
     lengths = [p.inputs.shape[1] for p in questions.packed]
     assert sum(B for B, _ in shapes) == 60 and len(shapes) > 5
     for B, T in shapes:
@@ -176,56 +168,16 @@ def test_order_of_rows_does_not_change_a_bit(tmp_path: Path) -> None:
     assert (b.sums == a.sums[order]).all() and b.accuracy == a.accuracy
 
 
-@pytest.mark.parametrize("n_rows, world_size", [(40, 3), (1, 2), (3, 50)])
-def test_ranks_compute_every_sum_once(n_rows: int, world_size: int, tmp_path: Path, monkeypatch: Patch) -> None:
-    raw, questions = make_model(block_size=90), load(make_rows(n_rows), tmp_path, block_size=90)
-    alone, parts = hellaswag.evaluate(raw, questions, ALONE, n_tokens=1000), []
-
-    def all_reduce_sum(x: Tensor, rt: runtime.Runtime) -> Tensor:
-        parts.append(x.clone())
-        return x
-
-    monkeypatch.setattr(runtime, "all_reduce_sum", all_reduce_sum)
-    for rank in range(world_size):
-        hellaswag.evaluate(raw, questions, ALONE._replace(rank=rank, world_size=world_size), n_tokens=1000)
-    assert (sum(parts).numpy().reshape(-1, 4) == alone.sums).all()
-    assert ((torch.stack(parts) != 0).sum(0) == 1).all()
-
-
-def test_two_processes_equal_one(tmp_path: Path, capsys: Capture) -> None:
-    rows, run = write_rows(tmp_path / "rows.jsonl", make_rows(25)), harness.write_model(tmp_path / "run", make_model())
-    cfg = hellaswag.Config(checkpoint=str(run), data=str(rows), out=str(tmp_path / "one.jsonl"), device="cpu")
+@pytest.mark.parametrize("n_rows", [25, 1])  # 1: fewer rows than ranks
+def test_two_processes_equal_one(n_rows: int, tmp_path: Path, server: harness.ForkServer) -> None:
+    rows, run = (
+        write_rows(tmp_path / "rows.jsonl", make_rows(n_rows)),
+        harness.write_model(tmp_path / "run", make_model()),
+    )
+    cfg = hellaswag.Config(checkpoint=str(run), data=rows, out=str(tmp_path / "one.jsonl"), device="cpu")
     hellaswag.main(cfg)
-    printed = capsys.readouterr().out.splitlines()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "hellaswag.py"]
-    args = harness.command_line(replace(cfg, out=str(tmp_path / "two.jsonl")))
-    two = subprocess.run([*launch, *args], cwd=harness.ROOT, env=harness.ENV, capture_output=True, text=True)
-    assert two.returncode == 0, two.stderr
+    server.run("hellaswag", harness.command_line(replace(cfg, out=str(tmp_path / "two.jsonl"))), n_ranks=2)
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
-    assert [line for line in two.stdout.splitlines() if "Gloo" not in line] == printed  # once, not once per rank
-
-
-MARKUP = {
-    "  spaces around ": "spaces around",
-    "[header] How to go [title] Stand up. [step] Walk": " How to go. Stand up. Walk",
-    "ends with [step]": "ends with ",  # the text is stripped before the markup is removed
-    "two  three   four    ": "two three  four",
-    "a [b] [c] d": "a  d",  # three spaces become two
-    "a [x\ny] b": "a [x\ny] b",  # `.` does not match a line end
-    "Où est la forêt ? [title] Là": "Où est la forêt ?. Là",
-}
-
-
-def test_texts_of_both_styles() -> None:
-    def texts(style: hellaswag.Style, **changes: str) -> tuple[str, list[str]]:
-        return hellaswag.texts(hellaswag.Row("row 1", 0, 1, fields | changes), style)
-
-    fields = dict(activity_label="Sitting", ctx="He [x]", ctx_a="He sits.", ctx_b="then HE", endings=[*MARKUP])
-    assert texts("completion") == ("He [x]", [*MARKUP])
-    # str.capitalize also converts the rest to lower case
-    assert texts("harness") == ("Sitting: He sits. Then he", [*MARKUP.values()])
-    assert texts("harness", ctx_b="")[0] == "Sitting: He sits."
-    assert texts("harness", ctx_b="ÉTÉ")[0] == "Sitting: He sits. Été"
 
 
 def test_tokens_of_both_styles() -> None:
@@ -289,13 +241,6 @@ def test_rows_without_label_are_skipped(tmp_path: Path) -> None:
     assert [row.index for row in hellaswag.read_rows(str(tmp_path / "rows.jsonl"), 2)] == [0, 2]
     with pytest.raises(ValueError, match="rows.jsonl"):
         load([no_label, GOOD | dict(label="")], tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", json.dumps(GOOD).encode()[:-20], b"[1, 2]\n", b"\xff\xfe\x00"])
-def test_unreadable_file_is_named(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match="rows.jsonl"):
-        hellaswag.read_rows(str(tmp_path / "rows.jsonl"), None)
 
 
 def test_validation_split_of_the_hub(monkeypatch: Patch) -> None:

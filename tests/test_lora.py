@@ -168,12 +168,6 @@ def test_files_equal_those_of_peft(folder: Path) -> None:
     assert shapes == expected and len(shapes) == N_MATRICES
 
 
-def test_adapter_folder_is_a_model(folder: Path, idx: Tensor) -> None:
-    raw, tokenizer, stage, _ = checkpoint.load_model(str(folder))
-    torch.testing.assert_close(logits_of(raw, idx), logits_of(adapted_model(), idx), rtol=0, atol=1e-5)
-    assert (tokenizer.name, stage) == ("bytes", "sft")
-
-
 BAD = [dict(peft_type="IA3"), dict(r=0), dict(r="four"), dict(r=None), dict(lora_alpha="x"), dict(r=2), dict(r=10**13)]
 BAD += [dict(use_dora=True), dict(use_rslora=True), dict(rank_pattern={"c_fc": 2}), dict(bias="all")]
 BAD += [dict(base_model_name_or_path=None), dict(init_lora_weights="pissa_niter_16")]
@@ -191,8 +185,6 @@ def test_damaged_adapters_are_refused(folder: Path) -> None:
     good, name = load_file(weights), "base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"
     save_file(good | {name: torch.zeros(48, 5)}, weights)
     refused(folder, r"c_attn.lora_B.*\(48, 5\).*\(48, 4\)")
-    save_file({k: w for k, w in good.items() if k != name}, weights)
-    refused(folder, r"c_attn.lora_B.*None.*\(48, 4\)")
     save_file({k: w for k, w in good.items() if "lora_A" not in k}, weights)
     refused(folder, "r=4")
     weights.write_bytes(weights.read_bytes()[:100])

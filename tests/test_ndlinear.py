@@ -61,12 +61,6 @@ def test_mlp_equals_its_literal_order() -> None:
     torch.testing.assert_close(mlp(x), literal, rtol=0, atol=1e-6 * literal.abs().max().item())
 
 
-def test_sizes_have_the_published_counts() -> None:
-    for name, n_params in (("ndgpt2-96m", 96_146_004), ("ndgpt2-82m", 81_981_156)):
-        with torch.device("meta"):
-            assert GPT(GPTConfig(**SIZES[name])).n_params() == n_params
-
-
 @pytest.mark.parametrize("size", ["demo", "gpt2"])
 def test_initial_output_is_as_large_as_the_dense_mlps(size: str) -> None:
     torch.manual_seed(4)

@@ -1,19 +1,18 @@
-"""sft.py: whole runs, parity with transformers, killed, resumed, on two ranks, with adapters, and refused."""
+"""sft.py: whole runs, parity with transformers, adapters, and rows that do not fit. See test_finetune.py too."""
 
 import math
-import random
 import re
 import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import harness
 import pytest
 import torch
-from harness import ForkServer, losses, notes, tiny_model, write_rows
+from harness import losses, notes, tiny_model, write_rows
 from safetensors.torch import load_file
+from test_finetune import LORA, configure, make_rows
 from torch import Tensor, nn
 
 import sft
@@ -21,36 +20,14 @@ from neogpt import chat, checkpoint, data, hf, runtime, training
 from sft import Config
 
 BYTES = data.get_tokenizer("bytes")
-NAMES = ["Ada", "Leo", "Rosa", "Mona", "Jasper", "Cora", "Otto", "Ida"]
-THINGS = ["hat", "nut", "jug", "pen", "soup", "coat"]
-LORA = dict(lora_rank=2, lora_alpha=8.0)
-KINDS = {"plain": {}, "adapters and packing": LORA | dict(packing=True)}
-tune, refused = partial(harness.train, sft.main), partial(harness.refused, sft.main)
-
-
-def make_rows(n: int) -> list[dict[str, str]]:
-    """Rows of different lengths, every other one with a context."""
-    rng, rows = random.Random(0), []
-    for i in range(n):
-        name, thing = rng.choice(NAMES), rng.choice(THINGS)
-        response = f"The {thing}." if i % 3 else f"\n{name} has the {thing}, and then {name} sleeps."
-        context = f"{name} has a {thing}." if i % 2 else ""
-        rows.append(dict(instruction=f"What does {name} have {i}?", context=context, response=response))
-    return rows
-
-
-def write_base(folder: Path, stage: str = "pretraining", **shape: Any) -> str:
-    """A checkpoint of a random model with sequences of up to 96 tokens; its folder."""
-    return str(harness.write_model(folder, tiny_model(**dict(n_layer=1, block_size=96) | shape), stage))
+NAMES = ["Ada", "Leo", "Rosa", "Mona", "Jasper", "Cora"]
+tune = partial(harness.train, sft.main)
 
 
 @pytest.fixture
 def cfg(tmp_path: Path) -> Config:
     """A configuration that trains in a second: 32 rows to train on, 8 held out."""
-    paths = dict(checkpoint=write_base(tmp_path / "base"), data=write_rows(tmp_path / "rows.jsonl", make_rows(40)))
-    steps = dict(val_frac=0.2, rows_per_step=8, B=3, max_steps=12, max_lr=5e-3, eval_every=4, save_every=3)
-    answers = dict(prompts=("What does Ada have?",), answer_tokens=6)
-    return Config(out_dir=str(tmp_path / "out"), device="cpu", precision="fp32", **paths, **steps, **answers)
+    return replace(configure("sft", tmp_path), B=3, n_eval_prompts=0)
 
 
 # -----------------------------------------------------------------------------
@@ -58,7 +35,8 @@ def cfg(tmp_path: Path) -> Config:
 
 
 def test_rows_are_memorized_and_files_written(cfg: Config, tmp_path: Path) -> None:
-    rows = [dict(prompt=f"{name}?", response=f"A {thing}.") for name, thing in zip(NAMES, THINGS)]
+    things = ["hat", "nut", "jug", "pen", "soup", "coat"]
+    rows = [dict(prompt=f"{name}?", response=f"A {thing}.") for name, thing in zip(NAMES, things)]
     path = write_rows(tmp_path / "few.jsonl", rows)
     few = dict(data=path, val_data=path, rows_per_step=6, n_eval_prompts=6, prompts=("Leo?",), answer_tokens=12)
     folder = tune(cfg, **few, max_steps=120, eval_every=60, save_every=50, max_lr=2e-2)
@@ -91,7 +69,7 @@ def test_run_equals_plain_loop_with_transformers(cfg: Config, tmp_path: Path, B:
         total, n = torch.zeros(()), 0
         for row in rows:
             context = f"Context:\n{row['context']}\n" if row["context"] else ""
-            prompt = f"{row['instruction']}\n{context}Response:\n".encode()
+            prompt = f"{row['prompt']}\n{context}Response:\n".encode()
             target = [*row["response"].encode(), BYTES.eot_token]
             labels = torch.tensor([[-100] * len(prompt) + target])
             mean = net(torch.tensor([[*prompt, *target]]), labels=labels).loss
@@ -133,32 +111,15 @@ def test_best_checkpoint_has_the_lowest_held_out_loss(cfg: Config, tmp_path: Pat
     assert not (resumed / "best.pt").exists()
 
 
-def test_seed_determines_training_and_evaluations_do_not_change_it(cfg: Config) -> None:
-    often = tune(cfg, eval_every=1, save_every=1, n_eval_prompts=4)
-    never = tune(cfg, eval_every=100, save_every=100, prompts=(), out_dir=cfg.out_dir + "2")
-    other = tune(cfg, seed=1, max_steps=2, out_dir=cfg.out_dir + "3")
-    for name in ("train", "norm", "lr"):
-        assert losses(often, name) == losses(never, name) and len(losses(often, name)) == 12
-    for name in ("train", "val"):  # another order, and another split
-        assert losses(often, name)[0] != losses(other, name)[0]
-
-
 @pytest.mark.parametrize("packing", [False, True])
-def test_tokens_do_not_count_padding(cfg: Config, tmp_path: Path, packing: bool, capsys: pytest.CaptureFixture) -> None:
+def test_tokens_do_not_count_padding(cfg: Config, tmp_path: Path, packing: bool) -> None:
     """One long row and many short ones: most of an unpacked batch is padding."""
     rows = [dict(prompt=f"{name}?", response="x" * 60 * (name == "Leo") + "yes") for name in NAMES]
     n_tokens = sum(len(chat.prompt_text(row["prompt"]) + row["response"]) for row in rows)  # bytes
     path = write_rows(tmp_path / "uneven.jsonl", rows)
-    cfg = replace(cfg, data=path, val_data=path, eval_every=1, B=8, packing=packing)
-    folder = tune(cfg, rows_per_step=8, max_steps=2)
+    settings = dict(data=path, val_data=path, eval_every=1, B=8, packing=packing)
+    folder = tune(cfg, **settings, rows_per_step=len(rows), max_steps=2)
     assert losses(folder, "tokens") == {step: step * n_tokens for step in range(3)}
-    speeds = re.findall(r"([\d.]+) ms \| +([\d,]+) tok/s", capsys.readouterr().out)
-    assert [float(ms) / 1e3 * float(v.replace(",", "")) for ms, v in speeds] == pytest.approx([n_tokens] * 2, rel=0.1)
-    # resumed with other batch sizes, an epoch still has every row once
-    for rows_per_step, max_steps in ((2, 2), (1, 3), (3, 4)):
-        folder = tune(cfg, rows_per_step=rows_per_step, max_steps=max_steps, out_dir=cfg.out_dir + "2")
-    assert checkpoint.read(folder / "ckpt_000004.pt").n_sequences == 8
-    assert losses(folder, "tokens")[4] == n_tokens
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -173,39 +134,6 @@ def test_compiled_step_with_packing_has_one_shape(cfg: Config, packing: bool, mo
     assert asked == [dict(fullgraph=packing, dynamic=not packing)]
     assert shapes == {(3, 96)} if packing else len(shapes) > 1
     harness.assert_close_runs(folder, reference)
-
-
-# -----------------------------------------------------------------------------
-# Killed and resumed; two ranks
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_killed_and_resumed_run_equals_uninterrupted_run(cfg: Config, kind: str, server: ForkServer) -> None:
-    cfg = replace(cfg, max_steps=120, eval_every=11, save_every=5, n_eval_prompts=2, **KINDS[kind])
-    whole = tune(cfg)
-    killed = replace(cfg, out_dir=cfg.out_dir + "-killed")
-    harness.kill_and_resume(server, "sft", killed, moments=[8, 0, 13, 9], seed=len(kind))
-    harness.assert_same_run(Path(killed.out_dir), whole)
-    a, b = (checkpoint.read(Path(folder) / "best.pt") for folder in (killed.out_dir, whole))
-    assert harness.bits([a.step, a.model]) == harness.bits([b.step, b.model])
-
-
-@pytest.mark.parametrize("kind", [*KINDS, "fewer rows than ranks"])
-def test_two_ranks_equal_one(cfg: Config, kind: str, server: ForkServer) -> None:
-    odd = dict(rows_per_step=7, n_eval_prompts=3)  # one rank has a row less, and an empty sequence
-    few = dict(rows_per_step=1, n_eval_prompts=1, val_frac=0.001)  # one row per step, one held out
-    settings = odd | KINDS[kind] if kind in KINDS else few
-    cfg = replace(cfg, **settings, max_steps=6, eval_every=3, keep_last=9)
-    one, two = tune(cfg, B=7), Path(cfg.out_dir + "-two")
-    server.run("sft", harness.command_line(replace(cfg, B=2, out_dir=str(two))), n_ranks=2)
-    assert notes(two).count("world_size=2") == 1 and harness.n_losses(two) == 6  # only rank 0 writes
-    harness.assert_close_runs(two, one, ("train", "val", "accuracy", "exact", "ended", "tokens"))
-    a, b = (checkpoint.read(folder / "best.pt").model for folder in (one, two))
-    assert max((a[name] - b[name]).abs().max().item() for name in a) < 1e-3  # AdamW divides by tiny roots
-
-
-# -----------------------------------------------------------------------------
-# Adapters and other models
 
 
 def test_adapters_are_saved_merged_and_in_a_folder(cfg: Config) -> None:
@@ -224,23 +152,6 @@ def test_adapters_are_saved_merged_and_in_a_folder(cfg: Config) -> None:
     assert losses(folder)[11] < losses(folder)[0]
 
 
-@pytest.mark.parametrize("lora_rank", [0, 2])
-def test_ndlinear_model_is_tuned(cfg: Config, tmp_path: Path, lora_rank: int) -> None:
-    folder = tune(cfg, checkpoint=write_base(tmp_path / "nd", mlp="ndlinear"), lora_rank=lora_rank)
-    assert losses(folder)[11] < losses(folder)[0]
-
-
-def test_adapters_of_a_pruned_model_are_refused(cfg: Config, tmp_path: Path) -> None:
-    """Merged, they would fill its zeros."""
-    raw = tiny_model(n_layer=1, block_size=96)
-    raw.transformer.h[0].mlp.c_fc.weight.data[::2] = 0
-    refused(cfg, "--lora_rank=2", checkpoint=str(harness.write_model(tmp_path / "pruned", raw)), lora_rank=2)
-
-
-# -----------------------------------------------------------------------------
-# Truncated, dropped and unusable rows
-
-
 def test_context_is_truncated_before_the_response(capsys: pytest.CaptureFixture) -> None:
     runtime.setup("cpu", "fp32")
     context, response = "".join(f"Ada met Leo {i} times. " for i in range(20)), "\nThey met often."
@@ -251,88 +162,15 @@ def test_context_is_truncated_before_the_response(capsys: pytest.CaptureFixture)
         assert prompt.decode() == chat.prompt_text("Who?", context[:n_kept])
         assert target == [*response.encode(), BYTES.eot_token] and example.n_inputs == T
     assert not capsys.readouterr().out
-    (example,) = sft.make_examples([chat.Row("Who?", context, response * 9)], 60, BYTES, "rows")
+    rows = [chat.Row("Who?", context, response * 9), chat.Row("x" * 61, "", "the prompt is too long")]
+    (example,) = sft.make_examples(rows, 60, BYTES, "rows")
     prompt = chat.prompt_text("Who?").encode()
     assert bytes(example.ids.tolist()) == (prompt + response.encode() * 9)[:61] and example.n_prompt == len(prompt)
-    assert "rows: 1 rows with a response truncated to fit into 60" in capsys.readouterr().out
-
-
-def test_truncated_and_dropped_rows_are_counted(cfg: Config, tmp_path: Path) -> None:
-    rows = [("x" * 200, "the prompt is too long"), ("a", ""), ("b", "the response is too long " * 9), ("c", "fine")]
-    path = write_rows(tmp_path / "odd.jsonl", [dict(prompt=prompt, response=text) for prompt, text in rows])
-    noted = notes(tune(cfg, data=path, val_data=cfg.data, T=90, max_steps=1))
-    assert f"{path}: 1 of 4 rows dropped: 1 with a blank" in noted and f"{path}: 1 rows dropped" in noted
-    assert f"{path}: 1 rows with a response truncated to fit into 90" in noted
-    assert "2 rows to train on, 40 held out" in noted
-
-
-def test_unusable_data_is_refused(cfg: Config, tmp_path: Path) -> None:
-    blank, good = dict(prompt="a", response=" \n"), dict(prompt="b", response="c")
-    refused(cfg, "bad.jsonl", "3 with a blank", data=write_rows(tmp_path / "bad.jsonl", [blank] * 3))
-    long = [dict(prompt=letter * 100, response="c") for letter in "xyz"]
-    refused(cfg, "bad.jsonl", "96 tokens", data=write_rows(tmp_path / "bad.jsonl", long))
-    refused(cfg, "the same prompt", "--val_data", data=write_rows(tmp_path / "bad.jsonl", [good] * 3))
-    for name in ("data", "val_data"):
-        refused(cfg, "none.jsonl", **{name: str(tmp_path / "none.jsonl")})
-    assert not checkpoint.list_checkpoints(cfg.out_dir)
+    printed = capsys.readouterr().out
+    assert "rows: 1 rows with a response truncated to fit into 60" in printed and "rows: 1 rows dropped" in printed
 
 
 def test_unusual_prompts_are_answered(cfg: Config) -> None:
     prompts = ("", "日本\n<|endoftext|>", "longer than the 96 tokens of the model " * 5)
     folder = tune(cfg, max_steps=1, prompts=prompts, n_eval_prompts=99)
     assert len(re.findall(r"^#   > ", notes(folder), re.M)) == 2 * 3
-
-
-# -----------------------------------------------------------------------------
-# Refused runs
-
-
-def test_what_changes_the_curve_is_reported(cfg: Config, tmp_path: Path) -> None:
-    held_out = write_rows(tmp_path / "held_out.jsonl", make_rows(5))
-    changes = {"seed 1337 -> 5": dict(seed=5), "packing False -> True": dict(packing=True), "T 80 -> 70": dict(T=70)}
-    changes |= {"rows_per_step": dict(rows_per_step=2)}
-    changes |= {"training_data": lambda: write_rows(Path(cfg.data), make_rows(39))}
-    changes |= {"validation_data": lambda: write_rows(Path(held_out), make_rows(4))}
-    harness.check_changes_are_reported(sft.main, replace(cfg, val_data=held_out, T=80, rows_per_step=4), changes)
-
-
-def test_changed_batch_size_continues_the_order(cfg: Config, tmp_path: Path) -> None:
-    rows = [dict(prompt=f"What is {i}?", response=f"{i * i % 89:02d}") for i in range(20)]  # two letters, end-of-text
-    cfg = replace(cfg, data=write_rows(tmp_path / "equal.jsonl", rows))
-    harness.check_changed_batch_size(sft.main, cfg, "rows_per_step", 1)
-
-
-def test_other_weights_and_adapters_are_refused_on_resume(cfg: Config, tmp_path: Path) -> None:
-    other = write_base(tmp_path / "other", seed=1)
-    for kind in ({}, LORA):
-        out = dict(out_dir=f"{cfg.out_dir}-{len(kind)}", max_steps=3)
-        folder = tune(cfg, **out, **kind)
-        before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
-        refused(cfg, other, "weights", **out, **kind, checkpoint=other)
-        assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before
-    for changed in (dict(lora_rank=4), dict(lora_alpha=4.0), dict(lora_rank=0)):
-        ((name, value),) = changed.items()
-        refused(cfg, f"{name} {LORA[name]} -> {value}", **out, **LORA | changed)
-
-
-def test_unusable_checkpoints_and_folders_are_refused(cfg: Config, tmp_path: Path) -> None:
-    base = cfg.checkpoint
-    refused(cfg, f"--out_dir={base}", out_dir=base)
-    assert [path.name for path in Path(base).iterdir()] == ["ckpt_000007.pt"]
-    refused(cfg, "stage dpo", "pretraining", "sft", checkpoint=write_base(tmp_path / "dpo", "dpo"))
-    refused(cfg, "nowhere", "train_gpt2.py", checkpoint=str(tmp_path / "nowhere"))
-    assert not Path(cfg.out_dir).exists()
-    # a run is not continued from checkpoints of another stage
-    refused(cfg, "elsewhere", "sft", out_dir=write_base(tmp_path / "elsewhere"))
-    assert losses(tune(cfg, checkpoint=write_base(tmp_path / "sft", "sft"))).keys() == set(range(12))
-
-
-BAD = [dict(T=0), dict(T=97), dict(B=0), dict(rows_per_step=0), dict(max_steps=0), dict(epochs=0.0)]
-BAD += [dict(eval_every=0), dict(save_every=0), dict(keep_last=0), dict(n_eval_prompts=-1), dict(lora_rank=-1)]
-BAD += [dict(seed=-1), dict(val_frac=1.0), dict(warmup_frac=1.5), dict(max_lr=float("nan")), dict(device="gpu")]
-
-
-@pytest.mark.parametrize("changed", BAD, ids=str)
-def test_option_out_of_range_is_named(cfg: Config, changed: dict[str, Any]) -> None:
-    ((name, value),) = changed.items()
-    refused(cfg, f"--{name}={value} ", **changed)
