@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,32 +59,24 @@ def cfg(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 def samples(folder: Path) -> list[str]:
-    """All samples that a log shows."""
     return [line for line in notes(folder).splitlines() if line.startswith("#   > ")]
 
 
 def resume(folder: Path, whole: Path, step: int) -> Path:
-    """A folder with one checkpoint of another run."""
     folder.mkdir()
     shutil.copy(whole / f"ckpt_{step:06d}.pt", folder)
     return folder
 
 
-# -----------------------------------------------------------------------------
-# In other processes, on the model of the demo
-
-
 @pytest.fixture(scope="module")
 def long(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run of 110 steps that evaluates and saves often."""
-    small = dict(data=str(text), out_dir=str(tmp_path_factory.mktemp("whole")), T=64, B=2, total_batch_size=256)
-    often = dict(max_steps=110, warmup_steps=10, eval_every=8, save_every=5, val_tokens=512, n_samples=1)
-    return replace(train_gpt2.DEMO, **small, **often, sample_tokens=8, hellaswag_every=0, device="cpu")
+    small = dict(data=str(text), out_dir=str(tmp_path_factory.mktemp("whole")), model="demo-w32", T=64, B=2)
+    small |= dict(total_batch_size=256, max_steps=110, warmup_steps=10, eval_every=8, save_every=5, val_tokens=512)
+    return replace(train_gpt2.DEMO, **small, n_samples=1, sample_tokens=8, hellaswag_every=0, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(long: Config, server: harness.ForkServer) -> Path:
-    """The folder of the run that nothing has disturbed."""
     server.run(SCRIPT, harness.command_line(long))
     folder = Path(long.out_dir)
     assert list(losses(folder)) == list(range(110))
@@ -96,7 +87,8 @@ def uninterrupted(long: Config, server: harness.ForkServer) -> Path:
 def test_run_killed_ten_times_equals_uninterrupted_run(
     long: Config, server: harness.ForkServer, tmp_path: Path, uninterrupted: Path
 ) -> None:
-    moments = [5, 0, 13, 2, 9, 16, 1, 7, 4, 11]  # logged losses; 0: killed before its first step
+    # logged losses; 0: killed before its first step; more than 10: after its first checkpoint is written
+    moments = [5, 0, 13, 2, 9, 12, 1, 4, 3, 6]
     folder = harness.kill_and_resume(server, SCRIPT, replace(long, out_dir=str(tmp_path)), moments)
     assert notes(folder).count("continuing") >= 5
     harness.assert_same_run(folder, uninterrupted)
@@ -121,41 +113,32 @@ def test_run_stopped_by_signals_equals_uninterrupted_run(
     harness.assert_same_run(tmp_path, uninterrupted)
 
 
-def test_two_ranks_equal_one(long: Config, server: harness.ForkServer, tmp_path: Path) -> None:
-    one, two, moved = (tmp_path / name for name in ("one", "two", "moved"))
+def test_two_and_four_ranks_equal_one(long: Config, server: harness.ForkServer, tmp_path: Path) -> None:
+    one, two, four, resumed = (tmp_path / name for name in ("one", "two", "four", "resumed"))
     # at the demo's 1e-2, rounding grows tenfold in these steps of few tokens
-    settings = dict(max_steps=20, eval_every=10, save_every=10, keep_last=9, precision="fp32", max_lr=1e-3)
-    long = replace(long, **settings, n_samples=2)
+    settings = dict(max_steps=8, eval_every=4, save_every=4, keep_last=9, precision="fp32", max_lr=1e-3)
+    long = replace(long, **settings, model="demo", n_samples=2)  # large enough for two of DDP's groups of gradients
     server.run(SCRIPT, harness.command_line(replace(long, B=4, out_dir=str(one))))
+
+    resume(two, one, 4)
+    shutil.copy(one / "log.txt", two)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", train_gpt2.__file__]
     args = harness.command_line(replace(long, B=1, out_dir=str(two)))
     out = subprocess.run([sys.executable, *launch, *args], env=harness.ENV, capture_output=True, text=True)
     assert out.returncode == 0, out.stderr[-3000:]
-    assert "2 x cpu" in out.stdout and len(re.findall(r"step +0/20", out.stdout)) == 1  # only rank 0 prints
-    harness.assert_close_runs(two, one)  # other batches would differ by 1e-1
-    harness.assert_close_runs(two, one, ("norm",), abs=1e-3)  # the optimizers do not see the scale of gradients
+    assert "2 x cpu" in out.stdout and len(re.findall(r"step +4/8", out.stdout)) == 1  # only rank 0 prints
+    assert harness.n_losses(two) == 8 + 4
+    assert len(samples(one)) == 4 and samples(two)[4:6] == samples(one)[:2]  # of equal weights
 
-    resume(moved, one, 10)
-    shutil.copy(one / "log.txt", moved)
-    server.run(SCRIPT, harness.command_line(replace(long, out_dir=str(moved))), n_ranks=2)
-    assert harness.n_losses(moved) == 20 + 10
-    harness.assert_close_runs(moved, one)
-    assert len(samples(one)) == 4 and samples(moved)[4:6] == samples(one)[:2]  # of equal weights
-
-
-def test_three_ranks_resumed_equal_uninterrupted_run(long: Config, server: harness.ForkServer, tmp_path: Path) -> None:
-    """Three, because a sum of two has only one order: here DDP's groups of gradients determine the bits."""
-    long = replace(long, total_batch_size=384, max_steps=10, save_every=4, keep_last=9)
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    server.run(SCRIPT, harness.command_line(replace(long, out_dir=str(whole))), n_ranks=3)
-    resume(resumed, whole, 4)
-    server.run(SCRIPT, harness.command_line(replace(long, out_dir=str(resumed))), n_ranks=3)
-    assert list(losses(resumed)) == list(range(4, 10))
-    harness.assert_same_run(resumed, whole, from_step=4)
-
-
-# -----------------------------------------------------------------------------
-# In this process, on a tiny model
+    # four, because a sum of two has only one order: here DDP's groups of gradients determine the bits
+    server.run(SCRIPT, harness.command_line(replace(long, B=1, out_dir=str(four))), n_ranks=4)
+    resume(resumed, four, 4)
+    server.run(SCRIPT, harness.command_line(replace(long, B=1, out_dir=str(resumed))), n_ranks=4)
+    assert list(losses(resumed)) == list(range(4, 8))
+    harness.assert_same_run(resumed, four, from_step=4)
+    for folder in (two, four):
+        harness.assert_close_runs(folder, one)  # other batches would differ by 1e-1
+        harness.assert_close_runs(folder, one, ("norm",), abs=1e-3)  # the optimizers do not see the scale of gradients
 
 
 def test_losses_are_means_over_the_windows_of_the_order(cfg: Config, text: Path, tmp_path: Path) -> None:
@@ -181,14 +164,6 @@ def test_losses_are_means_over_the_windows_of_the_order(cfg: Config, text: Path,
         assert losses(folder, "tokens") == {0: 0, 4: 256, 5: 352, 8: 640, 10: 736}
 
 
-def test_micro_batch_does_not_change_the_curve(cfg: Config) -> None:
-    reference = train(cfg, B=4)
-    for B in (1, 2, None):
-        harness.assert_close_runs(train(cfg, B=B, out_dir=f"{cfg.out_dir}{B}"), reference)
-    resumed = train(cfg, B=None, max_steps=13, out_dir=f"{cfg.out_dir}1")
-    assert newest(resumed).B == 1  # kept, because the same B gives the same bits
-
-
 def test_validation_uses_the_compiled_step(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = torch._dynamo.testing.CompileCounter()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs))
@@ -207,32 +182,24 @@ def test_largest_micro_batch_that_fits_is_chosen(cfg: Config, monkeypatch: pytes
     for memory, B in ((needed / 0.84, 6), (needed / 0.86, 4), (1, 1), (math.inf, 12)):
         monkeypatch.setattr(runtime, "device_memory", lambda _, memory=memory: memory)
         assert training.pick_B(run, 12, **options) == B
+    for world_size, resumed_B, B in ((1, 3, 3), (1, 5, 12), (2, 3, 12)):  # kept: the same B gives the same bits
+        run.resumed = SimpleNamespace(world_size=world_size, B=resumed_B)
+        assert training.pick_B(run, 12, **options) == B
 
 
 def test_evaluation_samples_and_checkpoints_do_not_disturb_training(cfg: Config) -> None:
+    cfg = replace(cfg, schedule="wsd", decay_frac=0.25)
     often = train(cfg, eval_every=1, save_every=1, n_samples=3, sample_tokens=20, hellaswag_every=1)
     never = train(cfg, eval_every=100, save_every=100, n_samples=0, out_dir=cfg.out_dir + "2")
+    lr = [2e-3 / 3, 4e-3 / 3, *[2e-3] * 8, 2e-3 * 2 / 3, 2e-3 / 3]  # 3 steps up, constant, 3 of 12 steps down
+    assert list(losses(often, "lr").values()) == pytest.approx(lr)
+    assert losses(often)[11] < losses(often)[0] - 0.1  # it learns
+    assert len(samples(often)) == 12 * 3  # none of the untrained model
+    assert [path.name for path in checkpoint.list_checkpoints(often)] == ["ckpt_000012.pt", "ckpt_000011.pt"]
     for name in ("train", "norm", "lr"):
         assert len(losses(often, name)) == 12
         assert losses(often, name) == losses(never, name)
     assert harness.final_bits(often) == harness.final_bits(never)
-
-
-def test_files_and_values_of_a_run(cfg: Config, capsys: pytest.CaptureFixture) -> None:
-    folder = train(cfg, schedule="wsd", decay_frac=0.25)
-    assert sorted(path.name for path in folder.iterdir()) == ["ckpt_000008.pt", "ckpt_000012.pt", "log.txt"]
-    assert list(losses(folder, "val")) == [0, 5, 10, 12]
-    lr = [2e-3 / 3, 4e-3 / 3, *[2e-3] * 8, 2e-3 * 2 / 3, 2e-3 / 3]  # 3 steps up, constant, 3 of 12 steps down
-    assert list(losses(folder, "lr").values()) == pytest.approx(lr)
-    ckpt = newest(folder)
-    assert (ckpt.step, ckpt.tokenizer, ckpt.stage) == (12, "bytes", "pretraining")
-    assert ckpt.scores["val"] == pytest.approx(losses(folder, "val")[12])
-    assert ckpt.model_config["n_tokens"] == 257 and ckpt.model_config["vocab_size"] == 257
-    raw = checkpoint.load_model(str(folder)).raw
-    assert harness.bits(dict(raw.state_dict())) == harness.bits(ckpt.model)
-    assert len(samples(folder)) == 3  # none of the untrained model
-    assert "GPT-2" not in capsys.readouterr().out  # losses per byte and per token are not comparable
-    assert losses(folder)[11] < losses(folder)[0] - 0.1  # it learns
 
 
 def test_finished_run_only_shows_its_table_and_can_be_extended(cfg: Config, capsys: pytest.CaptureFixture) -> None:
@@ -278,47 +245,11 @@ def test_results_table() -> None:
     assert "GPT" not in train_gpt2.results_table(Config(tokenizer="bytes"), done)
 
 
-def test_damaged_checkpoint_falls_back_to_the_one_before(cfg: Config) -> None:
-    whole, folder = train(cfg), Path(cfg.out_dir + "2")
-    shutil.copytree(whole, folder)
-    (folder / "log.txt").unlink()
-    os.truncate(folder / "ckpt_000012.pt", (folder / "ckpt_000012.pt").stat().st_size // 2)
-    train(cfg, out_dir=str(folder))
-    assert "ckpt_000012.pt" in notes(folder) and "from step 8" in notes(folder)
-    assert list(losses(folder)) == [8, 9, 10, 11]
-    harness.assert_same_run(folder, whole, from_step=8)
-
-
-def test_nan_is_skipped_and_training_continues(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    clean, train_step, factors = train(cfg), training.train_step, iter([1.0] * 4 + [math.nan] * 2 + [1.0] * 6)
-
-    def poisoned(net: Any, optimizers: Any, micro_batches: Any, loss_fn: Any, **settings: Any) -> Any:
-        factor = next(factors)
-        return train_step(net, optimizers, micro_batches, lambda *args: (loss_fn(*args)[0] * factor, {}), **settings)
-
-    monkeypatch.setattr(training, "train_step", poisoned)
-    folder = train(cfg, out_dir=cfg.out_dir + "2", save_every=1, keep_last=20)
-    assert [step for step, loss in losses(folder).items() if loss != loss] == [4, 5]
-    assert all(losses(folder)[step] == losses(clean)[step] for step in range(4))
-    saved = {path.name: path for path in checkpoint.list_checkpoints(folder)}
-    assert "ckpt_000005.pt" not in saved and "ckpt_000006.pt" not in saved  # only after finite steps
-    # the steps that were skipped change nothing: step 6 is the first step after step 3
-    before, after = (checkpoint.read(saved[f"ckpt_{step:06d}.pt"]) for step in (4, 7))
-    raw = model.GPT.from_weights(model.GPTConfig(**before.model_config), before.model)
-    train_data = data.Windows(data.open_data(cfg.data, data.get_tokenizer("bytes"))[0], cfg.T)
-    xy = torch.from_numpy(train_data.read(data.windows_at(6 * 4, 4, len(train_data), cfg.seed)))
-    loss = F.cross_entropy(raw(xy[:, :-1]).flatten(0, 1), xy[:, 1:].flatten())
-    assert loss.item() == pytest.approx(losses(folder)[6], abs=1e-5)
-    assert all(not torch.equal(after.model[name], before.model[name]) for name in before.model)
-
-
-# -----------------------------------------------------------------------------
-# Starting from other weights
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_init_from_a_pruned_model_keeps_its_zeros(cfg: Config, tmp_path: Path, optimizer: str) -> None:
-    base = harness.tiny_model(n_layer=1, block_size=16, vocab_size=257)  # not padded, as OpenAI's
+def test_init_from_a_pruned_model_with_longer_sequences_keeps_its_zeros(
+    cfg: Config, tmp_path: Path, optimizer: str
+) -> None:
+    base = harness.tiny_model(n_layer=1, vocab_size=257)  # not padded, as OpenAI's
     with torch.no_grad():
         for linear in model.weight_matrices(base).values():
             linear.weight[torch.rand_like(linear.weight) < 0.5] = 0.0
@@ -331,44 +262,26 @@ def test_init_from_a_pruned_model_keeps_its_zeros(cfg: Config, tmp_path: Path, o
     for name, mask in optim.zero_masks(base).items():
         assert torch.equal(trained[name] != 0, mask) and not torch.equal(trained[name], base.state_dict()[name])
     assert len(optim.zero_masks(base)) == 4 and trained["lm_head.weight"].shape == (257, 16)
+    assert trained["transformer.wpe.weight"].shape == (16, 16)  # of 64 positions
     val = data.Windows(data.open_data(cfg.data, data.get_tokenizer("bytes"))[1], cfg.T)
     expected = training.validate(base, val, cfg.val_tokens, 4, harness.ALONE)
     assert losses(folder, "val")[0] == pytest.approx(expected, abs=1e-6)
-
-
-def test_init_from_a_model_with_longer_sequences(cfg: Config, tmp_path: Path) -> None:
-    base = harness.tiny_model(n_layer=1, block_size=64, scale=0.1)
-    folder = train(cfg, init_from=str(harness.write_model(tmp_path / "base", base)), max_lr=0.0, max_steps=1)
-    val = data.Windows(data.open_data(cfg.data, data.get_tokenizer("bytes"))[1], cfg.T)
-    expected = training.validate(base, val, cfg.val_tokens, 4, harness.ALONE)
-    assert losses(folder, "val")[0] == pytest.approx(expected, abs=1e-6)
-    assert newest(folder).model["transformer.wpe.weight"].shape == (16, 16)
 
 
 def test_what_changes_the_curve_is_reported(cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda net, **_: net)  # saves a minute
-    copy = shutil.copy(cfg.data, tmp_path / "copy.txt")
-
-    def edit(old: str, new: str, where: slice = slice(None)) -> Callable[[], object]:
-        def change() -> None:
-            documents = Path(copy).read_text().split(data.EOT)
-            documents[where] = [document.replace(old, new) for document in documents[where]]
-            Path(copy).write_text(data.EOT.join(documents))
-
-        return change
-
+    text = Path(cfg.data).read_text(encoding="utf-8")
+    changes = {}
+    for name, other in (("training_data", text.replace("the", "tha", 3)), ("validation_data", text[:-1])):
+        (tmp_path / name).write_text(other, encoding="utf-8")
+        changes[name] = dict(data=str(tmp_path / name))
     rows = [dict(ctx=f"the {word}", endings=["a", "red", "house", word], label=0) for word in WORDS]
     questions = [harness.write_rows(tmp_path / f"{n}.jsonl", rows[:n]) for n in (10, 9)]
-    changes = {"training_data": edit("the", "tha", slice(3)), "validation_data": edit("a", "o", slice(-2, None))}
     changes |= {"seed 1337 -> 5": dict(seed=5), "max_lr": dict(max_lr=0.1), "B 2 -> 4": dict(B=4)}
     changes |= {"hellaswag ": dict(hellaswag_data=questions[1]), "kernel flash": dict(attention="manual")}
     changes |= {"residual fp32 -> bf16": dict(residual="bf16"), "compiled False -> True": dict(compile=True)}
-    cfg = replace(cfg, data=str(copy), hellaswag_data=questions[0], hellaswag_every=50, eval_every=50)
+    cfg = replace(cfg, hellaswag_data=questions[0], hellaswag_every=50, eval_every=50)
     harness.check_changes_are_reported(main, cfg, changes)
-
-
-def test_changed_batch_size_continues_the_order(cfg: Config) -> None:
-    harness.check_changed_batch_size(main, cfg, "total_batch_size", cfg.T)
 
 
 def test_weights_of_another_shape_are_refused(cfg: Config, tmp_path: Path) -> None:
@@ -383,9 +296,6 @@ def test_weights_of_another_shape_are_refused(cfg: Config, tmp_path: Path) -> No
     refused(cfg, "n_embd 16 -> 32", str(folder), init_from=str(folder), model="wider", **other)
     refused(cfg, "nowhere", init_from=str(tmp_path / "nowhere"), **other)
 
-
-# -----------------------------------------------------------------------------
-# Invalid options and data
 
 INVALID = [dict(total_batch_size=0), dict(T=0), dict(B=0), dict(max_steps=0), dict(eval_every=0), dict(save_every=0)]
 INVALID += [dict(keep_last=0), dict(seed=-1), dict(seed=2**64), dict(momentum=2.0), dict(grad_clip=-1.0)]
@@ -404,19 +314,15 @@ def test_invalid_option_is_named_before_anything_is_written(cfg: Config, changed
 def test_data_and_disk_are_checked_before_the_first_step(
     cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rng = np.random.default_rng(0)
-    for folder, n_ids in ((tmp_path / "large", 300), (tmp_path / "good", 257)):
-        folder.mkdir()
-        for name in ("x_val_000000.npy", "x_train_000001.npy"):
-            np.save(folder / name, rng.integers(0, n_ids, 2000).astype(np.uint16))
-    refused(cfg, "x_train_000001.npy", "299", "257", data=str(tmp_path / "large"))
+    for name in ("x_val_000000.npy", "x_train_000001.npy"):
+        np.save(tmp_path / name, np.arange(300, dtype=np.uint16))
+    refused(cfg, "x_train_000001.npy", "299", "257", data=str(tmp_path))
     (tmp_path / "a.txt").write_text("short")
     refused(cfg, "a.txt", "T + 1 = 17", data=str(tmp_path / "a.txt"))
     assert not Path(cfg.out_dir).exists()
-    assert list(losses(train(cfg, data=str(tmp_path / "good")))) == list(range(12))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**5))
-    refused(cfg, "--keep_last=2", "0.00 GB free", out_dir=cfg.out_dir + "2")
-    assert losses(Path(cfg.out_dir + "2")) == {}
+    refused(cfg, "--keep_last=2", "0.00 GB free")
+    assert losses(Path(cfg.out_dir)) == {}
 
 
 PROMPTS = [dict(prompt=""), dict(n_samples=0), dict(sample_tokens=0), dict(prompt="a\nb <|endoftext|> 日本")]
@@ -439,14 +345,8 @@ def test_warning_if_a_step_is_too_slow_for_a_cpu(cfg: Config, monkeypatch: pytes
     assert "--total_batch_size" in notes(train(cfg, max_steps=1, out_dir=cfg.out_dir + "2"))
 
 
-# -----------------------------------------------------------------------------
-# On a GPU
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 @pytest.mark.gpu
-@needs_cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_compiled_run_killed_and_resumed_on_cuda(long: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = replace(long, device="cuda", compile=True, T=128, total_batch_size=1024, n_samples=2)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -457,10 +357,6 @@ def test_compiled_run_killed_and_resumed_on_cuda(long: Config, tmp_path: Path, m
     with harness.fork_server() as server:
         harness.kill_and_resume(server, SCRIPT, replace(long, out_dir=str(killed)), [7, 23])
     harness.assert_same_run(killed, whole)
-
-
-# -----------------------------------------------------------------------------
-# Branches
 
 
 def test_a_branch_equals_the_run_of_that_length(cfg: Config, tmp_path: Path) -> None:
@@ -492,7 +388,7 @@ def test_a_branch_that_is_not_the_run_of_that_length_is_refused(cfg: Config, tmp
     refused(branch, "step 11", "wsd", branch_from=str(trunk / "ckpt_000015.pt"), max_steps=25)
     refused(branch, "step 9", max_steps=9, decay_frac=0.0)
     refused(branch, "missing.pt", branch_from=str(trunk / "missing.pt"))
-    refused(branch, "--out_dir", out_dir=str(trunk))
+    refused(branch, "--out_dir", out_dir=f"{trunk}/../trunk")
     assert not checkpoint.list_checkpoints(tmp_path / "branch")
     (trunk / "log.txt").unlink()
     assert list(losses(train(branch))) == list(range(10, 20))

@@ -1,4 +1,4 @@
-"""The training step on one and two processes against one large batch, and the validation loss."""
+"""The training step on one and two processes against one large batch, sharded or not, and the validation loss."""
 
 import math
 from copy import deepcopy
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from neogpt import data, model, optim, runtime, training
 
-T = 12
+T, N_STEPS, POISONED = 12, 8, 3
 
 
 def tiny() -> model.GPT:
-    """A tiny model in float64, where 1e-9 is far above rounding and far below any mistake."""
-    return harness.tiny_model(scale=0.1, block_size=T).double()
+    """A tiny model in float64, where 1e-9 is far above rounding and far below any mistake. The rows of its embedding
+    do not divide by the number of ranks.
+    """
+    return harness.tiny_model(scale=0.1, block_size=T, vocab_size=257).double()
 
 
 def loss_fn(net: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -44,7 +46,6 @@ def make_rows(n_rows: int, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def split(x: Tensor, y: Tensor, sizes: list[int]) -> list[dict[str, Any]]:
-    """Rows as micro-batches of these sizes."""
     return [dict(x=xs, y=ys, n=int((ys != -100).sum())) for xs, ys in zip(x.split(sizes), y.split(sizes))]
 
 
@@ -77,32 +78,10 @@ def test_step_equals_one_large_batch(sizes: list[int], clip: float) -> None:
     assert all(p.grad is None or not p.grad.any() for p in raw.parameters())
 
 
-def test_several_adamw_steps_equal_pytorchs() -> None:
-    raw = tiny()
-    other = deepcopy(raw)
-    optimizers = optim.make_optimizers(raw, weight_decay=0.1)
-    decayed, others = ([p for p in other.parameters() if (p.dim() > 1) is is_matrix] for is_matrix in (True, False))
-    groups = [dict(params=decayed, weight_decay=0.1), dict(params=others, weight_decay=0.0)]
-    reference = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, foreach=False, fused=False)
-    for step in range(4):
-        x, y = make_rows(8, seed=step)
-        lr = 1e-2 / (step + 1)
-        training.train_step(raw, optimizers, split(x, y, SPLITS[step + 1]), loss_fn, lr=lr, grad_clip=0, rt=ALONE)
-        for group in reference.param_groups:
-            group["lr"] = lr
-        F.cross_entropy(other(x).flatten(0, 1), y.flatten(), ignore_index=-100).backward()
-        reference.step()
-        reference.zero_grad()
-    for a, b in zip(raw.parameters(), other.parameters()):
-        # a gradient of zero up to rounding (the bias of the keys) is divided by at least eps: 1e-17 / 1e-8
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
-
-
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 @pytest.mark.parametrize("where, kind", [(0, "adamw"), (1, "muon"), (2, "muon")])
 def test_nonfinite_step_changes_nothing(poison: str, where: int, kind: str) -> None:
     def run(poisoned: bool) -> tuple[list[training.StepResult], Any]:
-        """The results of two or three steps, and the bits of weights and moments after them."""
         raw, results = tiny(), []
         optimizers = optim.make_optimizers(raw, optimizer=kind, weight_decay=0.1)
         for step in (0, 1, 2) if poisoned else (0, 2):
@@ -122,7 +101,7 @@ def test_nonfinite_step_changes_nothing(poison: str, where: int, kind: str) -> N
 CUTS = {"even": ([3, 2, 1], [1, 4, 1]), "one and five": ([6], [1, 2, 1, 1, 1]), "uneven rows": ([9, 1], [2])}
 
 
-def work(rt: runtime.Runtime) -> dict[str, tuple]:
+def ddp_steps(rt: runtime.Runtime) -> dict[str, tuple]:
     """One of two ranks: do its part of each step; return results and parameters."""
     x, y = make_rows(12)
     results = {}
@@ -138,17 +117,70 @@ def work(rt: runtime.Runtime) -> dict[str, tuple]:
     return results
 
 
-def test_two_processes(tmp_path: Path) -> None:
-    ranks = harness.on_ranks(tmp_path, work)
+def sharded_steps(rt: runtime.Runtime, optimizer: str) -> tuple[list, dict[str, Tensor], list]:
+    """The results of some steps, sharded if there are several ranks, the weights and the gathered moments."""
+    raw = training.wrap(tiny(), rt, sharded=True, recompute=False)
+    optimizers, results = optim.make_optimizers(raw, optimizer=optimizer, weight_decay=0.1), []
+    n_rows = 12 // rt.world_size
+    for step in range(N_STEPS):
+        x, y = (rows.split(n_rows)[rt.rank] for rows in make_rows(12, seed=step))
+        batches = split(x, y, [1 + rt.rank, n_rows - 1 - rt.rank])
+        batches[0]["poison"] = "gradient" if step == POISONED and rt.rank == rt.world_size - 1 else None
+        settings = dict(lr=1e-2, grad_clip=0.1 if step % 2 else 0.0, rt=rt)
+        results.append(tuple(training.train_step(raw, optimizers, batches, loss_fn, **settings)()[:3]))
+    full = lambda x: x.detach().full_tensor() if runtime.is_sharded(x) else x.detach()  # noqa: E731
+    moments = [full(x) for o in optimizers for state in o.state_dict()["state"].values() for x in state.values()]
+    return results, {name: full(p) for name, p in raw.named_parameters()}, moments
+
+
+def work(rt: runtime.Runtime) -> tuple[dict, dict]:
+    return ddp_steps(rt), {optimizer: sharded_steps(rt, optimizer) for optimizer in ("adamw", "muon")}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict, dict]]:
+    return harness.on_ranks(tmp_path_factory.mktemp("ranks"), work)
+
+
+def test_two_processes(ranks: list[tuple[dict, dict]]) -> None:
     start = harness.bits({name: p.detach() for name, p in tiny().named_parameters()})
-    for results in ranks:
+    for results, _ in ranks:
         found = {name: (training.StepResult(*out), params) for name, (out, params) in results.items()}
         for name in CUTS:
             check_step(*found[name], *make_rows(12), clip=1e-2)
         for name in ("loss", "gradient"):  # one non-finite rank skips the step on all
             assert found[name][0].skipped and harness.bits(found[name][1]) == start
         assert found["stop"][0].stop and not found["stop"][0].skipped  # a stop on one rank reaches all
-    assert all(harness.bits(ranks[0][name]) == harness.bits(ranks[1][name]) for name in CUTS)
+    assert all(harness.bits(ranks[0][0][name]) == harness.bits(ranks[1][0][name]) for name in CUTS)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sharded_steps_equal_one_process(ranks: list[tuple[dict, dict]], optimizer: str) -> None:
+    results, weights, moments = sharded_steps(ALONE, optimizer)
+    assert [skipped for _, _, skipped in results] == [step == POISONED for step in range(N_STEPS)]
+    assert min(norm for _, norm, skipped in results if not skipped) > 0.1  # so that clipping changes a step
+    for found, found_weights, found_moments in (sharded[optimizer] for _, sharded in ranks):
+        for (loss, norm, skipped), (expected_loss, expected_norm, expected_skipped) in zip(found, results):
+            assert loss == pytest.approx(expected_loss, rel=3e-7)  # summed in float32
+            assert (norm, skipped) == (pytest.approx(expected_norm, rel=1e-6, nan_ok=True), expected_skipped)
+        for name, p in weights.items():  # a gradient of zero up to rounding is divided by at least eps
+            torch.testing.assert_close(found_weights[name], p, rtol=1e-8, atol=1e-8)
+        for x, expected in zip(found_moments, moments, strict=True):
+            torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recomputed_activations_give_the_same_bits(precision: str) -> None:
+    rt, found, n_saved = ALONE._replace(precision=precision), [], []
+    for recompute in (False, True):
+        raw = harness.tiny_model(n_layer=4, n_embd=64)
+        training.wrap(raw, rt, sharded=False, recompute=recompute)
+        idx, saved = torch.arange(128).view(4, 32), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x.numel()) or x, lambda x: x):
+            loss, _ = training.backward(raw, dict(x=idx, y=idx + 1), loss_fn, 1.0, rt)
+        found.append(harness.bits([loss, [p.grad for p in raw.parameters()]]))
+        n_saved.append(sum(saved))
+    assert found[0] == found[1] and n_saved[1] < 0.5 * n_saved[0]
 
 
 @pytest.mark.parametrize("n_windows", [1, 7, 40])
