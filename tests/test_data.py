@@ -4,8 +4,6 @@ import io
 import json
 import os
 import random
-import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -14,10 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import harness
 import numpy as np
 import pytest
 import tiktoken
-from harness import ENV, ROOT
 
 from neogpt import data
 from neogpt.data import EOT, Shard, Windows, get_tokenizer, open_data, open_shard, permute
@@ -56,20 +54,14 @@ def contents(shard: Shard) -> np.ndarray:
     return np.frombuffer(shard.path.read_bytes()[shard.offset :], dtype="<u2")
 
 
-def check_shards(folder: Path, n_tokens: int = 257) -> None:
-    """data.open_data with a tokenizer of n_tokens ids."""
-    data.open_data(str(folder), SimpleNamespace(name="bytes", n_vocab=n_tokens))
+def check_shards(source: Path | str, n_tokens: int = 257) -> None:
+    data.open_data(str(source), SimpleNamespace(name="bytes", n_vocab=n_tokens))
 
 
-def refused(folder: Path, *words: str, n_tokens: int = 257) -> None:
-    """Check that the shards of a folder are refused with a message that contains these words."""
+def refused(source: Path | str, *words: str, n_tokens: int = 257) -> None:
     with pytest.raises((ValueError, OSError)) as error:
-        check_shards(folder, n_tokens)
+        check_shards(source, n_tokens)
     assert [word for word in words if word not in str(error.value)] == [], error.value
-
-
-# -----------------------------------------------------------------------------
-# Tokenizers
 
 
 def test_ids_of_the_tokenizer_bytes_are_the_utf8_bytes() -> None:
@@ -91,10 +83,7 @@ def test_ids_of_the_tokenizer_bytes_are_the_utf8_bytes() -> None:
 
 
 def test_ids_of_the_tokenizer_gpt2() -> None:
-    try:
-        tokenizer = get_tokenizer("gpt2")
-    except OSError as error:
-        pytest.skip(str(error))
+    tokenizer = harness.get_tokenizer("gpt2")
     known = [15496, 11, 314, 1101, 257, 3303, 2746, 11]  # of OpenAI's own encoder
     assert tokenizer.encode_ordinary("Hello, I'm a language model,") == known
     assert (tokenizer.n_vocab, tokenizer.eot_token) == (50257, 50256)
@@ -114,11 +103,7 @@ def test_offline_error_names_both_files_and_the_folder(tmp_path: Path, monkeypat
     monkeypatch.delenv("TIKTOKEN_CACHE_DIR")
     with pytest.raises(OSError, match="tiktoken"):
         get_tokenizer("gpt2")
-    assert os.environ["TIKTOKEN_CACHE_DIR"] == str(ROOT / ".cache" / "tiktoken")
-
-
-# -----------------------------------------------------------------------------
-# Shards
+    assert os.environ["TIKTOKEN_CACHE_DIR"] == str(harness.ROOT / ".cache" / "tiktoken")
 
 
 def llmc(tokens: np.ndarray, magic: int = 20240520, version: int = 1) -> bytes:
@@ -129,7 +114,6 @@ def llmc(tokens: np.ndarray, magic: int = 20240520, version: int = 1) -> bytes:
 
 
 def npy(array: np.ndarray) -> bytes:
-    """The bytes of `array` as a .npy file."""
     file = io.BytesIO()
     np.save(file, array)
     return file.getvalue()
@@ -149,18 +133,27 @@ def test_shards_of_build_nanogpt_and_llmc(tmp_path: Path) -> None:
 
 
 TOKENS = tokens_of(100, 0)
+
+
+def test_shards_of_nanogpt(tmp_path: Path) -> None:
+    for name, tokens in (("train.bin", TOKENS), ("val.bin", TOKENS[:50])):
+        tokens.tofile(tmp_path / name)
+    (train,), (val,) = open_data(str(tmp_path), get_tokenizer("bytes"))
+    assert (train.n_tokens, val.n_tokens) == (len(TOKENS), 50)
+    assert Windows([train], 9).read(np.array([3]))[0].tolist() == TOKENS[27:37].tolist()
+    (tmp_path / "train.bin").write_bytes(llmc(TOKENS))  # llm.c's format under this name
+    assert open_shard(tmp_path / "train.bin").offset == 1024
+
+
 DAMAGED = {  # contents and a part of the message
     "truncated.npy": (npy(TOKENS)[:-60], "not a token shard"),
-    "one byte short.npy": (npy(TOKENS)[:-1], "not a token shard"),
     "too long.npy": (npy(TOKENS) + b"\0\0", "330 bytes"),
+    "broken header.npy": (npy(TOKENS).replace(b"}", b"("), "not a token shard"),
     "wrong dtype.npy": (npy(TOKENS.astype(np.int64)), "int64"),
     "big-endian.npy": (npy(TOKENS.astype(">u2")), "uint16"),
     "two-dimensional.npy": (npy(TOKENS.reshape(10, 10)), "(10, 10)"),
     "empty.npy": (b"", "not a token shard"),
-    "parquet.npy": (b"PAR1" + npy(TOKENS), "not a token shard"),
-    "cut header.npy": (npy(TOKENS)[:40], "not a token shard"),
     "truncated.bin": (llmc(TOKENS)[:-2], "1,222 bytes"),
-    "too long.bin": (llmc(TOKENS) + b"\0\0", "1,226 bytes"),
     "weights of GPT-2.bin": (llmc(TOKENS, magic=20240801), "not a token shard"),
     "uint32.bin": (llmc(TOKENS, version=2), "not a token shard"),
     "train.bin.bin": (TOKENS.tobytes(), "no llm.c header"),
@@ -176,20 +169,6 @@ def test_damaged_shard_is_named(tmp_path: Path, name: str) -> None:
     refused(path.parent, str(path), word)
 
 
-def test_every_damaged_header_is_refused_or_harmless(tmp_path: Path) -> None:
-    path, raw, rng = tmp_path / "train_000001.npy", npy(TOKENS), random.Random(0)
-    for _ in range(400):
-        broken = bytearray(raw)
-        broken[rng.randrange(len(raw) - TOKENS.nbytes)] = rng.randrange(256)
-        path.write_bytes(broken)
-        try:
-            shard = open_shard(path)
-        except (ValueError, OSError) as error:
-            assert str(path) in str(error)
-        else:
-            assert np.array_equal(contents(shard), TOKENS)
-
-
 def test_manifest_decides_what_is_accepted(tmp_path: Path) -> None:
     shards = two_shards() | {"train_000002.npy": tokens_of(30, 3)}
     folder = write_folder(tmp_path / "d", shards, complete=True)
@@ -203,32 +182,22 @@ def test_manifest_decides_what_is_accepted(tmp_path: Path) -> None:
     refused(folder, "train_000002.npy")
     refused(write_folder(tmp_path / "incomplete", two_shards(), complete=False), "incomplete", "fineweb.py")
     refused(write_folder(tmp_path / "train", {"train_000001.npy": tokens_of(300, 2)}), "validation")
-    folder = write_folder(tmp_path / "gpt2", two_shards(), tokenizer="gpt2")
-    with pytest.raises(ValueError, match="gpt2.*bytes"):
-        open_data(str(folder), get_tokenizer("bytes"))
+    refused(write_folder(tmp_path / "gpt2", two_shards(), tokenizer="gpt2"), "gpt2", "bytes")
 
 
 def test_several_folders_are_read_as_one(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    everything, names = {"train": [], "val": []}, ["edu-10", "edu-2", "other"]  # in the order of reading
-    for name, where in zip(names, ("b", "a", ".")):  # the parent folder does not change the order
-        (tmp_path / where).mkdir(exist_ok=True)
-        shards = {f"train_{i:06d}.npy": tokens_of(int(rng.integers(20, 90)), int(rng.integers(99))) for i in range(3)}
+    everything = {}
+    for i, name in enumerate(("b/edu-10", "a/edu-2", "other")):  # in the order of reading: the parent has no effect
+        shards = {f"train_{k:06d}.npy": tokens_of(30 + i + 7 * k, 3 * i + k) for k in range(3)}
         shards |= {"val_000000.npy": tokens_of(40, 7)} if name == "other" else {}
-        write_folder(tmp_path / where / name, shards)
-        for file, tokens in sorted(shards.items()):
-            everything[file.split("_")[0]].append(tokens)
-    one = write_folder(
-        tmp_path / "one", {f"{split}_{i:06d}.npy": t for split, part in everything.items() for i, t in enumerate(part)}
-    )
-    tokenizer = get_tokenizer("bytes")
-    expected = [Windows(shards, 8) for shards in open_data(str(one), tokenizer)]
-    order = data.windows_at(5, 60, len(expected[0]), 3)
+        (tmp_path / name).mkdir(parents=True)
+        write_folder(tmp_path / name, shards)
+        everything |= {file.replace("_0", f"_{i}"): tokens for file, tokens in shards.items()}
+    expected = open_data(str(write_folder(tmp_path / "one", everything)), get_tokenizer("bytes"))
     for source in (f"{tmp_path}/?/edu-*,{tmp_path}/other", f"{tmp_path}/other,{tmp_path}/./a/*,{tmp_path}/[ab]/edu*"):
-        found = [Windows(shards, 8) for shards in open_data(source, tokenizer)]
-        for a, b in zip(found, expected):
-            assert len(a) == len(b) and data.fingerprint(a.shards) == data.fingerprint(b.shards)
-        assert np.array_equal(found[0].read(order), expected[0].read(order))
+        for a, b in zip(open_data(source, get_tokenizer("bytes")), expected):
+            assert len(a) == len(b) and data.fingerprint(a) == data.fingerprint(b)
+            assert all(np.array_equal(contents(x), contents(y)) for x, y in zip(a, b))
 
 
 def test_folders_that_do_not_belong_together(tmp_path: Path) -> None:
@@ -237,47 +206,46 @@ def test_folders_that_do_not_belong_together(tmp_path: Path) -> None:
         source = WHOLE["source"] | dict(whole="x (checksum 1)")
         write_folder(tmp_path / name, shards, **dict(part=dict(k=k, n=n), source=source) | changes)
 
-    def refused_data(source: str, *words: str) -> None:
-        with pytest.raises((ValueError, OSError)) as error:
-            open_data(source, get_tokenizer("bytes"))
-        assert [word for word in words if word not in str(error.value)] == [], error.value
-
     for k in (1, 2, 3):
         write(f"p-{k}", k)
     pattern = str(tmp_path / "p-*")
     train, val = open_data(pattern, get_tokenizer("bytes"))
     assert (len(train), len(val)) == (3, 1)
-    refused_data(f"{pattern},{tmp_path}/nothing*", "no data in", "nothing*")
-    refused_data(str(tmp_path / "p-1"), "0 folders", "part 2/3")
+    refused(f"{pattern},{tmp_path}/nothing*", "no data in", "nothing*")
+    refused(str(tmp_path / "p-1"), "0 folders", "part 2/3")
     write("p-copy", 2)
-    refused_data(pattern, "2 folders", "part 2/3 of x")
+    refused(pattern, "2 folders", "part 2/3 of x")
     write("p-copy", 3, n=2**40)  # a damaged manifest
-    refused_data(pattern, f"part 1/{2**40}")
+    refused(pattern, f"part 1/{2**40}")
     write("p-copy", 1, n=1, tokenizer="gpt2")
-    refused_data(pattern, "p-copy", "gpt2", "bytes")
+    refused(pattern, "p-copy", "gpt2", "bytes")
     write("p-copy", 1, n=1, complete=False)
-    refused_data(pattern, "p-copy", "incomplete")
+    refused(pattern, "p-copy", "incomplete")
     for part in (dict(k=1), dict(k=1, n=-1), [1, 3], "1/3"):
         write("p-copy", 1, part=part)
-        refused_data(pattern, "p-copy", "manifest.json")
+        refused(pattern, "p-copy", "manifest.json")
     (tmp_path / "p-copy" / "manifest.json").unlink()
     open_data(pattern, get_tokenizer("bytes"))
     (tmp_path / "file.txt").write_text("text")
-    refused_data(str(tmp_path / "file*"), "no data in", "file*")
+    refused(str(tmp_path / "file*"), "no data in", "file*")
 
 
 def test_damaged_manifest_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", two_shards())
     shard = dict(file="train_000001.npy", n_tokens=300, crc32=5)
-    wrong = [dict(file=3), dict(file="../x.npy"), dict(n_tokens=-1), dict(n_tokens="300"), dict(crc32=1.5)]
     valid = WHOLE | dict(shards=[shard, shard])
-    values = [valid | dict(shards=[shard, shard | change]) for change in wrong]
-    values += [valid | dict(shards=shards) for shards in ({}, None, [None], [[]], [{}], 3, [])]
-    incomplete = valid | dict(complete=False, shards=[])
-    values += [incomplete | dict(next=following) for following in (None, {}, dict(file=1, document=0, token=0))]
-    values += [
-        valid | change for change in (dict(tokenizer=None), dict(complete=1), dict(source={}), dict(n_skipped=-1))
+    wrong = [dict(shards=[shard, shard | change]) for change in (dict(file="../x.npy"), dict(n_tokens="300"))]
+    wrong += [
+        dict(shards=[]),
+        dict(shards=[{}]),
+        dict(source={}),
+        dict(complete=1),
+        dict(n_skipped=-1),
+        dict(n_skipped=True),
     ]
+    incomplete = valid | dict(complete=False, shards=[])
+    values = [valid | change for change in wrong]
+    values += [incomplete | dict(next=following) for following in ({}, dict(file=1, document=0, token=0))]
     texts = ["", "{", "[]", "null", "{}", '"x"', "[" * 10**5, "\xff", *map(json.dumps, values)]
     for text in texts:
         (folder / "manifest.json").write_bytes(text.encode("latin-1"))
@@ -325,9 +293,6 @@ def test_cache_of_checks_can_be_damaged_or_read_only(tmp_path: Path, monkeypatch
     assert not (folder / "checked.json").exists()
 
 
-# -----------------------------------------------------------------------------
-# Text files
-
 DOCUMENTS = [f"Document {i}.\nLine ü." for i in range(25)]
 TEXT = "0123456789é" * 10  # 110 characters, 120 bytes
 TEXTS = [  # the content of a file, its training and its validation documents
@@ -355,16 +320,6 @@ def test_fingerprint_depends_on_sizes_and_ends() -> None:
     assert fingerprint(tokens) == fingerprint(tokens.copy()) and "100,000 tokens" in fingerprint(tokens)
 
 
-def test_shards_of_nanogpt(tmp_path: Path) -> None:
-    for name, tokens in (("train.bin", TOKENS), ("val.bin", TOKENS[:50])):
-        tokens.tofile(tmp_path / name)
-    (train,), (val,) = open_data(str(tmp_path), get_tokenizer("bytes"))
-    assert (train.n_tokens, val.n_tokens) == (len(TOKENS), 50)
-    assert Windows([train], 9).read(np.array([3]))[0].tolist() == TOKENS[27:37].tolist()
-    (tmp_path / "train.bin").write_bytes(llmc(TOKENS))  # llm.c's format under this name
-    assert open_shard(tmp_path / "train.bin").offset == 1024
-
-
 @pytest.mark.parametrize("text, train, val", TEXTS, ids=repr)
 def test_documents_of_a_text_file(tmp_path: Path, text: str, train: list[str], val: list[str]) -> None:
     (tmp_path / "a.txt").write_bytes(text.encode("utf-8"))
@@ -378,13 +333,7 @@ def test_missing_and_undecodable_data_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     for name, word in (("missing", "fineweb.py"), ("empty", "fineweb.py"), ("latin.txt", "UTF-8")):
-        with pytest.raises((ValueError, OSError), match=word) as error:
-            open_data(str(tmp_path / name), get_tokenizer("bytes"))
-        assert str(tmp_path / name) in str(error.value)
-
-
-# -----------------------------------------------------------------------------
-# Windows
+        refused(tmp_path / name, str(tmp_path / name), word)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -432,58 +381,22 @@ def test_a_shard_that_changes_while_it_is_read(tmp_path: Path) -> None:
         windows.read(np.array([0]))
 
 
-def test_more_shards_than_open_files_allowed(tmp_path: Path) -> None:
-    resource = pytest.importorskip("resource", reason="limits on open files are a POSIX matter")
-    arrays = [tokens_of(30, i) for i in range(160)]
-    for i, tokens in enumerate(arrays):
-        np.save(tmp_path / f"train_{i:03d}.npy", tokens)
-    windows = Windows([open_shard(tmp_path / f"train_{i:03d}.npy") for i in range(160)], 29)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    held = os.dup(0)  # the lowest free number; most open files have lower numbers
-    try:
-        # 100 billion tokens are 1,000 shards, and 1024 open files are the usual limit
-        resource.setrlimit(resource.RLIMIT_NOFILE, (held + 80, hard))
-        got = windows.read(np.arange(160))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        os.close(held)
-    assert np.array_equal(got, np.stack(arrays))
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_reading_keeps_no_memory_and_no_open_files(tmp_path: Path) -> None:
+    def used() -> tuple[int, int]:
+        """Resident bytes, and the number of open files."""
+        n_pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return n_pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))
 
-
-MEMORY = """
-import re, sys
-from pathlib import Path
-import numpy as np
-from neogpt.data import Windows, open_shard
-
-def resident() -> int:  # bytes
-    return 1024 * int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-
-windows = Windows([open_shard(Path(sys.argv[1]))], 1024)
-rng = np.random.default_rng(0)
-windows.read(rng.integers(0, len(windows), 64))
-before = resident()
-for _ in range(1500):
-    windows.read(rng.integers(0, len(windows), 64))
-print(resident() - before)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads resident memory from /proc")
-def test_reading_does_not_grow_resident_memory(tmp_path: Path) -> None:
-    path = tmp_path / "train_0.npy"
-    n_tokens = 100_000_000
+    path, n_tokens = tmp_path / "train_0.npy", 100_000_000
     with open(path, "wb") as file:  # a sparse file of 200 MB
         np.lib.format.write_array_header_1_0(file, dict(descr="<u2", fortran_order=False, shape=(n_tokens,)))
         file.truncate(file.tell() + 2 * n_tokens)
-    args = [sys.executable, "-c", MEMORY, str(path)]
-    out = subprocess.run(args, env=ENV, capture_output=True, text=True, check=True)
-    # 96,000 draws touch over 60 % of the 97,656 windows: mapped memory would grow by more than 100 MB
-    assert int(out.stdout) < 10e6
-
-
-# -----------------------------------------------------------------------------
-# The order
+    windows, rng, before = Windows([open_shard(path)], 1024), np.random.default_rng(0), used()
+    for _ in range(500):  # draws that touch over a quarter of the windows: mapped memory would grow by 100 MB
+        windows.read(rng.integers(0, len(windows), 64))
+    after = used()
+    assert after[0] - before[0] < 30e6 and after[1] == before[1]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65, 1023, 1024, 1025, 10007])
@@ -493,16 +406,6 @@ def test_permute_is_a_bijection_and_every_index_is_computed_alone(n: int) -> Non
         whole = permute(np.arange(n), n, seed, epoch)
         assert sorted(whole.tolist()) == list(range(n))
         assert permute(some, n, seed, epoch).tolist() == whole[some].tolist()
-
-
-def test_permute_differs_by_seed_and_epoch() -> None:
-    n = 1000
-    drawn = [permute(np.arange(n), n, seed, epoch) for seed in range(4) for epoch in range(4)]
-    for i, a in enumerate(drawn):
-        assert (a == np.arange(n)).sum() < 12
-        for b in drawn[:i]:
-            # two random permutations agree in 1 place on average, in 12 or more with probability 1e-9
-            assert (a == b).sum() < 12
 
 
 @pytest.mark.parametrize("vary", ["seed", "epoch"])
@@ -523,58 +426,35 @@ def test_permute_has_fixed_values() -> None:
     assert permute(np.array([0, 2**33 + 4]), 2**33 + 5, 1337, 2).tolist() == [2005390950, 6060533857]
 
 
-@pytest.mark.parametrize("n_windows, batch", [(10, 4), (7, 7), (5, 3), (3, 8), (1, 2), (101, 16)])
-def test_each_epoch_sees_each_window_once(n_windows: int, batch: int) -> None:
-    n_steps = 4 * n_windows  # a whole number of epochs
-    order = np.concatenate([data.windows_at(step * batch, batch, n_windows, 1337) for step in range(n_steps)])
-    epochs = order.reshape(-1, n_windows)
-    for number, epoch in enumerate(epochs):
-        assert sorted(epoch.tolist()) == list(range(n_windows))
+@pytest.mark.parametrize("n_windows", [1, 3, 7, 50, 101])
+def test_each_epoch_sees_each_window_once_for_any_batch_size(n_windows: int) -> None:
+    whole = data.windows_at(0, 12 * n_windows, n_windows, 1337)
+    for number, epoch in enumerate(whole.reshape(-1, n_windows)):
         assert np.array_equal(epoch, permute(np.arange(n_windows), n_windows, 1337, number))
-
-
-def test_order_does_not_depend_on_the_batch_size() -> None:
-    whole = data.windows_at(0, 720, 50, 3)
-    for batch in (1, 8, 9, 60, 240):
-        parts = [data.windows_at(step * batch, batch, 50, 3) for step in range(720 // batch)]
+    for batch in (1, 3, 4, 12):
+        parts = [data.windows_at(start, batch, n_windows, 1337) for start in range(0, len(whole), batch)]
         assert np.array_equal(np.concatenate(parts), whole)
-    started = time.perf_counter()
     late = data.windows_at(512 * 10**9, 512, 97_656_250, 1)  # computed directly
-    assert time.perf_counter() - started < 1
     assert len(set(late.tolist())) == 512 and 0 <= late.min() and late.max() < 97_656_250
 
 
-def test_prefetch_yields_in_order_and_raises_at_the_failing_item() -> None:
-    def make(step: int) -> int:
-        time.sleep(0.002 * (step % 3))
-        if step == 20:
-            raise OSError("no such window")
-        return step * step
-
-    before = threading.active_count()
-    assert list(data.prefetch(make, 3, 20)) == [step * step for step in range(3, 20)]
-    assert list(data.prefetch(make, 5, 5)) == []
-    assert list(data.prefetch(make, 5, 6, depth=4)) == [25]
-    steps = data.prefetch(make, 18, 30)
-    assert [next(steps), next(steps)] == [18**2, 19**2]
-    with pytest.raises(OSError, match="no such window"):
-        next(steps)
-    assert threading.active_count() == before
-
-
-def test_prefetch_works_at_most_depth_ahead_on_one_thread() -> None:
+def test_prefetch_yields_in_order_and_works_at_most_depth_ahead_on_one_thread() -> None:
     made, threads, before = [], set(), threading.active_count()
 
     def make(step: int) -> int:
         made.append(step)
         threads.add(threading.get_ident())
-        return step
+        if step == 9:
+            raise OSError("no such window")
+        return step * step
 
-    steps = data.prefetch(make, 0, 100, depth=2)
-    for step in range(5):
-        assert next(steps) == step
+    steps = data.prefetch(make, 3, 100, depth=2)
+    for step in range(3, 9):
+        assert next(steps) == step * step
         time.sleep(0.05)
-        assert made == list(range(step + 3))  # this one and two more
-    steps.close()
+        assert made == list(range(3, step + 3))  # this one and two more
+    with pytest.raises(OSError, match="no such window"):
+        next(steps)
     assert len(threads) == 1 and threading.get_ident() not in threads
+    assert list(data.prefetch(make, 5, 5)) == [] and list(data.prefetch(make, 5, 6, depth=4)) == [25]
     assert threading.active_count() == before

@@ -88,7 +88,6 @@ def run_and_check(cfg: Config, documents: list[str | None]) -> dict:
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make several tasks of a small file."""
     monkeypatch.setattr(fineweb, "CHUNK_BYTES", 20_000)
 
 
@@ -106,8 +105,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.mark.parametrize("pattern, n", [("", 1200), ("part-0.parquet", 500), ("part-[01].*", 700)])
 @pytest.mark.parametrize("shard_size", [4999, 10**7])
-def test_shards_equal_the_reference(source, tmp_path: Path, pattern: str, n: int, shard_size: int) -> None:
+def test_shards_equal_the_reference(source, tmp_path: Path, capsys, pattern: str, n: int, shard_size: int) -> None:
     manifest = run_and_check(config(source.folder / pattern, tmp_path, shard_size=shard_size), source.documents[:n])
+    assert ("files that are not read: notes.txt" in capsys.readouterr().out) == (pattern == "")
     sizes = [{"name": p.name, "size": p.stat().st_size} for p in sorted(source.folder.glob("part*"))]
     assert manifest["source"]["files"] == sizes[: len(manifest["source"]["files"])]
     assert str(source.folder.parent) not in json.dumps(manifest)  # the folder can be moved
@@ -128,19 +128,6 @@ def test_formats_and_fields(kind: str, tmp_path: Path) -> None:
     refused(config(tmp_path, tmp_path / "out"), "field=body", "text")
 
 
-def test_files_of_other_splits_and_a_field_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "data").mkdir()
-    for split in ("train", "validation", "test"):
-        write_parquet(tmp_path / "data" / f"{split}-0.parquet", [f"of {split} {i}" for i in range(100)])
-    (tmp_path / "test").mkdir()
-    write_parquet(tmp_path / "test" / "0000.parquet", ["of a folder"])
-    (tmp_path / "infos.json").write_text("{}")
-    run_and_check(config(tmp_path, tmp_path / "out"), [f"of train {i}" for i in range(100)])
-    assert "test-0.parquet, validation-0.parquet, infos.json, 0000.parquet" in capsys.readouterr().out
-    write_jsonl(tmp_path / "a.jsonl", ["x"] * 1500)
-    refused(config(tmp_path / "a.jsonl", tmp_path / "b", field="body"), "first 1,000", "'body'", "--field")
-
-
 def test_documents_that_are_not_text_are_skipped(tmp_path: Path) -> None:
     lines = ["", "not json", '{"content": "x"}', "[1]", "7", '{"text": 3}', '{"text": ["a"]}', '{"text": "a', "\\"]
     documents = make_documents(400, seed=1)
@@ -152,55 +139,42 @@ def test_documents_that_are_not_text_are_skipped(tmp_path: Path) -> None:
     run_and_check(config(tmp_path, tmp_path / "out"), expected)
 
 
-def read_tokens(paths: list[Path]) -> np.ndarray:
-    """The tokens of shards, one after the other."""
-    return np.concatenate([np.load(path) for path in paths])
+def read_ids(cfg: Config) -> list[int]:
+    paths = sorted(Path(cfg.out_dir).glob("*.npy"), key=lambda path: path.name[-10:])
+    return np.concatenate([np.load(path) for path in paths]).tolist()
 
 
-def test_parts_together_equal_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_parts_together_equal_the_whole(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "in").mkdir()
     for i, n in enumerate((150, 1, 220, 80, 90, 200, 120)):
-        write_parquet(tmp_path / "in" / f"{i}.parquet", make_documents(n, seed=i))
-    cfg = config(tmp_path / "in", tmp_path / "edu", shard_size=7000)
+        rows = [{"text": document} for document in make_documents(n, seed=i)]
+        (tmp_path / "in" / f"{i}.json").write_text(json.dumps(rows))
+    cfg = config(tmp_path / "in", tmp_path / "in" / "edu", shard_size=7000)  # the source holds the folders
     main(cfg)
     for k in (2, 3, 1):
-        with monkeypatch.context() as interrupted:  # at the second shard, after the first
-            interrupted.setattr(np, "save", mock.Mock(wraps=np.save, side_effect=[mock.DEFAULT, OSError(28, "full")]))
-            refused(replace(cfg, part=f"{k}/3"), f"edu-{k}-of-3/train_", "full")
-            assert len([*(tmp_path / f"edu-{k}-of-3").glob("*.npy")]) == 1
         main(replace(cfg, part=f"{k}/3"))
-    folders = [tmp_path / f"edu-{k}-of-3" for k in (1, 2, 3)]
+    folders = [Path(f"{cfg.out_dir}-{k}-of-3") for k in (1, 2, 3)]
     manifests = [data.read_manifest(folder) for folder in folders]
     names = [[entry["name"] for entry in manifest["source"]["files"]] for manifest in manifests]
-    assert names == [["0.parquet", "1.parquet"], ["2.parquet", "3.parquet"], [f"{i}.parquet" for i in (4, 5, 6)]]
+    assert names == [["0.json", "1.json"], ["2.json", "3.json"], ["4.json", "5.json", "6.json"]]
     assert sum(m["n_documents"] for m in manifests) == data.read_manifest(cfg.out_dir)["n_documents"]
     # in order the parts have the tokens, and therefore the documents, of one run, and the first its validation shard
     shards = [path for folder in folders for path in [*folder.glob("val*"), *sorted(folder.glob("train*"))]]
-    assert np.array_equal(read_tokens(shards), read_ids(cfg))
+    assert np.concatenate([np.load(path) for path in shards]).tolist() == read_ids(cfg)
     assert [path.parent for path in shards if path.name.startswith("val")] == folders[:1]
-    assert np.array_equal(np.load(shards[0]), np.load(tmp_path / "edu" / "val_000000.npy"))
+    assert np.array_equal(np.load(shards[0]), np.load(Path(cfg.out_dir, "val_000000.npy")))
     assert len({manifest["source"]["whole"] for manifest in manifests}) == 1
     # the command that is printed trains on all parts, if all are there
     source = capsys.readouterr().out.strip().splitlines()[-1].split("--data=")[1].split()[0].strip("'")
     train, val = data.open_data(source, data.get_tokenizer("bytes"))
     assert [shard.path for shard in val + train] == shards
     shutil.rmtree(folders[1])
-    with pytest.raises(ValueError, match="0 folders .* part 2/3"):
-        data.open_data(source, data.get_tokenizer("bytes"))
-    write_parquet(tmp_path / "in" / "7.parquet", ["new"])
+    (tmp_path / "in" / "7.json").write_text('[{"text": "new"}]')
     main(replace(cfg, part="2/3"))  # of other files
     with pytest.raises(ValueError, match="part 2/3"):
         data.open_data(source, data.get_tokenizer("bytes"))
     for part, words in (("0/3", "K/N"), ("4/3", "K/N"), ("1", "K/N"), ("1/", "K/N"), ("9/9", "8 ")):
         refused(replace(cfg, part=part), f"{part}", words)
-
-
-def test_parts_of_a_source_that_holds_their_folders(tmp_path: Path) -> None:
-    for i in range(2):
-        (tmp_path / f"{i}.json").write_text(json.dumps([{"text": f"document {i}"}]))
-    for k in (1, 2):
-        main(config(tmp_path, tmp_path / "out", part=f"{k}/2"))
-    assert bytes(np.load(tmp_path / "out-2-of-2" / "train_000000.npy")[1:].astype(np.uint8)) == b"document 1"
 
 
 @pytest.mark.parametrize("n", [2, 59, 60, 61, 120])
@@ -209,7 +183,7 @@ def test_source_of_about_one_or_two_shards(tmp_path: Path, n: int) -> None:
     run_and_check(config(tmp_path / "a.parquet", tmp_path / "out", shard_size=60), ["x" * (n - 1)])
 
 
-@pytest.mark.parametrize("max_tokens", [2, 500, 3000, 3001, 8_000, 10**9])
+@pytest.mark.parametrize("max_tokens", [2, 3000, 3001, 10**9])
 def test_max_tokens(source: SimpleNamespace, tmp_path: Path, max_tokens: int) -> None:
     run_and_check(config(source.folder, tmp_path, shard_size=3000, max_tokens=max_tokens), source.documents)
 
@@ -223,10 +197,6 @@ def test_few_chunks_are_read_ahead(tmp_path: Path) -> None:
     assert len(n_ahead) == 200 and max(n_ahead) <= 9
 
 
-# -----------------------------------------------------------------------------
-# Interrupted and continued
-
-
 def start(cfg: Config, method: str = "fork") -> subprocess.Popen:
     """Start `python fineweb.py` in a new process group, with a start method of multiprocessing."""
     command = [sys.executable, "-c", RUN, method, *harness.command_line(cfg)]
@@ -236,7 +206,7 @@ def start(cfg: Config, method: str = "fork") -> subprocess.Popen:
 
 def test_killed_or_interrupted_run_continues(source: SimpleNamespace, tmp_path: Path) -> None:
     rng, out = random.Random(0), tmp_path / "out"
-    for attempt in range(7):
+    for attempt in range(5):
         cfg = config(source.folder, out, shard_size=1000, workers=1 + attempt % 3)
         n = len(list(out.glob("*.npy"))) + rng.randrange(1, 10)
         process, give_up = start(cfg), time.monotonic() + 60
@@ -280,22 +250,6 @@ def test_invalid_and_other_settings_are_refused(source: SimpleNamespace, tmp_pat
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_damaged_manifest_is_refused(source: SimpleNamespace, tmp_path: Path) -> None:
-    cfg = config(source.folder, tmp_path / "out")
-    run_and_check(cfg, source.documents)
-    path = tmp_path / "out" / "manifest.json"
-    whole = json.loads(path.read_text())
-    for key in ("n_tokens", "n_documents", "source", "shards", "tokenizer", "shard_size"):
-        for value in (None, -1, [], {}):
-            path.write_text(json.dumps(whole | {key: value}))
-            refused(cfg, cfg.out_dir)
-    for following in (None, dict(file=9, document=0, token=0), dict(file=0, document=-1, token=0), []):
-        path.write_text(json.dumps(whole | dict(complete=False, next=following)))
-        refused(cfg, path)
-    path.write_text(json.dumps(whole))
-    run_and_check(cfg, source.documents)
-
-
 def test_unreadable_sources(source: SimpleNamespace, tmp_path: Path) -> None:
     out, path = tmp_path / "out", tmp_path / "a.parquet"
     for pattern in (tmp_path / "nothing", tmp_path / "*.parquet"):
@@ -309,6 +263,8 @@ def test_unreadable_sources(source: SimpleNamespace, tmp_path: Path) -> None:
         refused(config(path, out), path, word, "--field")
     write_parquet(path, ["", None, "  "])
     refused(config(path, out), path.name, 3)
+    write_jsonl(tmp_path / "a.jsonl", ["x"] * 1500)
+    refused(config(tmp_path / "a.jsonl", out, field="body"), "first 1,000", "'body'", "--field")
     write_parquet(path, documents := make_documents(3000, seed=3))  # another source, but no shard was written yet
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] + b"\xff" * 2000 + whole[len(whole) // 2 + 2000 :])
@@ -337,9 +293,6 @@ def test_dead_worker(source: SimpleNamespace, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(fineweb, "tokenize", die)
     refused(config(source.folder, tmp_path / "out"), "worker", "--workers")
 
-
-# -----------------------------------------------------------------------------
-# The hub
 
 URL = "hf://datasets/owner/name/sample/1BT"
 
@@ -397,10 +350,7 @@ def test_failed_download_continues_at_the_same_commit(source, hub: SimpleNamespa
 @pytest.fixture
 def gpt2(tmp_path: Path) -> SimpleNamespace:
     """A configuration for texts that are difficult to encode (surrogates, special tokens, blanks), and their ids."""
-    try:
-        tokenizer = data.get_tokenizer("gpt2")
-    except OSError as error:
-        pytest.skip(str(error))
+    tokenizer = harness.get_tokenizer("gpt2")
     odd = ["\ud800 lone", "a<|endoftext|>b", "  \t\n", " " * 5000 + "x", "1" * 3000, "don't I'LL", "\u3000é\u0301"]
     documents, rows = [*odd, *make_documents(300, seed=2)], make_documents(500, seed=3)
     (folder := tmp_path / "in").mkdir()
@@ -410,12 +360,6 @@ def gpt2(tmp_path: Path) -> SimpleNamespace:
     texts = filter(str.strip, filter(None, [*documents, *rows]))
     ids = [i for text in texts for i in [50256, *tokenizer.encode_ordinary(text)]]
     return SimpleNamespace(cfg=config(folder, tmp_path / "out", tokenizer="gpt2"), ids=ids)
-
-
-def read_ids(cfg: Config) -> list[int]:
-    """The ids of all shards, by number."""
-    paths = sorted(Path(cfg.out_dir).glob("*.npy"), key=lambda path: path.name[-10:])
-    return np.concatenate([np.load(path) for path in paths]).tolist()
 
 
 def test_gigatoken_ids_equal_encode_ordinary(gpt2: SimpleNamespace) -> None:

@@ -15,16 +15,14 @@ class Uniform(float):
 
     def __lt__(self, p: float) -> bool:
         result = float(self) < p
-        self.rng.path.append((result, p if result else 1 - p))
+        CountingRandom.path.append((result, p if result else 1 - p))
         return result
 
 
 class CountingRandom(Random):
     """Counts the information of every draw of a document, and keeps the draws."""
 
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        self.path: list[tuple] = []
+    path: list[tuple] = []
 
     def choice(self, values: list) -> object:
         self.path.append((i := self.randrange(len(values)), 1 / len(values)))
@@ -38,18 +36,16 @@ class CountingRandom(Random):
         return self.choice(range(a, b + 1))
 
     def random(self) -> Uniform:
-        u = Uniform(super().random())
-        u.rng = self
-        return u
+        return Uniform(super().random())
 
 
 def test_the_entropy_is_that_of_the_draws_and_texts_show_all_draws() -> None:
     rng, nats, paths = CountingRandom(0), [], {}
     for _ in range(20_000):
-        rng.path = []
+        path = CountingRandom.path = []
         text = fresh.fresh_document(rng)
-        nats.append(-sum(math.log(p) for _, p in rng.path))
-        assert paths.setdefault(text, rng.path) == rng.path, text
+        nats.append(-sum(math.log(p) for _, p in path))
+        assert paths.setdefault(text, path) == path, text
     assert len(paths) < 19_000  # so texts were repeated
     assert abs(fmean(nats) - fresh.document_entropy()) < 3 * stdev(nats) / math.sqrt(len(nats))
 
