@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 from harness import ENV, ROOT
 
 from neogpt import config
@@ -79,7 +80,6 @@ def test_only_rank_0_prints(capsys: pytest.CaptureFixture, monkeypatch: pytest.M
 
 
 def comments_of_constants(path: Path) -> dict[str, str]:
-    """The comment on each constant of a script's configuration ("" where there is none)."""
     classes = re.findall(r"^class \w*Config\b.*?:\n(.*?)\n\n\n", path.read_text(encoding="utf-8"), re.M | re.S)
     lines = re.findall(r"^    (\w+): (.*)$", "\n".join(classes), re.M)
     return {name: line.partition("  # ")[2] for name, line in lines}
@@ -92,17 +92,15 @@ SCRIPTS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")
 def test_help_shows_every_comment(path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "400")
     script = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    for name in script.CONFIGS:
-        with pytest.raises(SystemExit) as error:
-            config.parse(script.CONFIGS, script.__doc__, [name, "--help"])
-        assert error.value.code == 0
-        shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
-        comments = comments_of_constants(path)
-        assert comments and {k: v for k, v in comments.items() if not v or v not in shown} == {}
+    with pytest.raises(SystemExit) as error:
+        config.parse(script.CONFIGS, script.__doc__, [[*script.CONFIGS][-1], "--help"])
+    assert error.value.code == 0
+    shown, comments = re.sub(r"[\s│]+", " ", capsys.readouterr().out), comments_of_constants(path)
+    assert comments and {k: v for k, v in comments.items() if not v or v not in shown} == {}
 
 
 SCRIPT = '''"""A script outside of the repository."""
-import json, os, signal
+import os, signal
 from dataclasses import dataclass
 from neogpt import config
 @dataclass(frozen=True)
@@ -126,27 +124,26 @@ def run_script(folder: Path, body: str, *args: str, rank: int = 0, n_lines: int 
         return process.wait(timeout=60), text
 
 
+ERRORS = {  # the body of main -> a part of the only line
+    'config.require("[1, inf)", B=cfg.B)': "B=-3",
+    "open('a missing file')": "a missing file",
+    r"raise OSError('first line\nsecond line')": "second line",
+    "raise type('OutOfMemoryError', (RuntimeError,), {})('20.00 GiB. GPU 0 has …')": "20.00 GiB: use a smaller --B",
+}
+
+
 def test_errors_for_the_user_are_one_line(tmp_path: Path) -> None:
-    body, missing = 'config.require("[1, inf)", B=cfg.B)', str(tmp_path / "missing.txt")
-    assert run_script(tmp_path, body) == (0, "")
-    code, text = run_script(tmp_path, body, "--B=-3")
-    assert code == 1 and text.count("\n") == 1 and "B=-3" in text
-    assert run_script(tmp_path, body, "--B=-3", rank=1) == (1, "")  # all ranks see the same value
-    for rank in range(2):  # but a disk can be full on one node only
-        code, text = run_script(tmp_path, f"open({missing!r})", rank=rank)
-        assert code == 1 and text.count("\n") == 1 and missing in text
-    code, text = run_script(tmp_path, r"raise OSError('first line\nsecond line')")
-    assert code == 1 and text.count("\n") == 1 and "second line" in text
-
-
-def test_out_of_gpu_memory_is_one_line(tmp_path: Path) -> None:
-    body = 'import torch; raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has …")'
-    status, text = run_script(tmp_path, body)
-    assert status == 1 and "20.00 GiB" in text and "--B" in text and text.count("\n") == 1
+    assert issubclass(torch.OutOfMemoryError, RuntimeError)
+    for body, word in ERRORS.items():
+        code, text = run_script(tmp_path, body, "--B=-3")
+        assert code == 1 and text.count("\n") == 1 and word in text
+    assert run_script(tmp_path, next(iter(ERRORS))) == (0, "")
+    assert run_script(tmp_path, next(iter(ERRORS)), "--B=-3", rank=1) == (1, "")  # all ranks see the same value
+    assert "a missing file" in run_script(tmp_path, "open('a missing file')", rank=1)[1]  # perhaps only on one node
 
 
 def test_bugs_keep_their_traceback(tmp_path: Path) -> None:
-    not_raised_by_the_repository = ['int("x")', 'json.loads("{")', 'raise ValueError("x")', 'config.require("[x, 1]")']
+    not_raised_by_the_repository = ['int("x")', 'raise ValueError("x")', 'config.require("[x, 1]")']
     for body in [*not_raised_by_the_repository, "config.run()"]:  # the last is a TypeError
         code, text = run_script(tmp_path, body)
         assert code == 1 and text.startswith("Traceback") and "Error: " in text and 'script.py", line' in text
@@ -157,20 +154,6 @@ def test_ctrl_c_and_a_closed_pipe_end_without_traceback(tmp_path: Path) -> None:
         code, text = run_script(tmp_path, "os.kill(os.getpid(), signal.SIGINT)", rank=rank)
         assert code and text.count("\n") == 1 - rank and "Traceback" not in text
     assert run_script(tmp_path, "while True: print('a line', flush=True)", n_lines=2) == (0, "")  # as `head -2`
-
-
-def test_ranges_are_those_of_the_types() -> None:
-    @dataclass(frozen=True)
-    class Ranges:
-        n: config.PositiveInt = 1
-        rate: config.NonNegativeFloat | None = None
-        seed: config.Seed = 0
-        text: str | None = None
-
-    config.check(Ranges())
-    for name, value in dict(n=0, rate=-1e-9, seed=-1).items():
-        with pytest.raises(ValueError, match=f"--{name}={value} "):
-            config.check(Ranges(**{name: value}))
 
 
 def test_require() -> None:

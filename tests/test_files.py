@@ -1,8 +1,6 @@
 """Atomic writes, folders and free-space checks."""
 
 import os
-import shutil
-from collections import namedtuple
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,10 +34,6 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, failure: BaseException
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
     if isinstance(failure, OSError):
         assert str(path) in str(error.value) and "No space left" in str(error.value)
-    missing = tmp_path / "missing" / "a.txt"
-    with pytest.raises(OSError, match=str(missing)):
-        with files.atomic_write(missing) as temporary:
-            temporary.write_text("new")
 
 
 def test_only_regular_files_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,16 +52,6 @@ def test_only_regular_files_are_replaced(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OSError, match="No space left"), files.atomic_write(tmp_path / "a.txt"):
         monkeypatch.setattr(Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(30, "Read-only")))
         raise OSError(28, "No space left")
-
-
-def test_matches() -> None:
-    example = dict(name="", n=0, on=True, items=[dict(x=0.0)])
-    good = dict(name="a", n=5, on=False, items=[dict(x=1.5), dict(x=-2.0, y=None)], more=[1])
-    assert files.matches(good, example) and files.matches(good | dict(items=[]), example)
-    wrong = [dict(name=None), dict(n=-1), dict(n=True), dict(n=2**62), dict(on=1), dict(items={})]
-    wrong += [dict(items=[dict(x=1)])]
-    assert not [change for change in wrong if files.matches(good | change, example)]
-    assert not files.matches({"n": 5}, example) and not files.matches([good], example)
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst"])
@@ -107,11 +91,3 @@ def test_make_folder(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "a"):
         with pytest.raises(OSError, match=str(folder)):
             files.make_folder(folder)
-
-
-def test_require_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "free")(3 * 10**9))
-    files.require_space(tmp_path, 3 * 10**9, "this purpose")
-    with pytest.raises(OSError) as error:
-        files.require_space(tmp_path, 4 * 10**9, "this purpose")
-    assert all(word in str(error.value) for word in ("this purpose", "4.00 GB", "3.00 GB", str(tmp_path)))

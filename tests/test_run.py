@@ -186,7 +186,7 @@ def identify_on_rank(rt: runtime.Runtime, folder: Path) -> str:
     opened = run.Run(Config(str(folder)), "pretraining", BYTES, rt)
     opened.identify(kernel="fast")
     try:
-        opened.identify(kernel="fast", data=rt.rank // 2)
+        opened.identify(kernel="fast", data=rt.rank)
         return ""
     except ValueError as error:
         return str(error)
@@ -196,14 +196,13 @@ def test_circumstances_are_compared_on_resume_and_between_ranks(tmp_path: Path) 
     for data_read, expected in (("1a2b", ""), ("1a2b", ""), ("3c4d", "data 1a2b -> 3c4d"), ("3c4d", "")):
         opened = open_run(tmp_path / "run")
         opened.identify(data=data_read)
-        lines = [line for line in harness.notes(tmp_path / "run").split("\n") if "changed since" in line]
+        notes = harness.notes(tmp_path / "run")
+        lines = [line for line in notes.split("\n") if "changed since" in line]
         assert len(lines) == (data_read == "3c4d") and all(expected in line for line in lines)
-        assert f"data={data_read}" in harness.notes(tmp_path / "run") and "precision=fp32" in harness.notes(
-            tmp_path / "run"
-        )
+        assert f"data={data_read}" in notes and "precision=fp32" in notes
         train(opened, opened.step + 1)
-    messages = harness.on_ranks(tmp_path, partial(identify_on_rank, folder=tmp_path / "ranks"), n_ranks=3)
-    assert all(message.startswith("rank 2 differs from rank 0: data 0 -> 1") for message in messages)
+    messages = harness.on_ranks(tmp_path, partial(identify_on_rank, folder=tmp_path / "ranks"))
+    assert all(message.startswith("rank 1 differs from rank 0: data 0 -> 1") for message in messages)
 
 
 def test_stop_saves_all_steps_that_were_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,9 +222,6 @@ def test_checkpoints_are_saved_resumed_and_refused(tmp_path: Path) -> None:
     opened = open_run(tmp_path)
     opened.base, opened.B = "1a2b", 4
     train(opened, 3)
-    writing = opened.writing
-    opened.save()  # does nothing: this step is saved
-    assert opened.writing is writing
     opened.record(val=1.25)
     opened.save(best=True)
     opened.wait_for_writer()
@@ -249,8 +245,8 @@ def test_checkpoints_are_saved_resumed_and_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_belongs_to_one_process(tmp_path: Path) -> None:
-    code = "import pathlib, sys; from neogpt import run; log = run.Log(pathlib.Path(sys.argv[1]))"
-    command = [sys.executable, "-c", f"{code}; print(1, flush=True); sys.stdin.read()", str(tmp_path)]
+    code = "import sys; from neogpt import files; file = open(sys.argv[1], 'a'); files.lock(file)"
+    command = [sys.executable, "-c", f"{code}; print(1, flush=True); sys.stdin.read()", str(tmp_path / "log.txt")]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     with subprocess.Popen(command, env=harness.ENV, cwd=harness.ROOT, **pipes) as other:
         assert other.stdout.readline()

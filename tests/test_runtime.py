@@ -42,19 +42,17 @@ def test_print0(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) 
     runtime.setup("cpu", console=sys.stderr)
     runtime.print0("text")
     assert capsys.readouterr() == ("", "text\n")
+    with monkeypatch.context() as windows:  # characters that a console cannot show
+        windows.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+        runtime.setup("cpu")
+        runtime.print0("a\ufffdé")
+        assert sys.stdout.buffer.getvalue().decode("cp1252").split() == ["a?é"]
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **settings: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert runtime.setup("cpu")[:2] == (1, 2)
     runtime.print0("text")
     assert capsys.readouterr() == ("", "")
-
-
-def test_characters_that_the_console_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))  # a file on Windows
-    runtime.setup("cpu")
-    runtime.print0("a\ufffdé")
-    assert sys.stdout.buffer.getvalue().decode("cp1252").split() == ["a?é"]
 
 
 def test_several_processes_need_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,27 +126,23 @@ def test_compiler_is_required(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrap(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:  # needs no compiler
+        values = [node.meta["example_value"] for node in graph.graph.output_node().args[0]]
+        outputs.append([getattr(value, "shape", None) for value in values])
+        return graph.forward
+
     raw, idx = tiny_model(n_layer=1), torch.arange(8)[None]
     assert training.wrap(raw, ALONE, False, False, compile=False) is raw
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # needs no compiler
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     monkeypatch.setattr(runtime, "require_compiler", lambda device: None)
     compiled = training.wrap(raw, ALONE, False, False, compile=True)
     assert compiled is not raw and torch.equal(compiled(idx), raw(idx))
+    outputs.clear()
+    compiled(idx, idx, reduction="sum").backward()
+    assert outputs == [[torch.Size([])]]  # of the training graph, only the loss
     raw.register_forward_hook(lambda *_: torch._dynamo.graph_break())
     with pytest.raises(torch._dynamo.exc.Unsupported):
         training.wrap(raw, ALONE, False, False, compile=True)(idx)
     training.wrap(raw, ALONE, False, False, compile=True, dynamic=True)(idx)
-
-
-def test_loss_is_the_only_output_of_the_training_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    outputs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
-        outputs.append([node.meta["example_value"].shape for node in graph.graph.output_node().args[0]])
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    monkeypatch.setattr(runtime, "require_compiler", lambda device: None)
-    idx = torch.arange(8)[None]
-    training.wrap(tiny_model(n_layer=1), ALONE, False, False, compile=True)(idx, idx, reduction="sum").backward()
-    assert outputs == [[torch.Size([])]]
