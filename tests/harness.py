@@ -3,6 +3,7 @@ resumed, runs on several ranks, and invalid options.
 """
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -225,7 +226,8 @@ def work_on_rank(rank: int, env: dict[str, str], folder: Path, work: Callable) -
 def on_ranks(folder: Path, work: Callable[[runtime.Runtime], Any], n_ranks: int = 2) -> list[Any]:
     """What `work(rt)`, which can be pickled, returns on each rank. folder: for temporary files."""
     env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=str(n_ranks))
-    torch.multiprocessing.spawn(work_on_rank, (env, folder, work), nprocs=n_ranks)
+    multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.distributed.fsdp"])  # imported once
+    torch.multiprocessing.start_processes(work_on_rank, (env, folder, work), n_ranks, start_method="forkserver")
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(n_ranks)]
 
 
