@@ -151,6 +151,11 @@ def test_any_flipped_bit_is_found_or_harmless(tmp_path: Path) -> None:
             assert str(path) in str(error)
 
 
+def test_models_are_fp32(tmp_path: Path) -> None:
+    loaded = checkpoint.load_model(str(write_model(tmp_path, tiny_model().half())))
+    assert {p.dtype for p in loaded.raw.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_objects_are_refused_and_not_run(tmp_path: Path, is_zip: bool) -> None:
     created, path = tmp_path / "created", tmp_path / "ckpt_000009.pt"

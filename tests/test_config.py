@@ -113,11 +113,11 @@ if __name__ == "__main__":
 '''
 
 
-def run_script(folder: Path, body: str, *args: str, rank: int = 0, n_lines: int = 0) -> tuple[int, str]:
+def run_script(folder: Path, body: str, *args: str, rank: int = 0, n_lines: int = 0, **env: str) -> tuple[int, str]:
     """Exit status and stderr of a script whose main has this body; its stdout is closed after n_lines lines."""
     (folder / "script.py").write_text(SCRIPT.replace("BODY", body))
     command, pipes = [sys.executable, str(folder / "script.py"), *args], dict(stdout=-1, stderr=-1, text=True)
-    with subprocess.Popen(command, env=ENV | {"RANK": str(rank)}, **pipes) as process:
+    with subprocess.Popen(command, env=ENV | {"RANK": str(rank)} | env, **pipes) as process:
         assert all(process.stdout.readline() for _ in range(n_lines))
         process.stdout.close()
         text = process.stderr.read()
@@ -139,6 +139,7 @@ def test_errors_for_the_user_are_one_line(tmp_path: Path) -> None:
         assert code == 1 and text.count("\n") == 1 and word in text
     assert run_script(tmp_path, next(iter(ERRORS))) == (0, "")
     assert run_script(tmp_path, next(iter(ERRORS)), "--B=-3", rank=1) == (1, "")  # all ranks see the same value
+    assert "B=-3" in run_script(tmp_path, next(iter(ERRORS)), "--B=-3", rank=8, LOCAL_RANK="0")[1]  # another machine
     assert "a missing file" in run_script(tmp_path, "open('a missing file')", rank=1)[1]  # perhaps only on one node
 
 
@@ -153,7 +154,9 @@ def test_ctrl_c_and_a_closed_pipe_end_without_traceback(tmp_path: Path) -> None:
     for rank in range(2):
         code, text = run_script(tmp_path, "os.kill(os.getpid(), signal.SIGINT)", rank=rank)
         assert code and text.count("\n") == 1 - rank and "Traceback" not in text
-    assert run_script(tmp_path, "while True: print('a line', flush=True)", n_lines=2) == (0, "")  # as `head -2`
+    log = "from neogpt import runtime; runtime.setup('cpu')\n    while True: runtime.print0('a line')"
+    for body in ("while True: print('a line', flush=True)", log):
+        assert run_script(tmp_path, body, n_lines=2) == (0, "")  # as `head -2`
 
 
 def test_require() -> None:

@@ -120,8 +120,8 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def test_shards_of_build_nanogpt_and_llmc(tmp_path: Path) -> None:
-    names = ["edufineweb_train_000002.npy", "edufineweb_train_000010.npy", "fineweb_train_000001.bin"]
-    names += ["edufineweb_val_000000.npy", "fineweb_val_000000.bin"]
+    names = ["edufineweb_train_000002.npy", "medieval_train_000010.npy", "train_000001.bin"]  # medieval is not val
+    names += ["edufineweb_val_000000.npy", "validation.bin"]
     made = {name: tokens_of(50 + i, i, 50257) for i, name in enumerate(names)}
     for name in reversed(names):
         (tmp_path / name).write_bytes(npy(made[name]) if name.endswith(".npy") else llmc(made[name]))

@@ -119,12 +119,12 @@ def test_attention_equals_the_definition(attend: Any, T: int, S: int) -> None:
 
 
 @pytest.mark.parametrize("T, manual", [(1, 0), (256, 1), (513, 3)])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_in_bf16_on_a_cpu(masked: bool, T: int, manual: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("masked", ["", "each query", "all queries"])
+def test_attention_in_bf16_on_a_cpu(masked: str, T: int, manual: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Manual attention for 256 queries at a time; single queries use the fused kernels in fp32."""
     generator, S = torch.Generator().manual_seed(0), max(T, 20)
     q, k, v = (torch.randn(1, 2, n, 8, generator=generator).bfloat16().requires_grad_() for n in (T, S, S))
-    mask = torch.rand(1, 1, T, S, generator=generator) < 0.5 if masked else None
+    mask = torch.rand(1, 1, T if masked == "each query" else 1, S, generator=generator) < 0.5 if masked else None
     mask = mask.index_fill(3, torch.tensor(0), True) if masked else None  # every query has a key
     spy = Mock(wraps=manual_attention)
     monkeypatch.setattr("neogpt.model.manual_attention", spy)

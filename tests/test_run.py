@@ -180,6 +180,8 @@ def test_nonfinite_steps_end_a_run_if_too_many(tmp_path: Path, monkeypatch: pyte
     assert all(p.isfinite().all() for p in opened.raw.parameters())
     opened.wait_for_writer()  # not saved after a step that was skipped
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["ckpt_000004.pt"]
+    train(open_run(tmp_path), 6, 2, bad=(5,))  # but the last step is saved
+    assert checkpoint.read_newest(tmp_path).step == 6
 
 
 def identify_on_rank(rt: runtime.Runtime, folder: Path) -> str:
