@@ -32,7 +32,7 @@ from neogpt.run import Run
 class Config(finetune.FinetuneConfig):
     data: str = "andersonbcdefg/red_teaming_reward_modeling_pairwise"  # dataset on the hub, or a file
     out_dir: str = "out/dpo"  # log.txt, checkpoints, best.pt (lowest held-out loss), reference log-probabilities
-    eval_questions: str = ""  # rows as for sft.py: the part of greedy answers that begin with the response; "": none
+    eval_questions: str = ""  # rows as for sft.py: fraction of answers that begin with the response; "": none
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"  # DPO, robust DPO, SLiC or IPO
     beta: config.PositiveFloat = 0.1  # KL penalty strength (beta in Eq. 7)
     label_smoothing: float = 0.0  # assumed fraction of wrong preferences, for sigmoid (cDPO) and robust

@@ -331,7 +331,7 @@ def main(cfg: Config) -> None:
     manifest = manifest or settings | empty
     for name, value in settings.items():
         if (old := manifest.get(name)) != value:
-            changed = f"other files, {old['data']}" if name == "source" else f"{name}={old}, not {value}"
+            changed = f"other files of {old['data']}" if name == "source" else f"{name}={old}, not {value}"
             raise ValueError(f"{folder} was begun with {changed}: change --out_dir")
     for entry in manifest["shards"]:
         data.open_shard(folder / entry["file"])  # raises if it is missing or truncated

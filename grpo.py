@@ -199,7 +199,7 @@ def main(cfg: Config) -> None:
     config.check(cfg)
     config.require("[0, 1)", clip=cfg.clip)
     if cfg.updates_per_rollout > 1 and not cfg.clip:
-        raise ValueError(f"--clip={cfg.clip} with --updates_per_rollout={cfg.updates_per_rollout}: use --clip=0.2")
+        raise ValueError(f"--updates_per_rollout={cfg.updates_per_rollout} needs clipping, but --clip=0.0: use 0.2")
     terms = rewards.parse(cfg.reward)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     run, rt, T = finetune.open_run(cfg, "grpo", ("sft", "dpo"), rt)

@@ -132,7 +132,7 @@ def main(cfg: Config) -> None:
         raise ValueError(f"standard input is not UTF-8 text: {error}") from error
     raw, tokenizer, stage, _ = checkpoint.load_model(cfg.checkpoint)
     if cfg.chat and stage == "pretraining":
-        runtime.print0("this model was not trained to answer: use one of sft.py, dpo.py or grpo.py")
+        runtime.print0(f"{cfg.checkpoint} was perhaps not trained to answer: its stage is pretraining or unknown")
     raw.to(rt.device)
     if rt.precision == "bf16":
         generate.cast_linears(raw, torch.bfloat16)

@@ -69,7 +69,7 @@ def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
         ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts and origin.line.startswith("raise")
         if not ours and not isinstance(error, OSError):
             raise
-        # all ranks of a machine see the same wrong value, but a disk can be full for one of them
+        # a wrong value is the same on all ranks of a machine, but an OSError can occur on one rank only
         sys.exit(f"error: {files.one_line(error)}" if is_rank_0 or isinstance(error, OSError) else 1)
 
 

@@ -25,7 +25,7 @@ def fast_cpu_linears(raw: model.GPT, n_rows: int) -> Iterator[None]:
     For one row F.linear leaves cores idle in fp32, unless the matrix is split into parts; in bf16 PyTorch's kernel is
     faster than oneDNN's. For several rows F.linear repacks the matrix in every call; we pack a copy of every matrix
     once, in 0.1 s for gpt2; under autocast the copy is bf16. All products of gpt2 on two cores of an EPYC
-    (avx512_bf16), in ms: one row 18 instead of 41, and 10 instead of 16 in bf16; eight rows 24 instead of 72, and 18
+    (avx512_bf16), in ms: one row 18 instead of 42, and 10 instead of 16 in bf16; eight rows 24 instead of 72, and 18
     instead of 31 in bf16.
     """
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
@@ -64,7 +64,9 @@ def packed_matmul(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 
 
 def split_matmul(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """x Wᵀ + b, (…, in) -> (…, out), as a batch of products with 32 parts of W, which the cores share."""
+    """x Wᵀ + b, (…, in) -> (…, out), as a batch of products with 32 parts of W, which the cores share (4 to
+    64 parts are equally fast).
+    """
     b = W.new_zeros(len(W)) if b is None else b
     rows, n = x.flatten(0, -2), len(W) - len(W) % 32
     parts, columns = W[:n].view(32, -1, W.size(1)), rows.T.expand(32, -1, -1)  # (32, n / 32, in), (32, in, rows)

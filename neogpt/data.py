@@ -1,9 +1,9 @@
 """Tokenizers, token shards on disk, and the order in which training reads them.
 
-A data folder holds shards of uint16 ids, with the word "train" or "val" in their names: `.npy` files of fineweb.py
-or build-nanogpt, llm.c's `.bin`, or nanoGPT's `train.bin` and `val.bin`. A text file or several folders can take the
-place of a folder. The order depends on the seed and on the position, which counts sequences, but not on the number of
-devices or the micro-batch size.
+A data folder holds shards of uint16 ids with "train" or "val" in their names: `.npy` files of fineweb.py or
+build-nanogpt, `.bin` files of llm.c or nanoGPT. A text file or several folders can take the place of a folder. The order
+depends on the seed and on the position, which counts sequences, but not on the number of devices or on the micro-batch
+size.
 """
 
 import contextlib
@@ -144,7 +144,7 @@ def open_folder(folder: Path, tokenizer: tiktoken.Encoding, check: bool) -> Spli
     the sizes and modification times of a successful check; until they change, nothing is read.
     """
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".bin"))
-    words = "train", "val(idation)?"  # not within a word: medieval_train_000001.npy is no validation shard
+    words = "train(ing)?", "val(id|idation)?"  # not within a word: medieval_train_000001.npy is no validation shard
     train, val = ([open_shard(p) for p in paths if re.search(f"(?<![a-z]){w}(?![a-z])", p.name)] for w in words)
     shards, n_tokens, cache = {shard.path.name: shard for shard in train + val}, tokenizer.n_vocab, folder / CHECKED
     manifest = read_manifest(folder) or {"complete": True, "shards": [], "tokenizer": tokenizer.name}
@@ -222,7 +222,8 @@ def open_data(source: str, tokenizer: tiktoken.Encoding, check: bool = True) -> 
     folders = [open_folder(folder, tokenizer, check) for folder in find_folders(source)]
     train, val = (sum(shards, []) for shards in zip(*folders))
     if not train or not val:
-        raise ValueError(f"{source} has {len(train)} training and {len(val)} validation shards: run python fineweb.py")
+        found = f"{len(train)} training and {len(val)} validation shards"
+        raise ValueError(f"{source} has {found}, by the words train and val in names: run python fineweb.py")
     return train, val
 
 

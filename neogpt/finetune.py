@@ -125,7 +125,7 @@ def answer(run: Run, prompts: list[Prompt], seeds: list[int] | None = None) -> l
 
 
 def score_answers(run: Run, rows: list[chat.Row]) -> dict[str, float]:
-    """The rewards exact and begins (see rewards.py) and the part that ended, of greedy answers; {} without rows."""
+    """Means over greedy answers: rewards exact and begins (rewards.py), fraction that ended; {} without rows."""
     T = run.cfg.T or run.raw.config.block_size
     budget = T - min(run.cfg.answer_tokens, T // 2)  # for the prompt, so that an answer fits into T tokens
     answers = answer(run, [(row, chat.encode_prompt(row, budget, run.tokenizer)) for row in rows])

@@ -88,8 +88,8 @@ class Run:
         self.resumed = checkpoint.find_resume(self.out_dir, rt, branch_from)
         if self.resumed and (self.resumed.stage != stage or self.resumed.optimizers is None):
             has = "no moments" if self.resumed.stage == stage else f"stage {self.resumed.stage}"
-            path = branch_from if starts_branch else self.out_dir
-            raise ValueError(f"a {stage} run cannot continue from {path}, which has {has}: use another --out_dir")
+            path, option = (branch_from, "--branch_from") if starts_branch else (self.out_dir, "--out_dir")
+            raise ValueError(f"a {stage} run cannot continue from {path}, which has {has}: use another {option}")
         old = self.resumed.facts if self.resumed else {}
         kept = old.get("precision", rt.precision) if old.get("device") == rt.device.type else rt.precision
         if cfg.precision == "auto" and kept != rt.precision:
@@ -193,8 +193,8 @@ class Run:
             yield step
 
     def due(self, every: int | None) -> bool:
-        """Whether this step is a multiple of `every` (0 or None: never) or max_steps, and no signal came. Reads all
-        losses first.
+        """Whether to evaluate or save now: this step is a multiple of `every`, or max_steps, and no signal came. Never
+        if `every` is 0 or None. Reads all pending losses if the step is due.
         """
         is_due = bool(every) and (self.step % every == 0 or self.step == self.max_steps)
         if is_due:
@@ -247,8 +247,8 @@ class Run:
         self.clock = runtime.now(self.rt.device)  # the time of an evaluation is not part of a step
 
     def save(self, best: bool = False) -> None:
-        """Write a checkpoint in the background, and best.pt if `best`. After a nonfinite step only the last checkpoint
-        is written, so a run that diverges keeps those from before.
+        """Write a checkpoint in the background, and best.pt if `best`. After a nonfinite step only the best and the
+        last checkpoint are written, so a run that diverges keeps those from before.
         """
         if not best and (self.step == self.saved_step or self.n_nonfinite and not self.last):
             return

@@ -167,8 +167,8 @@ HOLES, LIBRARIES = 0.5, {"fp32": 5e7, "bf16": 8e7}
 def plan_memory(
     raw: model.GPT, B: int, T: int, rt: runtime.Runtime, sharded: bool, recompute: bool, muon: bool, compiled: bool
 ) -> dict[str, float]:
-    """Bytes per device by kind at the peak of a run whose steps have several micro-batches of B sequences of T tokens.
-    raw: can be on the meta device. compiled: the whole step is one graph, unless it is sharded.
+    """Peak memory per device in bytes, by kind, if a step has several micro-batches of B sequences of T tokens. raw:
+    can be on the meta device. compiled: both passes are one graph; sharded models are compiled block by block.
     """
     c, n, n_tokens, on_cpu = raw.config, rt.world_size if sharded else 1, B * T, rt.device.type == "cpu"
     n_trained = sum(p.numel() for p in raw.parameters() if p.requires_grad)

@@ -45,7 +45,7 @@ class Config:
     models: tuple[str, ...] = ("demo",)  # names of model.SIZES; the weights are random
     T: config.PositiveInt = 256  # sequence length, tokens
     B: tuple[int, ...] = (8,)  # sequences per forward pass
-    total_batch_size: int = 8 * 256  # tokens per optimizer step
+    total_batch_size: config.PositiveInt = 8 * 256  # tokens per optimizer step
     optimizer: Literal["adamw", "muon"] = "adamw"  # of both training loops
     steps: config.PositiveInt = 10  # optimizer steps per repeat
     repeats: Annotated[int, "[2, inf)"] = 7  # the first one warms up and is not counted

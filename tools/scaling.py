@@ -10,6 +10,7 @@ cost 1.2 times the longest. Results are read from the log.txt of the runs. The s
 study, also with more sizes, learning rates or lengths. Writes scaling.json and Scaling.png.
 """
 
+import os
 import re
 import shlex
 import subprocess
@@ -37,7 +38,7 @@ class Config:
     held_out: config.PositiveInt = 2  # also train the largest size for this many times the longest length, as a test
     fresh_tokens: config.NonNegativeInt = 0  # size of a new text of the demo world to train on; 0: --data of `train`
     out_dir: str = "out/scaling"  # folder of the runs, scaling.json and Scaling.png
-    launch: str = shlex.quote(sys.executable)  # command in front of train_gpt2.py: Python or torchrun
+    launch: str = ""  # command in front of train_gpt2.py, such as torchrun; "": this Python
     jobs: config.PositiveInt = 1  # runs at the same time, each of another size
 
 
@@ -47,8 +48,7 @@ DEMO = Config(
     max_lrs=(3.5e-3, 7e-3, 1.4e-2),
     fresh_tokens=16_000 * 576,
     out_dir="out/scaling-demo",
-    launch=f"env OMP_NUM_THREADS=1 {shlex.quote(sys.executable)}",  # models this small are fastest on one thread
-    jobs=2,
+    jobs=2,  # models this small are fastest on one thread each
 )
 CONFIGS = {"gpt2": Config(), "demo": DEMO}
 
@@ -67,10 +67,11 @@ class Point(NamedTuple):
 def check(cfg: Config, base: train_gpt2.Config) -> None:
     """Raise ValueError for the first constant that is out of range."""
     config.check(cfg)
-    for size in cfg.sizes:
-        train_gpt2.check(replace(base, model=size), world_size=1)
+    if unknown := {*cfg.sizes} - {*model.SIZES}:
+        raise ValueError(f"--sizes {min(unknown)}: expected names of {', '.join(model.SIZES)}")
     if len(cfg.sizes) * len(cfg.lengths) < 6 or not cfg.max_lrs:
-        raise ValueError(f"--lengths {cfg.lengths}: expected six runs or more with all --sizes, and --max_lrs")
+        counts = f"{len(cfg.sizes)} --sizes x {len(cfg.lengths)} --lengths and {len(cfg.max_lrs)} --max_lrs"
+        raise ValueError(f"{counts}: expected six runs or more, and a learning rate")
     increasing = [*cfg.lengths] == sorted({*cfg.lengths})
     if not increasing or any(steps % 10 for steps in cfg.lengths) or 0.8 * cfg.lengths[0] < base.warmup_steps:
         expected = f"increasing multiples of 10 from {1.25 * base.warmup_steps:g} on, because of --warmup_steps"
@@ -86,23 +87,31 @@ def final_loss(folder: str, steps: int, base: train_gpt2.Config) -> float | None
     """
     path = Path(folder, "log.txt")
     log = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    log = log[max(0, log.rfind("# data=")) :]  # since the last start
     for constant in (f"data={base.data!r}", f"T={base.T}", f"total_batch_size={base.total_batch_size}"):
         if "# data=" in log and f" {constant} " not in log:
             raise ValueError(f"{folder} was not trained with {constant}: use another --out_dir")
-    losses = re.findall(rf"^{steps} val (\S+)$", log, re.M)
+    losses = re.findall(rf"^{steps} val (\S+)\n", log, re.M)
     return float(losses[-1]) if losses else None
 
 
 def train(cfg: Config, base: train_gpt2.Config, size: str, steps: int, max_lr: float, start: Point | None) -> Point:
     """Do one run, unless it is finished. start: the shorter run that it continues. Raises ValueError if it fails."""
     folder = f"{cfg.out_dir}/{size}-{max_lr:g}-{steps}"
-    command = [*shlex.split(cfg.launch), train_gpt2.__file__, *shlex.split(cfg.train), f"--model={size}"]
+    command = [
+        *(shlex.split(cfg.launch) or [sys.executable]),
+        train_gpt2.__file__,
+        *shlex.split(cfg.train),
+        f"--model={size}",
+    ]
     command += [f"--data={base.data}", f"--out_dir={folder}", f"--max_lr={max_lr!r}", f"--max_steps={steps}"]
     command += ["--schedule=wsd", "--decay_frac=0.2", f"--save_every={steps // 10}", "--keep_last=3"]
     command += [f"--eval_every={steps}", "--n_samples=0", "--hellaswag_every=0"]
     command += [f"--branch_from={start.folder}/ckpt_{start.steps * 8 // 10:06d}.pt"] if start else []
     if final_loss(folder, steps, base) is None:
-        subprocess.run(command, stdout=subprocess.DEVNULL)
+        n_threads = str(max(1, (os.cpu_count() or 1) // cfg.jobs))  # with more, runs would wait for each other
+        env = os.environ | (dict(OMP_NUM_THREADS=n_threads) if cfg.jobs > 1 else {})
+        subprocess.run(command, env=env, stdout=subprocess.DEVNULL)
     if (loss := final_loss(folder, steps, base)) is None:
         raise ValueError(f"the run in {folder} did not finish: run the same command again; {shlex.join(command)}")
     shape = train_gpt2.expected_config(replace(base, model=size), data.get_tokenizer(base.tokenizer).n_vocab)
@@ -137,7 +146,7 @@ def as_text(values: np.ndarray) -> list[str]:
 
 def print_report(laws: list[fit.Law], runs: np.ndarray, held_out: list[Point]) -> None:
     """Print the constants beside published ones, optima and predictions. laws: of all points, then of the resamples."""
-    C = max(6 * runs[0] * runs[1])
+    C = max(*(6 * runs[0] * runs[1]), *(6 * p.N * p.D for p in held_out))
 
     def constants(law: fit.Law) -> list[float]:
         N, D = law.optimum(C)
@@ -167,7 +176,7 @@ def draw(path: Path, laws: list[fit.Law], runs: np.ndarray, held_out: list[Point
     from matplotlib.figure import Figure
 
     (N, D, L), law = runs, laws[0]
-    budgets = np.geomspace(min(6 * N * D), 20 * max(6 * N * D), 50)
+    budgets = np.geomspace(min(6 * N * D), 10 * max(*(6 * N * D), *(6 * p.N * p.D for p in held_out)), 50)
     with matplotlib.rc_context(plot.STYLE):
         figure = Figure(figsize=(13, 10), layout="constrained")
         [[curves, equal], [optimum, errors]] = figure.subplots(2, 2)
