@@ -159,7 +159,7 @@ def check_branch(cfg: Config, start: checkpoint.Checkpoint) -> None:
         raise ValueError(f"--branch_from={cfg.branch_from}: its configuration has no {min(missing)}")
     old, new = lr_schedule(replace(cfg, **{name: start.config[name] for name in names})), lr_schedule(cfg)
     if changed := [step for step in range(start.step) if old(step) != new(step)]:
-        rates = f"the learning rate of step {changed[0]} was {old(changed[0]):.3g} and would be {new(changed[0]):.3g}"
+        rates = f"the learning rate of step {changed[0]} was {old(changed[0]):.6g} and would be {new(changed[0]):.6g}"
         raise ValueError(f"--branch_from={cfg.branch_from}: {rates}; use --schedule=wsd, and branch before the decay")
 
 
