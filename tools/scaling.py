@@ -69,22 +69,18 @@ def check(cfg: Config, base: train_gpt2.Config) -> None:
     config.check(cfg)
     if unknown := {*cfg.sizes} - {*model.SIZES}:
         raise ValueError(f"--sizes {min(unknown)}: expected names of {', '.join(model.SIZES)}")
-    if len(cfg.sizes) * len(cfg.lengths) < 6 or not cfg.max_lrs:
-        counts = f"{len(cfg.sizes)} --sizes x {len(cfg.lengths)} --lengths and {len(cfg.max_lrs)} --max_lrs"
-        raise ValueError(f"{counts}: expected six runs or more, and a learning rate")
+    if (n := len(cfg.sizes) * len(cfg.lengths)) < 6 or not cfg.max_lrs:
+        raise ValueError(f"{n} runs with --max_lrs {cfg.max_lrs}: expected six --sizes x --lengths or more, and a rate")
     increasing = [*cfg.lengths] == sorted({*cfg.lengths})
     if not increasing or any(steps % 10 for steps in cfg.lengths) or 0.8 * cfg.lengths[0] < base.warmup_steps:
         expected = f"increasing multiples of 10 from {1.25 * base.warmup_steps:g} on, because of --warmup_steps"
         raise ValueError(f"--lengths {cfg.lengths}: expected {expected}")
-    longest = cfg.held_out * cfg.lengths[-1] * base.total_batch_size
-    if 0 < cfg.fresh_tokens < longest:
+    if 0 < cfg.fresh_tokens < (longest := cfg.held_out * cfg.lengths[-1] * base.total_batch_size):
         raise ValueError(f"--fresh_tokens={cfg.fresh_tokens}: the longest run needs {longest:,}")
 
 
 def final_loss(folder: str, steps: int, base: train_gpt2.Config) -> float | None:
-    """The final loss of a run according to its log; None if it is not finished. Raises ValueError if it is a run with
-    other data or batches.
-    """
+    """The final loss of a run; None if it is not finished. Raises ValueError if it has other data or batches."""
     path = Path(folder, "log.txt")
     log = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     log = log[max(0, log.rfind("# data=")) :]  # since the last start
@@ -98,20 +94,15 @@ def final_loss(folder: str, steps: int, base: train_gpt2.Config) -> float | None
 def train(cfg: Config, base: train_gpt2.Config, size: str, steps: int, max_lr: float, start: Point | None) -> Point:
     """Do one run, unless it is finished. start: the shorter run that it continues. Raises ValueError if it fails."""
     folder = f"{cfg.out_dir}/{size}-{max_lr:g}-{steps}"
-    command = [
-        *(shlex.split(cfg.launch) or [sys.executable]),
-        train_gpt2.__file__,
-        *shlex.split(cfg.train),
-        f"--model={size}",
-    ]
-    command += [f"--data={base.data}", f"--out_dir={folder}", f"--max_lr={max_lr!r}", f"--max_steps={steps}"]
-    command += ["--schedule=wsd", "--decay_frac=0.2", f"--save_every={steps // 10}", "--keep_last=3"]
-    command += [f"--eval_every={steps}", "--n_samples=0", "--hellaswag_every=0"]
+    command = [*(shlex.split(cfg.launch) or [sys.executable]), train_gpt2.__file__, *shlex.split(cfg.train)]
+    command += [f"--data={base.data}", f"--out_dir={folder}", f"--model={size}", f"--max_lr={max_lr!r}"]
+    command += [f"--max_steps={steps}", f"--eval_every={steps}", f"--save_every={steps // 10}", "--keep_last=3"]
+    command += ["--schedule=wsd", "--decay_frac=0.2", "--n_samples=0", "--hellaswag_every=0"]
     command += [f"--branch_from={start.folder}/ckpt_{start.steps * 8 // 10:06d}.pt"] if start else []
     if final_loss(folder, steps, base) is None:
         n_threads = str(max(1, (os.cpu_count() or 1) // cfg.jobs))  # with more, runs would wait for each other
-        env = os.environ | (dict(OMP_NUM_THREADS=n_threads) if cfg.jobs > 1 else {})
-        subprocess.run(command, env=env, stdout=subprocess.DEVNULL)
+        threads = dict(OMP_NUM_THREADS=n_threads) if cfg.jobs > 1 else {}
+        subprocess.run(command, env=os.environ | threads, stdout=subprocess.DEVNULL)
     if (loss := final_loss(folder, steps, base)) is None:
         raise ValueError(f"the run in {folder} did not finish: run the same command again; {shlex.join(command)}")
     shape = train_gpt2.expected_config(replace(base, model=size), data.get_tokenizer(base.tokenizer).n_vocab)
