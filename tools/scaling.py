@@ -135,9 +135,10 @@ def as_text(values: np.ndarray) -> list[str]:
     return [f"{x:.4g} [{low:.4g} … {high:.4g}]" for x, low, high in values.T]
 
 
-def print_report(laws: list[fit.Law], runs: np.ndarray, held_out: list[Point]) -> None:
-    """Print the constants beside published ones, optima and predictions. laws: of all points, then of the resamples."""
-    C = max(*(6 * runs[0] * runs[1]), *(6 * p.N * p.D for p in held_out))
+def print_report(laws: list[fit.Law], runs: np.ndarray, held_out: list[Point], C: float) -> None:
+    """Print the constants beside published ones, optima and predictions. laws: of all runs, then of the resamples.
+    runs: N, D and loss, (3, n). C: FLOPs of the largest run.
+    """
 
     def constants(law: fit.Law) -> list[float]:
         N, D = law.optimum(C)
@@ -147,7 +148,7 @@ def print_report(laws: list[fit.Law], runs: np.ndarray, held_out: list[Point]) -
     rows.append(["this study", *as_text(with_interval(laws, constants))])
     rows += [[name, *(f"{x:.4g}" for x in constants(law))] for name, law in fit.PUBLISHED.items()]
     if len(minima := fit.parabolas(*runs)) > 1:
-        slope = np.polyfit(np.log([m[0] for m in minima]), np.log([m[-1] for m in minima]), 1)[0]
+        slope = np.polyfit(np.log([C for C, *_ in minima]), np.log([lowest for *_, lowest in minima]), 1)[0]
         rows.append(["parabolas", *[""] * 5, f"{slope:.4g}", ""])
     print(config.format_table(rows))
     rows = [["FLOPs", "N_opt", "D_opt", "loss"]]
@@ -161,13 +162,15 @@ def print_report(laws: list[fit.Law], runs: np.ndarray, held_out: list[Point]) -
         print(f"held out: {p.folder}: predicted {as_text(predicted)[0]}, measured {p.loss:.4f} ({error:+.2%})")
 
 
-def draw(path: Path, laws: list[fit.Law], runs: np.ndarray, held_out: list[Point], entropy: float | None) -> None:
-    """Write the figure. entropy: a lower bound of the loss."""
+def draw(
+    path: Path, laws: list[fit.Law], runs: np.ndarray, held_out: list[Point], C: float, entropy: float | None
+) -> None:
+    """Write the figure. entropy: a lower bound of the loss, nats per token. The others: as in `print_report`."""
     import matplotlib
     from matplotlib.figure import Figure
 
     (N, D, L), law = runs, laws[0]
-    budgets = np.geomspace(min(6 * N * D), 10 * max(*(6 * N * D), *(6 * p.N * p.D for p in held_out)), 50)
+    budgets = np.geomspace(min(6 * N * D), 10 * C, 50)
     with matplotlib.rc_context(plot.STYLE):
         figure = Figure(figsize=(13, 10), layout="constrained")
         [[curves, equal], [optimum, errors]] = figure.subplots(2, 2)
@@ -181,11 +184,11 @@ def draw(path: Path, laws: list[fit.Law], runs: np.ndarray, held_out: list[Point
             curves.plot(6 * size * d, losses, f"C{color}o", label=f"N = {size:.2g}")
             curves.plot(6 * size * smooth, law.loss(size, smooth), f"C{color}", linewidth=1)
             errors.plot(losses, 100 * (law.loss(size, d) / losses - 1), f"C{color}o", label=f"N = {size:.2g}")
-        for color, (C, sizes, losses, coefficients, lowest) in enumerate(fit.parabolas(*runs)):
-            equal.plot(sizes, losses, f"C{color}o", label=f"{C:.1e} FLOPs")
+        for color, (budget, sizes, losses, coefficients, lowest) in enumerate(fit.parabolas(*runs)):
+            equal.plot(sizes, losses, f"C{color}o", label=f"{budget:.1e} FLOPs")
             smooth = np.geomspace(sizes[0], sizes[-1], 50)
             equal.plot(smooth, np.polyval(coefficients, np.log(smooth)), f"C{color}", linewidth=1)
-            optimum.plot(C, lowest, "k*", markersize=12, label="" if color else "N of the parabolas")
+            optimum.plot(budget, lowest, "k*", markersize=12, label="" if color else "N of the parabolas")
         lines = [(curves, "k", "compute-optimal", lambda law: law.loss(*law.optimum(budgets)))]
         lines += [(optimum, "C0", "N, parameters", lambda law: law.optimum(budgets)[0])]
         lines += [(optimum, "C1", "D, tokens", lambda law: law.optimum(budgets)[1])]
@@ -222,11 +225,11 @@ def main(cfg: Config) -> None:
     n_fitted = len(cfg.sizes) * len(cfg.lengths)
     runs, held_out = np.array([(p.N, p.D, p.loss) for p in points[:n_fitted]]).T, points[n_fitted:]
     law = fit.fit(*runs)
-    laws = [law, *fit.bootstrap(*runs, law)]
-    print_report(laws, runs, held_out)
+    laws, C = [law, *fit.bootstrap(*runs, law)], max(6 * p.N * p.D for p in points)
+    print_report(laws, runs, held_out, C)
     if entropy:
         print(f"entropy of the text, to compare with E: {entropy:.4f} nats per token or slightly more")
-    draw(out_dir / "Scaling.png", laws, runs, held_out, entropy)
+    draw(out_dir / "Scaling.png", laws, runs, held_out, C, entropy)
     results = dict(entropy=entropy, points=[p._asdict() for p in points], laws=[x._asdict() for x in laws])
     files.write_json(out_dir / "scaling.json", results)
     print(f"wrote {out_dir / 'scaling.json'} and {out_dir / 'Scaling.png'}")
