@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -158,7 +158,8 @@ def generate(
         return sample(logits, u, temperature, top_k, top_p)
 
     ended = [False] * len(prompts)
-    with nullcontext() if compile else cpu.fast_cpu_linears(raw, len(prompts)):
+    fast = nullcontext() if compile else cpu.fast_cpu_linears(raw, len(prompts))
+    with one_row_linears(raw) if compile and len(prompts) == 1 and not uniforms.is_cpu else fast:
         for ids in decode_loop(raw, windows, uniforms, sampler, compile, ended if repetition_penalty == 1 else None):
             yield [None if end else token for token, end in zip(ids, ended)]
             ended[:] = [end or token == stop for token, end in zip(ids, ended)]
@@ -237,6 +238,26 @@ def cast_linears(raw: model.GPT, dtype: torch.dtype) -> None:
     for module in raw.modules():
         if isinstance(module, nn.Linear) and not (small_head and module is raw.lm_head):
             module.to(dtype)
+
+
+@contextmanager
+def one_row_linears(raw: model.GPT) -> Iterator[None]:
+    """Inside, linear layers compute one row as sums of products, in fp32, which the compiler fuses with others."""
+
+    def forward(linear: nn.Linear, x: Tensor) -> Tensor:
+        if x.numel() > x.size(-1):  # prefill
+            return F.linear(x, linear.weight, linear.bias)
+        y = (x.unsqueeze(-2) * linear.weight).sum(dim=-1, dtype=torch.float32)  # (…, out)
+        return (y if linear.bias is None else y + linear.bias).to(linear.weight.dtype)
+
+    linears = [m for m in raw.modules() if type(m) is nn.Linear]
+    for linear in linears:
+        linear.forward = functools.partial(forward, linear)
+    try:
+        yield
+    finally:
+        for linear in linears:
+            vars(linear).pop("forward", None)
 
 
 def capture_cuda_graph(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], state: Tensor) -> Callable[..., Tensor]:

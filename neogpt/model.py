@@ -113,12 +113,12 @@ CHUNK = 256  # queries at a time, whose scores stay in a CPU's cache
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`manual_attention` with PyTorch's fused kernels; in bf16 on a CPU, where they are slow, in chunks of queries."""
+    """`manual_attention` with PyTorch's fused kernels, unless they are slow: one query on CUDA; bf16 on a CPU."""
     T, S = q.size(-2), k.size(-2)
-    if not (q.is_cpu and q.dtype == torch.bfloat16):
+    if not (q.dtype == torch.bfloat16 if q.is_cpu else T == 1):
         # is_causal aligns the triangle to the top left, which for one query would hide all keys but the first
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
-    if T == 1:  # the keys and values of generate.KVCache are fp32 on a CPU
+    if T == 1 and q.is_cpu:  # the keys and values of generate.KVCache are fp32 there
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
     k, v, parts = k.to(q.dtype), v.to(q.dtype), []

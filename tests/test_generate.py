@@ -289,6 +289,16 @@ def test_sample_with_extreme_uniforms_and_temperatures() -> None:
     assert even.tolist() == [0, 1]
 
 
+def test_one_row_as_sums_of_products() -> None:
+    raw, prompts = rough_model(), random_prompts(12)
+    expected, before = tokens_of(raw, prompts, 40), raw.lm_head(torch.ones(1, 1, raw.config.n_embd))
+    with generation.one_row_linears(raw):
+        assert "forward" in vars(raw.lm_head)
+        torch.testing.assert_close(raw.lm_head(torch.ones(1, 1, raw.config.n_embd)), before)
+        assert tokens_of(raw, prompts, 40) == expected
+    assert not any("forward" in vars(module) for module in raw.modules())
+
+
 @pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -300,6 +310,7 @@ def test_generation_on_cuda_equals_the_cpu(compile: bool, attention: str) -> Non
     try:
         for options in (dict(temperature=0), dict(temperature=0.9, top_k=20)):
             expected = tokens_of(raw.cpu(), prompts, 40, **options)
-            assert tokens_of(raw.cuda(), prompts, 40, compile=compile, **options) == expected
+            for n in (1, len(prompts)):
+                assert tokens_of(raw.cuda(), prompts[:n], 40, compile=compile, **options) == expected[:n]
     finally:
         torch.set_float32_matmul_precision(precision)
