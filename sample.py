@@ -45,7 +45,7 @@ class Config:
     seed: config.Seed = 1337  # sample i uses seed + i
     device: str = "auto"  # auto selects CUDA, else MPS, else the CPU
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto selects bf16 where it is faster
-    compile: bool = False  # compile the decode step: takes up to a minute; needs twice the memory on a CPU
+    compile: bool = False  # compile the decode step, on CUDA: takes up to a minute
 
 
 CONFIGS = {
@@ -124,6 +124,8 @@ def main(cfg: Config) -> None:
     config.check(cfg)
     if "" in cfg.stop:
         raise ValueError("--stop must not be empty")
+    if cfg.compile and rt.device.type != "cuda":
+        raise ValueError(f"--compile=True on {rt.device.type}: only on CUDA it makes decoding faster; omit it")
     if cfg.compile:
         runtime.require_compiler(rt.device)
     try:

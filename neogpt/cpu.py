@@ -1,4 +1,4 @@
-"""Faster decoding on a CPU: matrix products for small batches, and compilation. Results agree to rounding.
+"""Faster decoding on a CPU: matrix products for small batches. Results agree to rounding.
 
 Private PyTorch APIs: torch.ops.mkldnn._reorder_linear_weight and _linear_pointwise, because no public function packs a
 weight matrix once and multiplies with it often. The fallback is F.linear, also in a build without oneDNN.
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neogpt import lora, model, runtime
+from neogpt import model, runtime
 
 MAX_ROWS = 64  # use packed matrices up to this many rows; at 512 rows F.linear is as fast
 MIN_WEIGHTS = 2**18  # use them for matrices of at least this size
@@ -40,8 +40,10 @@ def fast_cpu_linears(raw: model.GPT, n_rows: int) -> Iterator[None]:
             if not W.is_cpu or W.dtype not in (torch.float32, dtype) or W.numel() < MIN_WEIGHTS:
                 continue
             W, b = W.to(dtype), None if b is None else b.detach().to(dtype)
-            if n_rows == 1:
-                matmul = functools.partial(split_matmul if dtype == torch.float32 else one_row_matmul, W=W, b=b)
+            if n_rows == 1 and dtype == torch.float32:
+                matmul = split_matmul(W, b)
+            elif n_rows == 1:
+                matmul = functools.partial(one_row_matmul, W=W, b=b)
             else:  # packed for 8 rows: fast for any number from 2 on
                 matmul = functools.partial(packed_matmul, W=torch.ops.mkldnn._reorder_linear_weight(W, 8), b=b)
             linear.forward = functools.partial(small_batch, linear, matmul, dtype)
@@ -63,17 +65,21 @@ def packed_matmul(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, W, b, "none", [], "")
 
 
-def split_matmul(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """x Wᵀ + b, (…, in) -> (…, out), as a batch of products with 32 parts of W, which the cores share (4 to
+def split_matmul(W: Tensor, b: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """x -> x Wᵀ + b, (…, in) -> (…, out), as a batch of products with 32 parts of W, which the cores share (4 to
     64 parts are equally fast).
     """
-    b = W.new_zeros(len(W)) if b is None else b
-    rows, n = x.flatten(0, -2), len(W) - len(W) % 32
-    parts, columns = W[:n].view(32, -1, W.size(1)), rows.T.expand(32, -1, -1)  # (32, n / 32, in), (32, in, rows)
-    y = torch.baddbmm(b[:n].view(32, -1, 1), parts, columns).flatten(0, 1).T  # (rows, n)
-    if n < len(W):  # OpenAI's head has 50,257 rows
-        y = torch.cat([y, F.linear(rows, W[n:], b[n:])], dim=-1)
-    return y.reshape(*x.shape[:-1], len(W))
+    n, b = len(W), W.new_zeros(len(W)) if b is None else b
+    if n % 32:  # OpenAI's head has 50,257 rows
+        W, b = F.pad(W, (0, 0, 0, -n % 32)), F.pad(b, (0, -n % 32))
+    parts, biases = W.view(32, -1, W.size(1)), b.view(32, -1, 1)
+
+    def matmul(x: Tensor) -> Tensor:
+        columns = x.flatten(0, -2).T.expand(32, -1, -1)  # (32, in, rows)
+        y = torch.baddbmm(biases, parts, columns).flatten(0, 1)[:n]  # (out, rows)
+        return y.T.reshape(*x.shape[:-1], n)
+
+    return matmul
 
 
 def one_row_matmul(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
@@ -84,20 +90,3 @@ def one_row_matmul(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         return F.linear(x, W, b)
     finally:
         torch.backends.mkldnn.enabled = enabled
-
-
-def compile_frozen(step: Callable[..., Tensor], raw: nn.Module) -> Callable[..., Tensor]:
-    """step, compiled with the weights of `raw` as constants: a second copy of them in the layout of the compiler's
-    matrix products, which take half the time of BLAS for a few rows. With other weights it is compiled again.
-    """
-    from torch._dynamo import config as dynamo
-    from torch._inductor import config as inductor
-
-    fingerprint = lora.fingerprint(raw.state_dict())
-
-    def frozen_step(*inputs: Tensor) -> Tensor:
-        assert fingerprint  # reading the closure variable makes torch.compile guard on its value
-        return step(*inputs)
-
-    freeze = inductor.patch(freezing=True, max_autotune=True, max_autotune_gemm_backends="CPP")
-    return dynamo.patch(recompile_limit=64)(freeze(torch.compile(frozen_step, fullgraph=True, dynamic=False)))

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +21,11 @@ class KVCache:
     """Keys and values of every layer, for rows of different lengths.
 
     By default attention reads the filled slots. If `static`, it reads all slots, so that every decode step is the same
-    work, as CUDA graphs require. If `compiled`, the number of slots is a dynamic dimension for the compiler.
+    work, as CUDA graphs require.
     """
 
-    def __init__(self, n_layer: int, max_seq_len: int, static: bool = False, compiled: bool = False) -> None:
-        self.max_seq_len, self.static, self.compiled = max_seq_len, static, compiled
+    def __init__(self, n_layer: int, max_seq_len: int, static: bool = False) -> None:
+        self.max_seq_len, self.static = max_seq_len, static
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer  # keys, values: (B, nh, max_seq_len, hs)
         self.lengths: Tensor | None = None  # (B,) int64: filled slots of each row
         self.longest = 0  # maximum of lengths, on the host; 0 during prefill
@@ -39,7 +39,7 @@ class KVCache:
             self.slots = torch.arange(self.max_seq_len, device=device)  # that attention reads if masked
         else:
             self.lengths.copy_(new)  # in place: the CUDA graph holds this address
-        self.masked = self.static or self.compiled or len(set(lengths)) > 1
+        self.masked = self.static or len(set(lengths)) > 1
         self.advance(max(lengths))
 
     def keep(self, rows: Tensor) -> None:
@@ -52,8 +52,6 @@ class KVCache:
         self.longest = longest
         if self.masked and not self.static:
             self.slots = torch.arange(longest + 1, device=self.lengths.device)
-        if self.compiled:
-            torch._dynamo.mark_dynamic(self.slots, 0)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, nh, T, hs) of a layer, T = 1 after prefill; return all keys and values (B, nh, S, hs)."""
@@ -137,8 +135,8 @@ def generate(
     keep the k most likely ids, 0 for all. top_p: keep the most likely ids with this total probability.
     repetition_penalty: divides the positive logits of ids that a row has, and multiplies the negative ones; 1 for none
     (arXiv:1909.05858, section 4.1). seeds: one per row, default 0, 1, …; a row depends on its prompt and seed, and on
-    other rows only through rounding. stop: a row ends after this id. compile: compile the decode step, for up to a
-    minute. At block_size, where the learned positions end, a row continues from its last block_size / 2 tokens.
+    other rows only through rounding. stop: a row ends after this id. compile: compile the decode step (CUDA only), in
+    up to a minute. At block_size, where the learned positions end, a row continues from its last block_size / 2 tokens.
     """
     block_size, n_tokens = raw.config.block_size, raw.config.n_tokens
     seeds = range(len(prompts)) if seeds is None else seeds
@@ -158,8 +156,8 @@ def generate(
         return sample(logits, u, temperature, top_k, top_p)
 
     ended = [False] * len(prompts)
-    fast = nullcontext() if compile else cpu.fast_cpu_linears(raw, len(prompts))
-    with one_row_linears(raw) if compile and len(prompts) == 1 and not uniforms.is_cpu else fast:
+    one_row = compile and len(prompts) == 1
+    with one_row_linears(raw) if one_row else cpu.fast_cpu_linears(raw, len(prompts)):
         for ids in decode_loop(raw, windows, uniforms, sampler, compile, ended if repetition_penalty == 1 else None):
             yield [None if end else token for token, end in zip(ids, ended)]
             ended[:] = [end or token == stop for token, end in zip(ids, ended)]
@@ -186,19 +184,16 @@ def decode_loop(
     def step(tokens: Tensor, u: Tensor) -> Tensor:
         return sampler(decode_one_token(raw, tokens, cache)[:, :n_tokens], u, tokens)
 
-    if compile and uniforms.is_cpu:
-        max_seq_len = block_size + 1  # + 1: the compiler would specialize for a slot count that equals the size
-        step = cpu.compile_frozen(step, raw)
-    elif compile:
+    if compile:
         max_seq_len = min(block_size, max(256, 2 ** (max_seq_len - 1).bit_length()))  # so that few sizes are compiled
         step = torch.compile(step, fullgraph=True, dynamic=False)
-    static = uniforms.is_cuda or compile and not uniforms.is_cpu
-    cache = KVCache(raw.config.n_layer, max_seq_len, static, compiled=compile and uniforms.is_cpu)
-    n_done, captured, rows = 0, not uniforms.is_cuda, [*range(len(windows))]
+    static = uniforms.is_cuda
+    cache = KVCache(raw.config.n_layer, max_seq_len, static)
+    n_done, captured, rows = 0, not static, [*range(len(windows))]
     n_rows, tokens = len(rows), uniforms.new_zeros(0)
     while n_done < max_new_tokens:
         left = [i for i, row in enumerate(rows) if not (ended and ended[row])]  # places in the batch
-        if 4 * len(left) <= 3 * len(rows) and not static and not compile:
+        if 4 * len(left) <= 3 * len(rows) and not static:
             places = torch.tensor(left, device=uniforms.device)
             cache.keep(places)
             tokens, uniforms = tokens[places], uniforms[:, places]

@@ -82,8 +82,8 @@ def test_other_measurements(tmp_path: Path) -> None:
     rows = str(config.ROOT / "demo" / "hellaswag.jsonl")
     found = results("hellaswag", tmp_path, data=rows, tokenizer="bytes", rows=3)
     assert found.keys() == {"one row at a time", "NeoGPT"}
-    found = results("sample", tmp_path, new_tokens=20, uncached_stride=3, B=(1, 3))
-    assert found.keys() - {"transformers"} == {"no cache", "cache", "cache, compiled", "prefill"}
+    found = results("sample", tmp_path, new_tokens=20, B=(1, 3))
+    assert found.keys() - {"transformers"} == {"cache", "prefill"}
     assert results("sample", tmp_path, new_tokens=20, only=("cache",)).keys() == {"cache"}
 
 
@@ -144,5 +144,5 @@ def test_invalid_options(tmp_path: Path) -> None:
     harness.refused(bench.main, cfg, "--B=0", B=())
     harness.refused(bench.main, cfg, "total_batch_size", total_batch_size=8)
     harness.refused(bench.main, cfg, "nosuch", "bf16 residual", bench="choices", only=("nosuch",))
-    harness.refused(bench.main, cfg, "--only", "no cache", bench="sample", new_tokens=20, only=("nosuch",))
+    harness.refused(bench.main, cfg, "--only", "prefill", bench="sample", new_tokens=20, only=("nosuch",))
     harness.refused(bench.main, cfg, "nothing*", bench="tokenize", data=str(tmp_path / "nothing*"))

@@ -188,6 +188,7 @@ def test_stop_texts(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None
     sample.stream(sample.Config(stop=("User:", " :")), None, data.get_tokenizer("bytes"), [0], [0])
     assert printed == ["a", "", " ", "", "", "", "User", " ", "", "Us!"]
     assert "--stop" in error(configure(tmp_path, stop=("a", "")))
+    assert "--compile=True on cpu" in error(configure(tmp_path, compile=True))
 
 
 def test_interrupted_sample_ends_with_a_newline(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:

@@ -3,7 +3,7 @@
     python -m tools.bench             # an overview of this machine in about five minutes, with a figure
     python -m tools.bench train       # the training step against a plain PyTorch loop; --profile: also the kernels
     python -m tools.bench choices     # the training step with one choice changed at a time
-    python -m tools.bench sample      # prefill; decoding without a KV cache, by transformers, with a cache
+    python -m tools.bench sample      # decoding against transformers; prefill
     python -m tools.bench hellaswag   # against scoring one row at a time
     python -m tools.bench tokenize --data='books-*.parquet'    # fineweb.py against a pool of tiktoken processes
 
@@ -50,7 +50,6 @@ class Config:
     steps: config.PositiveInt = 10  # optimizer steps per repeat
     repeats: Annotated[int, "[2, inf)"] = 7  # the first one warms up and is not counted
     new_tokens: Annotated[int, "[17, inf)"] = 512  # sample: generated after each prompt
-    uncached_stride: config.PositiveInt = 64  # sample: without a cache, measure only every uncached_stride-th length
     device: str = "auto"  # auto: cuda, else mps, else cpu
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device is faster with it
     plain_precision: Literal["", "bf16", "fp32"] = ""  # train: of the plain loop; "": as NeoGPT
@@ -167,7 +166,7 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
 
 
 def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
-    """Prefill, and decoding with a KV cache against recomputing all tokens for each new one, and transformers."""
+    """Decoding against transformers, and prefill."""
     raw, _, rt = build_model(cfg, name)
     if rt.precision == "bf16":
         generate.cast_linears(raw, torch.bfloat16)
@@ -182,24 +181,19 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
                 start = timing.clock()
             return B * sum(1 for _ in steps), start
 
-    def uncached() -> int:
-        window = torch.tensor(ids, device=rt.device)
-        lengths = range(16, 16 + cfg.new_tokens, cfg.uncached_stride)
-        with rt.autocast():
-            for length in lengths:
-                raw.head(raw.trunk(window[:, :length])[:, -1]).argmax(-1).tolist()
-        return B * len(lengths)
-
     def prefill() -> int:
         with rt.autocast():
             generate.prefill(raw, long_prompts, generate.KVCache(raw.config.n_layer, raw.config.block_size))
         return sum(map(len, long_prompts))
 
-    variants = {"no cache": uncached}
+    variants = {}
     fits = len(prompts[0]) + cfg.new_tokens <= raw.config.block_size  # transformers has no positions beyond it
     if fits and importlib.util.find_spec("transformers"):
         variants["transformers"] = timing.transformers_decoder(raw, prompts, cfg.new_tokens, rt)
-    variants |= {"cache": lambda: decode(False), "cache, compiled": lambda: decode(True), "prefill": prefill}
+    variants["cache"] = lambda: decode(False)
+    if rt.device.type == "cuda":
+        variants["cache, compiled"] = lambda: decode(True)
+    variants["prefill"] = prefill
     with torch.no_grad():
         return timing.run_alternating(variants, cfg.repeats, "tok/s", cfg.only)
 
