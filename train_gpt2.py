@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-import tiktoken
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ class Config:
     branch_from: str = ""  # continue this checkpoint file of another run; the learning rates before it must be equal
     model: str = "gpt2"  # a name in SIZES of neogpt/model.py
     attention: Literal["flash", "manual"] = "flash"  # flash: fused kernels; manual: written out, slower
-    residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream in bf16 runs
+    residual: Literal["auto", "fp32", "bf16"] = "auto"  # dtype of the residual stream in bf16 runs; auto: bf16 on CUDA
     T: config.PositiveInt = 1024  # sequence length, tokens; becomes the model's block_size
     B: config.PositiveInt | None = None  # micro-batch size; does not change the curve; None: as many as fit
     sharded: bool = False  # divide weights, gradients and moments among the devices (FSDP2), for models of billions
@@ -163,15 +162,18 @@ def check_branch(cfg: Config, start: checkpoint.Checkpoint) -> None:
         raise ValueError(f"--branch_from={cfg.branch_from}: {rates}; use --schedule=wsd, and branch before the decay")
 
 
-def expected_config(cfg: Config, n_tokens: int) -> model.GPTConfig:
-    """The shape of the model. n_tokens: number of ids of the tokenizer."""
-    shape = model.SIZES[cfg.model] | dict(block_size=cfg.T, attention=cfg.attention, residual=cfg.residual)
+def expected_config(cfg: Config, n_tokens: int, residual: str = "fp32") -> model.GPTConfig:
+    """The shape of the model. n_tokens: number of ids of the tokenizer; residual: the choice of "auto"."""
+    residual = residual if cfg.residual == "auto" else cfg.residual
+    shape = model.SIZES[cfg.model] | dict(block_size=cfg.T, attention=cfg.attention, residual=residual)
     return model.GPTConfig(**shape, n_tokens=n_tokens, vocab_size=model.pad_vocab(n_tokens))
 
 
-def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.Checkpoint | None) -> model.GPT:
+def build_model(run: Run) -> model.GPT:
     """The model on the CPU: resumed, from init_from, or with random weights. Raises ValueError on another shape."""
-    expected = expected_config(cfg, tokenizer.n_vocab)
+    cfg, resumed, residual = run.cfg, run.resumed, runtime.residual_dtype(run.rt.device)
+    residual = resumed.model_config.get("residual", "fp32") if resumed else residual
+    expected = expected_config(cfg, run.tokenizer.n_vocab, residual)
     if resumed:
         if changed := checkpoint.differences(resumed.config, dict(optimizer=cfg.optimizer)):
             raise ValueError(f"the run in {cfg.out_dir} has another {changed}: use another --out_dir")
@@ -183,7 +185,7 @@ def build_model(cfg: Config, tokenizer: tiktoken.Encoding, resumed: checkpoint.C
     else:
         torch.manual_seed(cfg.seed)
         return model.GPT(expected)
-    start, weights = replace(raw.config, attention=cfg.attention, residual=cfg.residual), raw.state_dict()
+    start, weights = replace(raw.config, attention=cfg.attention, residual=expected.residual), raw.state_dict()
     if cfg.T < start.block_size and not resumed:  # the first positions serve shorter sequences
         start = replace(start, block_size=cfg.T)
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: cfg.T].clone()
@@ -247,7 +249,7 @@ def main(cfg: Config) -> None:
     train, val = (data.Windows(shards, cfg.T, tokenizer.n_vocab) for shards in splits)
     run = Run(cfg, "pretraining", tokenizer, rt, cfg.branch_from)
     rt = run.rt
-    raw = build_model(cfg, tokenizer, run.resumed)
+    raw = build_model(run)
     settings = dict(weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, momentum=cfg.momentum)
     net = training.wrap(raw, rt, cfg.sharded, cfg.recompute, compiled)
     run.attach(raw, net, optim.make_optimizers(raw, optimizer=cfg.optimizer, **settings))
@@ -268,7 +270,8 @@ def main(cfg: Config) -> None:
     run.identify(**contents, hellaswag=scored, kernel=kernel, compiled=compiled, B=run.B)
     runtime.print0(f"{cfg.model}: {raw.n_params():,} parameters, {len(train):,} training windows of {cfg.T} tokens")
     runtime.print0(f"{cfg.total_batch_size:,} tokens per step, {per_rank // run.B} x B={run.B} sequences per device")
-    runtime.print0(f"{rt.world_size} x {rt.device.type}, {rt.precision}, compile={compiled}, {kernel}")
+    dtypes = f"{rt.precision}, residual {raw.config.residual}"
+    runtime.print0(f"{rt.world_size} x {rt.device.type}, {dtypes}, compile={compiled}, {kernel}")
     runtime.print0(training.check_memory(raw, run.B, rt, **plan))
     run.warm_up(read(run.step), loss_fn)
     if rt.device.type == "cpu" and run.flops_per_token * cfg.total_batch_size > 1e13:  # a CPU does about 1e11 a second

@@ -279,9 +279,21 @@ def test_what_changes_the_curve_is_reported(cfg: Config, tmp_path: Path, monkeyp
     questions = [harness.write_rows(tmp_path / f"{n}.jsonl", rows[:n]) for n in (10, 9)]
     changes |= {"seed 1337 -> 5": dict(seed=5), "max_lr": dict(max_lr=0.1), "B 2 -> 4": dict(B=4)}
     changes |= {"hellaswag ": dict(hellaswag_data=questions[1]), "kernel flash": dict(attention="manual")}
-    changes |= {"residual fp32 -> bf16": dict(residual="bf16"), "compiled False -> True": dict(compile=True)}
+    changes |= {"residual auto -> bf16": dict(residual="bf16"), "compiled False -> True": dict(compile=True)}
     cfg = replace(cfg, hellaswag_data=questions[0], hellaswag_every=50, eval_every=50)
     harness.check_changes_are_reported(main, cfg, changes)
+
+
+def test_the_residual_stream_of_a_run_is_kept(cfg: Config, tmp_path: Path) -> None:
+    bf16, fp32 = replace(cfg, residual="bf16"), replace(cfg, out_dir=str(tmp_path / "fp32"))
+    for start, residual in ((bf16, "bf16"), (fp32, "fp32")):
+        folder = train(replace(start, max_steps=4, schedule="wsd", decay_frac=0.0))
+        assert checkpoint.load_model(str(folder)).raw.config.residual == residual
+        train(replace(start, residual="auto", max_steps=6, schedule="wsd", decay_frac=0.0))
+        assert checkpoint.load_model(str(folder)).raw.config.residual == residual
+    run = Mock(cfg=cfg, resumed=None, rt=harness.ALONE._replace(device=torch.device("cuda")))
+    run.tokenizer.n_vocab = 257
+    assert train_gpt2.build_model(run).config.residual == "bf16"
 
 
 def test_weights_of_another_shape_are_refused(cfg: Config, tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def build_model(cfg: Config, name: str, **changes: Any) -> tuple:
         raise ValueError(f"--models {name}: expected names of {', '.join(model.SIZES)}")
     rt, tokenizer = runtime.setup(cfg.device, cfg.precision), data.get_tokenizer(cfg.tokenizer)
     vocabulary = dict(n_tokens=(n := cfg.n_tokens or tokenizer.n_vocab), vocab_size=model.pad_vocab(n))
+    changes = dict(residual=runtime.residual_dtype(rt.device)) | changes
     torch.manual_seed(0)
     return model.GPT(model.GPTConfig(**model.SIZES[name] | vocabulary | changes)).to(rt.device), tokenizer, rt
 
@@ -150,6 +151,7 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
     choices = {  # Config, and options of training_loops
         "default": (cfg, {}),
         "not deterministic": (cfg, dict(deterministic=False)),
+        "fp32 residual": (cfg, dict(residual="fp32")),
         "bf16 residual": (cfg, dict(residual="bf16")),
         "vocabulary not padded": (cfg, dict(vocab_size=data.get_tokenizer(cfg.tokenizer).n_vocab)),
         "heads of 128": (cfg, dict(n_head=max(1, model.SIZES[name]["n_embd"] // 128))),
@@ -190,10 +192,9 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     fits = len(prompts[0]) + cfg.new_tokens <= raw.config.block_size  # transformers has no positions beyond it
     if fits and importlib.util.find_spec("transformers"):
         variants["transformers"] = timing.transformers_decoder(raw, prompts, cfg.new_tokens, rt)
-    variants["cache"] = lambda: decode(False)
+    variants |= {"cache": lambda: decode(False), "prefill": prefill}
     if rt.device.type == "cuda":
         variants["cache, compiled"] = lambda: decode(True)
-    variants["prefill"] = prefill
     with torch.no_grad():
         return timing.run_alternating(variants, cfg.repeats, "tok/s", cfg.only)
 

@@ -26,7 +26,7 @@ tests() { python -m pytest -m gpu tests/test_model.py tests/test_generate.py tes
 train() { for b in $B; do python -m tools.bench train $step --B $b --repeats=4 --profile --out_dir="$out/B$b"; done; }
 choices() {
   python -m tools.bench choices $step --B ${B%% *} --repeats=4 \
-    --only "not deterministic" "bf16 residual" "heads of 128" "vocabulary not padded"
+    --only "not deterministic" "fp32 residual" "heads of 128" "vocabulary not padded"
 }
 resume() {  # a run that is killed and resumed, with another compile cache, against a whole run
   rm -rf "$out/whole" "$out/killed"
