@@ -125,7 +125,7 @@ def main(cfg: Config) -> None:
     if "" in cfg.stop:
         raise ValueError("--stop must not be empty")
     if cfg.compile and rt.device.type != "cuda":
-        raise ValueError(f"--compile=True on {rt.device.type}: only on CUDA it makes decoding faster; omit it")
+        raise ValueError(f"--compile=True on {rt.device.type}: compiled decoding is faster on CUDA only; omit it")
     if cfg.compile:
         runtime.require_compiler(rt.device)
     try:

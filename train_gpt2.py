@@ -162,18 +162,18 @@ def check_branch(cfg: Config, start: checkpoint.Checkpoint) -> None:
         raise ValueError(f"--branch_from={cfg.branch_from}: {rates}; use --schedule=wsd, and branch before the decay")
 
 
-def expected_config(cfg: Config, n_tokens: int, residual: str = "fp32") -> model.GPTConfig:
-    """The shape of the model. n_tokens: number of ids of the tokenizer; residual: the choice of "auto"."""
-    residual = residual if cfg.residual == "auto" else cfg.residual
+def expected_config(cfg: Config, n_tokens: int, auto: str = "fp32") -> model.GPTConfig:
+    """The shape of the model. n_tokens: number of ids of the tokenizer; auto: the residual stream if it is "auto"."""
+    residual = auto if cfg.residual == "auto" else cfg.residual
     shape = model.SIZES[cfg.model] | dict(block_size=cfg.T, attention=cfg.attention, residual=residual)
     return model.GPTConfig(**shape, n_tokens=n_tokens, vocab_size=model.pad_vocab(n_tokens))
 
 
 def build_model(run: Run) -> model.GPT:
     """The model on the CPU: resumed, from init_from, or with random weights. Raises ValueError on another shape."""
-    cfg, resumed, residual = run.cfg, run.resumed, runtime.residual_dtype(run.rt.device)
-    residual = resumed.model_config.get("residual", "fp32") if resumed else residual
-    expected = expected_config(cfg, run.tokenizer.n_vocab, residual)
+    cfg, resumed, auto = run.cfg, run.resumed, runtime.residual_dtype(run.rt.device)
+    auto = resumed.model_config.get("residual", "fp32") if resumed else auto  # a run keeps its own
+    expected = expected_config(cfg, run.tokenizer.n_vocab, auto)
     if resumed:
         if changed := checkpoint.differences(resumed.config, dict(optimizer=cfg.optimizer)):
             raise ValueError(f"the run in {cfg.out_dir} has another {changed}: use another --out_dir")

@@ -5,8 +5,7 @@ weight matrix once and multiplies with it often. The fallback is F.linear, also 
 """
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,8 @@ MAX_ROWS = 64  # use packed matrices up to this many rows; at 512 rows F.linear 
 MIN_WEIGHTS = 2**18  # use them for matrices of at least this size
 
 
-@contextmanager
-def fast_cpu_linears(raw: model.GPT, n_rows: int) -> Iterator[None]:
-    """Inside, large linear layers on a CPU use a faster matmul for inputs of `n_rows` rows, without gradients.
+def fast_linears(raw: model.GPT, n_rows: int) -> dict[nn.Linear, Callable[[Tensor], Tensor]]:
+    """A `forward` with a faster matmul for each large linear layer on a CPU, for `n_rows` rows without gradients.
 
     For one row F.linear leaves cores idle in fp32, unless the matrix is split into parts; in bf16 PyTorch's kernel is
     faster than oneDNN's. For several rows F.linear repacks the matrix in every call; we pack a copy of every matrix
@@ -34,23 +32,20 @@ def fast_cpu_linears(raw: model.GPT, n_rows: int) -> Iterator[None]:
     linears = [m for m in raw.modules() if type(m) is nn.Linear and n_rows <= MAX_ROWS and is_fast]
     if raw.config.vocab_size <= model.SMALL_VOCAB:
         linears = [m for m in linears if m is not raw.lm_head]  # it is small, and stays fp32
-    try:
-        for linear in linears:
-            W, b = linear.weight.detach(), linear.bias
-            if not W.is_cpu or W.dtype not in (torch.float32, dtype) or W.numel() < MIN_WEIGHTS:
-                continue
-            W, b = W.to(dtype), None if b is None else b.detach().to(dtype)
-            if n_rows == 1 and dtype == torch.float32:
-                matmul = split_matmul(W, b)
-            elif n_rows == 1:
-                matmul = functools.partial(one_row_matmul, W=W, b=b)
-            else:  # packed for 8 rows: fast for any number from 2 on
-                matmul = functools.partial(packed_matmul, W=torch.ops.mkldnn._reorder_linear_weight(W, 8), b=b)
-            linear.forward = functools.partial(small_batch, linear, matmul, dtype)
-        yield
-    finally:
-        for linear in linears:
-            vars(linear).pop("forward", None)
+    forwards = {}
+    for linear in linears:
+        W, b = linear.weight.detach(), linear.bias
+        if not W.is_cpu or W.dtype not in (torch.float32, dtype) or W.numel() < MIN_WEIGHTS:
+            continue
+        W, b = W.to(dtype), None if b is None else b.detach().to(dtype)
+        if n_rows == 1 and dtype == torch.float32:
+            matmul = split_matmul(W, b)
+        elif n_rows == 1:
+            matmul = functools.partial(one_row_matmul, W=W, b=b)
+        else:  # packed for 8 rows: fast for any number from 2 on
+            matmul = functools.partial(packed_matmul, W=torch.ops.mkldnn._reorder_linear_weight(W, 8), b=b)
+        forwards[linear] = functools.partial(small_batch, linear, matmul, dtype)
+    return forwards
 
 
 def small_batch(linear: nn.Linear, matmul: Callable[[Tensor], Tensor], dtype: torch.dtype, x: Tensor) -> Tensor:
@@ -66,9 +61,7 @@ def packed_matmul(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 
 
 def split_matmul(W: Tensor, b: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """x -> x Wᵀ + b, (…, in) -> (…, out), as a batch of products with 32 parts of W, which the cores share (4 to
-    64 parts are equally fast).
-    """
+    """The function x -> x Wᵀ + b, (…, in) -> (…, out): products with 32 parts of W, which the cores share."""
     n, b = len(W), W.new_zeros(len(W)) if b is None else b
     if n % 32:  # OpenAI's head has 50,257 rows
         W, b = F.pad(W, (0, 0, 0, -n % 32)), F.pad(b, (0, -n % 32))

@@ -1,6 +1,7 @@
 """Batched generation with a KV cache."""
 
 import functools
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -156,8 +157,8 @@ def generate(
         return sample(logits, u, temperature, top_k, top_p)
 
     ended = [False] * len(prompts)
-    one_row = compile and len(prompts) == 1
-    with one_row_linears(raw) if one_row else cpu.fast_cpu_linears(raw, len(prompts)):
+    forwards = one_row_linears(raw) if compile and len(prompts) == 1 else cpu.fast_linears(raw, len(prompts))
+    with replaced_forwards(forwards):
         for ids in decode_loop(raw, windows, uniforms, sampler, compile, ended if repetition_penalty == 1 else None):
             yield [None if end else token for token, end in zip(ids, ended)]
             ended[:] = [end or token == stop for token, end in zip(ids, ended)]
@@ -236,23 +237,28 @@ def cast_linears(raw: model.GPT, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def one_row_linears(raw: model.GPT) -> Iterator[None]:
-    """Inside, linear layers compute one row as sums of products, in fp32, which the compiler fuses with others."""
-
-    def forward(linear: nn.Linear, x: Tensor) -> Tensor:
-        if x.numel() > x.size(-1):  # prefill
-            return F.linear(x, linear.weight, linear.bias)
-        y = (x.unsqueeze(-2) * linear.weight).sum(dim=-1, dtype=torch.float32)  # (…, out)
-        return (y if linear.bias is None else y + linear.bias).to(linear.weight.dtype)
-
-    linears = [m for m in raw.modules() if type(m) is nn.Linear]
-    for linear in linears:
-        linear.forward = functools.partial(forward, linear)
+def replaced_forwards(forwards: dict[nn.Linear, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Inside, these layers use these functions as `forward`."""
+    for linear, forward in forwards.items():
+        linear.forward = forward
     try:
         yield
     finally:
-        for linear in linears:
-            vars(linear).pop("forward", None)
+        for linear in forwards:
+            vars(linear).pop("forward", None)  # another generation may have removed it
+
+
+def one_row_linear(linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear(x), (…, in) -> (…, out); one row as fp32 sums of products, which the compiler fuses with norms and GELU."""
+    if x.numel() > x.size(-1):  # prefill
+        return F.linear(x, linear.weight, linear.bias)
+    y = (x.unsqueeze(-2) * linear.weight).sum(dim=-1, dtype=torch.float32)
+    return (y if linear.bias is None else y + linear.bias).to(linear.weight.dtype)
+
+
+def one_row_linears(raw: model.GPT) -> dict[nn.Linear, Callable[[Tensor], Tensor]]:
+    """`one_row_linear` as a method of each linear layer: for new partial objects the step would be compiled again."""
+    return {m: types.MethodType(one_row_linear, m) for m in raw.modules() if type(m) is nn.Linear}
 
 
 def capture_cuda_graph(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], state: Tensor) -> Callable[..., Tensor]:

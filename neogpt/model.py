@@ -115,7 +115,7 @@ CHUNK = 256  # queries at a time, whose scores stay in a CPU's cache
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """`manual_attention` with PyTorch's fused kernels, unless they are slow: one query on CUDA; bf16 on a CPU."""
     T, S = q.size(-2), k.size(-2)
-    if not (q.dtype == torch.bfloat16 if q.is_cpu else T == 1):
+    if not (q.is_cuda and T == 1 or q.is_cpu and q.dtype == torch.bfloat16):
         # is_causal aligns the triangle to the top left, which for one query would hide all keys but the first
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1)
     if T == 1 and q.is_cpu:  # the keys and values of generate.KVCache are fp32 there

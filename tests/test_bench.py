@@ -83,8 +83,8 @@ def test_other_measurements(tmp_path: Path) -> None:
     found = results("hellaswag", tmp_path, data=rows, tokenizer="bytes", rows=3)
     assert found.keys() == {"one row at a time", "NeoGPT"}
     found = results("sample", tmp_path, new_tokens=20, B=(1, 3))
-    assert found.keys() - {"transformers"} == {"cache", "prefill"}
-    assert results("sample", tmp_path, new_tokens=20, only=("cache",)).keys() == {"cache"}
+    assert found.keys() - {"transformers"} == {"NeoGPT", "prefill"}
+    assert results("sample", tmp_path, new_tokens=20, only=("NeoGPT",)).keys() == {"NeoGPT"}
 
 
 @pytest.mark.parametrize("network", [True, False])
@@ -102,7 +102,7 @@ def test_overview(network: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     rows, found = json.loads((out / "overview.json").read_text())["results"], {}
     for row in rows:
         found.setdefault(row["what"], []).append(row["name"])
-    plain, decoders = ["plain PyTorch fp32", "NeoGPT"], ["transformers", "cache"] if network else ["cache"]
+    plain, decoders = ["plain PyTorch fp32", "NeoGPT"], ["transformers", "NeoGPT"] if network else ["NeoGPT"]
     expected = {"training tiny, Muon": plain, "training tiny, T = 1,024": plain, "decoding tiny, fp32": decoders}
     expected |= {"decoding tiny, fp32, 8 streams": decoders, "HellaSwag, tiny": ["one row at a time", "NeoGPT"]}
     assert found == expected | ({"tokenizing": ["pool", "NeoGPT"]} if network else {})

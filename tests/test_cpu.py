@@ -8,7 +8,7 @@ from test_generate import uncached
 from test_model import random_ids, rough_model
 
 from neogpt import cpu, runtime
-from neogpt.generate import KVCache, cast_linears, decode_one_token, generate, prefill
+from neogpt.generate import KVCache, cast_linears, decode_one_token, generate, prefill, replaced_forwards
 from neogpt.model import GPT
 
 
@@ -104,7 +104,7 @@ def test_fast_products_in_bf16(cast: bool, n_rows: int, way: str, monkeypatch: p
         cast_linears(raw, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         usual = decode_logits(raw, prompts)
-        with cpu.fast_cpu_linears(raw, n_rows):
+        with replaced_forwards(cpu.fast_linears(raw, n_rows)):
             assert products(raw) == {way}
             fast = decode_logits(raw, prompts)
         assert products(raw) == {"usual"}

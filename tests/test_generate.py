@@ -1,10 +1,12 @@
 """Generation against the loop without a cache and against the model's probabilities."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from test_model import ATTENTIONS, needs_cuda, random_ids, rough_model
 from torch import Tensor
 
@@ -284,10 +286,22 @@ def test_sample_with_extreme_uniforms_and_temperatures() -> None:
     assert even.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("n_rows", [1, 2])
+def test_generations_share_one_compilation(n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps of CUDA, on a CPU with a compiler that does nothing."""
+    raw, counter = rough_model(), torch._dynamo.testing.CompileCounter()
+    expected = [tokens_of(raw, [prompt] * n_rows, 9) for prompt in random_prompts(3, 4, 5)]
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setattr(generation, "KVCache", lambda n_layer, size, static: KVCache(n_layer, size, static=True))
+    for prompt, tokens in zip(random_prompts(3, 4, 5), expected):
+        assert tokens_of(raw, [prompt] * n_rows, 9, compile=True) == tokens
+    assert counter.frame_count == 1
+
+
 def test_one_row_as_sums_of_products() -> None:
     raw, prompts = rough_model(), random_prompts(12)
     expected, before = tokens_of(raw, prompts, 40), raw.lm_head(torch.ones(1, 1, raw.config.n_embd))
-    with generation.one_row_linears(raw):
+    with generation.replaced_forwards(generation.one_row_linears(raw)):
         assert "forward" in vars(raw.lm_head)
         torch.testing.assert_close(raw.lm_head(torch.ones(1, 1, raw.config.n_embd)), before)
         assert tokens_of(raw, prompts, 40) == expected

@@ -192,9 +192,9 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     fits = len(prompts[0]) + cfg.new_tokens <= raw.config.block_size  # transformers has no positions beyond it
     if fits and importlib.util.find_spec("transformers"):
         variants["transformers"] = timing.transformers_decoder(raw, prompts, cfg.new_tokens, rt)
-    variants |= {"cache": lambda: decode(False), "prefill": prefill}
+    variants |= {"NeoGPT": lambda: decode(False), "prefill": prefill}
     if rt.device.type == "cuda":
-        variants["cache, compiled"] = lambda: decode(True)
+        variants["NeoGPT, compiled"] = lambda: decode(True)
     with torch.no_grad():
         return timing.run_alternating(variants, cfg.repeats, "tok/s", cfg.only)
 
@@ -253,7 +253,7 @@ def bench_overview(cfg: Config) -> list[dict]:
     """Every stage with default options, against plain PyTorch in fp32, transformers, tiktoken, or one row at a time."""
     small, large, questions = cfg.models[0], cfg.models[-1], f"{config.ROOT}/demo/hellaswag.jsonl"
     rt = runtime.setup(cfg.device, cfg.precision)
-    gpt2 = replace(cfg, n_tokens=50257, T=1024, total_batch_size=1024, steps=1, only=("transformers", "cache"))
+    gpt2 = replace(cfg, n_tokens=50257, T=1024, total_batch_size=1024, steps=1, only=("transformers", "NeoGPT"))
     with tempfile.TemporaryDirectory() as folder:
         (text := Path(folder, "texts.txt")).write_bytes(Path(cfg.data).read_bytes() * COPIES)
         measurements = {
