@@ -249,7 +249,7 @@ def replaced_forwards(forwards: dict[nn.Linear, Callable[[Tensor], Tensor]]) -> 
 
 
 def one_row_linear(linear: nn.Linear, x: Tensor) -> Tensor:
-    """linear(x), (…, in) -> (…, out); one row as fp32 sums of products, which the compiler fuses with norms and GELU."""
+    """linear(x), (…, in) -> (…, out); one row as fp32 sums of products, which the compiler fuses with the norms."""
     if x.numel() > x.size(-1):  # prefill
         return F.linear(x, linear.weight, linear.bias)
     y = (x.unsqueeze(-2) * linear.weight).sum(dim=-1, dtype=torch.float32)
