@@ -6,9 +6,9 @@
     python fineweb.py sample-100BT --out_dir=/big/disk/edu100B --part=3/16  # one of 16 machines: edu100B-03-of-16
     pip install gigatoken                                       # optional: two to five times as fast, same shards
 
-Reads parquet, jsonl, json (a list) and txt (documents separated by <|endoftext|>), also .gz and .zst. Documents without
-text are skipped. Every document begins with end-of-text. Writes val_000000.npy (validation), train_000001.npy, …
-(training), uint16, and manifest.json, which lists them, into out_dir. Only the first of several parts has a val shard.
+Reads parquet, jsonl, json (a list) and txt (documents separated by <|endoftext|>), also .gz and .zst; of the hub only
+parquet and jsonl. Documents without text are skipped. Every document begins with end-of-text. Writes val_000000.npy,
+train_000001.npy, … (uint16) and manifest.json, which lists them, into out_dir. Only the first part has a val shard.
 
 After an interruption the same command continues after the last finished shard. Needs 2 bytes of disk per token and
 space for two files of the hub, which are deleted after they are read (sample-10BT: 20 GB and twice 2.2 GB).
@@ -62,7 +62,7 @@ CONFIGS = {
     f"sample-{n}BT": Config(f"{HUB}HuggingFaceFW/fineweb-edu/sample/{n}BT", f"edu_fineweb{n}B") for n in (10, 100, 350)
 }
 SUFFIXES = (".parquet", ".jsonl", ".json", ".txt")
-MAX_WITHOUT_TEXT = 1000  # if so many documents at the start have no text, --field is probably wrong
+MAX_WITHOUT_TEXT = 1000  # if this many documents at the start have no text, --field is probably wrong
 CHUNK_BYTES = 2**20  # text per task of a worker
 TOKENS_PER_BYTE = {"gpt2": 0.36, "bytes": 1.6}  # of FineWeb-Edu's parquet files; for the estimate
 
@@ -77,7 +77,7 @@ def ask_hub(call: Callable[..., Any], *args: str, **options: object) -> Any:
 
 def find_source(url: str, k: int, n: int, manifest: dict | None) -> tuple[dict, list[Path]]:
     """(manifest entry `source`, paths) of the files in part k/n of --data; the paths are [] if they are on the hub."""
-    paths, revision = [], None
+    paths, revision, suffixes = [], None, SUFFIXES[:2] if url.startswith(HUB) else SUFFIXES
     if url.startswith(HUB):
         if manifest and manifest["source"]["data"] == url:
             return manifest["source"], []  # the dataset can have changed: keep the commit of the first run
@@ -88,15 +88,15 @@ def find_source(url: str, k: int, n: int, manifest: dict | None) -> tuple[dict, 
         revision = ask_hub(HfApi().dataset_info, repo).sha
         list_tree = functools.partial(HfApi().list_repo_tree, recursive=True, revision=revision, repo_type="dataset")
         tree = ask_hub(lambda *args: list(list_tree(*args)), repo, folder)
-        found = sorted((entry.path, entry.size) for entry in tree if files.has_suffix(entry.path, SUFFIXES[:2]))
+        found = sorted((entry.path, entry.size) for entry in tree if files.has_suffix(entry.path, suffixes))
     else:
-        paths, others = files.find_files(url, SUFFIXES)
+        paths, others = files.find_files(url, suffixes)
         paths = [path for path in paths if path.name not in (data.MANIFEST, data.CHECKED)]  # of an out_dir inside
         found = [(path.name, path.stat().st_size) for path in paths]
         if others:
             print(f"files that are not read: {', '.join(path.name for path in others)}")
     if len(found) < n:
-        problem = f"{len(found)} files ({', '.join(SUFFIXES)}) in --data={url}, too few for --part={k}/{n}"
+        problem = f"{len(found)} files ({', '.join(suffixes)}) in --data={url}, too few for --part={k}/{n}"
         raise ValueError(f"{problem}: give another path, {HUB}OWNER/NAME/FOLDER, or fewer parts")
     share = slice(len(found) * (k - 1) // n, len(found) * k // n)
     entries = [{"name": name, "size": size} for name, size in found[share]]

@@ -331,6 +331,10 @@ def test_hub(source: SimpleNamespace, hub: SimpleNamespace, tmp_path: Path) -> N
     assert manifest["source"]["data"] == URL and manifest["source"]["revision"] == "c0ffee"
     hub.folder = tmp_path / "missing"
     main(cfg)  # does not ask the hub about a complete folder
+    hub.folder = folder = tmp_path / "descriptions"
+    folder.mkdir()
+    (folder / "README.txt").touch()  # only tables are read from the hub
+    refused(config(URL, tmp_path / "none"), "0 files (.parquet, .jsonl) in", URL)
 
 
 def test_failed_download_continues_at_the_same_commit(source, hub: SimpleNamespace, tmp_path: Path) -> None:
