@@ -98,10 +98,10 @@ def read_pairs(source: str) -> list[tuple[chat.Row, str]]:
     """The pairs of a file or a dataset. Unusable pairs are dropped and counted."""
     kinds = [("prompt", "response_a", "response_b", "preferred"), ("prompt", "chosen", "rejected")]
     pairs = chat.parse_rows(source, [*kinds, ("chosen", "rejected")], parse_pair)
-    if all(text.startswith(row.instruction) for row, rejected in pairs for text in (row.response, rejected)):
-        runtime.print0(f"{source}: all responses repeat the prompt: it is removed from them")
+    if all(row.instruction and x.startswith(row.instruction) for row, other in pairs for x in (row.response, other)):
         cut = [[text[len(row.instruction) :].lstrip() for text in (row.response, rejected)] for row, rejected in pairs]
         pairs = [(row._replace(response=a), b) for (row, _), (a, b) in zip(pairs, cut) if a and b and a != b]
+        runtime.print0(f"{source}: all responses repeat the prompt: it is removed, and {len(pairs):,} pairs remain")
     return pairs
 
 
