@@ -69,7 +69,7 @@ CONFIGS = {
     "hellaswag": Config(bench="hellaswag", data="", tokenizer="gpt2", models=("gpt2",), repeats=4),
     "tokenize": Config(bench="tokenize", data="*.parquet", tokenizer="gpt2", repeats=4),
 }
-COPIES = 12  # of the text, 1 MB, that the overview tokenizes: the start of the workers must not count
+COPIES = 12  # the overview tokenizes this many copies of the 1 MB text, so that the start of the workers hardly counts
 
 
 def build_model(cfg: Config, name: str, **changes: Any) -> tuple:
@@ -112,7 +112,7 @@ def training_loops(cfg: Config, name: str, B: int, deterministic: bool = True, *
 
     def neogpt() -> int:  # prefetched batches; losses are read one step late, as in a run on CUDA
         runtime.set_determinism(deterministic and is_cuda)
-        settings, read_loss = dict(lr=1e-4, grad_clip=1.0, rt=rt), int
+        settings, read_loss = dict(lr=1e-4, grad_clip=1.0, rt=rt), lambda: None
         for batch in data.prefetch(read, 0, cfg.steps):
             step = training.train_step(net, optimizers, batch.micro_batches, train_gpt2.loss_fn, **settings)
             read_loss()
@@ -153,7 +153,7 @@ def bench_choices(cfg: Config, name: str, B: int) -> list[dict]:
         "not deterministic": (cfg, dict(deterministic=False)),
         "fp32 residual": (cfg, dict(residual="fp32")),
         "bf16 residual": (cfg, dict(residual="bf16")),
-        "vocabulary not padded": (cfg, dict(vocab_size=data.get_tokenizer(cfg.tokenizer).n_vocab)),
+        "vocabulary not padded": (cfg, dict(vocab_size=cfg.n_tokens or data.get_tokenizer(cfg.tokenizer).n_vocab)),
         "heads of 128": (cfg, dict(n_head=max(1, model.SIZES[name]["n_embd"] // 128))),
         "manual attention": (cfg, dict(attention="manual")),
         "GELU tanh": (cfg, dict(gelu="tanh")),
@@ -200,7 +200,7 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
 
 
 def bench_hellaswag(cfg: Config, name: str, B: int) -> list[dict]:
-    """hellaswag.py against scoring the four padded endings of one row at a time."""
+    """hellaswag.py against scoring the four padded endings of one row at a time. B has no effect."""
     raw, tokenizer, rt = build_model(cfg, name)
     rows = hellaswag.read_rows(cfg.data, None)
     rows = rows[:: max(1, len(rows) // cfg.rows)][: cfg.rows]
@@ -250,7 +250,7 @@ def bench_tokenize(cfg: Config) -> list[dict]:
 
 
 def bench_overview(cfg: Config) -> list[dict]:
-    """Every stage with default options, against plain PyTorch in fp32, transformers, tiktoken, or one row at a time."""
+    """Tokenizing, training, decoding and scoring, each against the baseline that the table and the figure name."""
     small, large, questions = cfg.models[0], cfg.models[-1], f"{config.ROOT}/demo/hellaswag.jsonl"
     rt = runtime.setup(cfg.device, cfg.precision)
     gpt2 = replace(cfg, n_tokens=50257, T=1024, total_batch_size=1024, steps=1, only=("transformers", "NeoGPT"))
@@ -261,7 +261,7 @@ def bench_overview(cfg: Config) -> list[dict]:
             f"training {small}, Muon": lambda: bench_train(replace(cfg, optimizer="muon"), small, 8),
             f"training {large}, T = 1,024": lambda: bench_train(gpt2, large, 1),
             f"decoding {large}, fp32": lambda: bench_sample(replace(gpt2, precision="fp32"), large, 1),
-            f"decoding {large}, {rt.precision}": lambda: bench_sample(gpt2, large, 1),  # instead, if it is fp32
+            f"decoding {large}, {rt.precision}": lambda: bench_sample(gpt2, large, 1),  # fp32: the same key
             f"decoding {large}, {rt.precision}, 8 streams": lambda: bench_sample(gpt2, large, 8),
             f"HellaSwag, {small}": lambda: bench_hellaswag(replace(cfg, data=questions), small, 1),
         }

@@ -67,19 +67,19 @@ def overview(measurements: dict[str, Callable[[], list[dict]]], rt: runtime.Runt
 
     rows, axes = [], Figure(figsize=(8, 1 + 0.5 * len(measurements))).subplots()
     table = [("", "NeoGPT", "", "baseline", "", "ratio")]
-    for what, measure in measurements.items():
-        print(what)
+    for name, measure in measurements.items():
+        print(name)
         try:
             found = measure()
         except OSError as error:  # no network for GPT-2's vocabulary
             print(f"left out: {error}")
             continue
-        rows += [row | dict(what=what) for row in found]
+        rows += [row | dict(measurement=name) for row in found]
         ours, ratio, rate = found[-1], found[-1]["ratio"], f"{found[-1]['median']:,.0f}"
-        name, other = (found[0]["name"], f"{found[0]['median']:,.0f}") if len(found) > 1 else ("none", "")
-        table.append((what, rate, ours["unit"], name, other, f"{ratio:.2f}"))
-        axes.barh(what, ratio, color="C0" if other else "0.8")
-        axes.text(max(ratio, 1), what, f" {ratio:.2f} × {name}, {rate} {ours['unit']}", va="center")
+        baseline, other = (found[0]["name"], f"{found[0]['median']:,.0f}") if len(found) > 1 else ("none", "")
+        table.append((name, rate, ours["unit"], baseline, other, f"{ratio:.2f}"))
+        axes.barh(name, ratio, color="C0" if other else "0.8")
+        axes.text(max(ratio, 1), name, f" {ratio:.2f} × {baseline}, {rate} {ours['unit']}", va="center")
     name = str(collect_env.get_cpu_info(collect_env.run)).split("Model name:")[-1].strip().partition("\n")[0]
     name = f"{name}, {torch.get_num_threads()} threads" if rt.device.type == "cpu" else name
     title = f"{name}, {runtime.processor(rt.device)}, {rt.precision}, PyTorch {torch.__version__}"
