@@ -43,7 +43,7 @@ class Config(finetune.FinetuneConfig):
     clip: float = 0.0  # clip range of the probability ratio, epsilon in PPO (there 0.2); 0: no clipping
     kl_beta: config.NonNegativeFloat = 0.0  # penalty on the KL divergence from the model to start from; 0: none
     scale_by_std: bool = False  # divide advantages by the group's standard deviation: hard and easy prompts count more
-    loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # mean over tokens; mean of answers' means; sum / answer_tokens
+    loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # mean of tokens; of answers' means; of sums / answer_tokens
     max_lr: config.NonNegativeFloat = 2.5e-6  # peak learning rate, 1/20 of sft.py's; about ten times as much with LoRA
     warmup_frac: config.Fraction = 0.0  # fraction of the steps for linear warmup; then linear to 0
     eval_every: config.PositiveInt = 20  # steps between evaluations on the held-out prompts
@@ -63,7 +63,7 @@ CONFIGS = {
         B=32,
         max_steps=80,
         max_lr=3e-5,
-        n_eval_prompts=160,
+        n_eval_prompts=96,
         prompts=("Where does Ada live?", "What does Leo like to eat?", "Whom does Rosa like best?"),
         answer_tokens=80,
     ),
@@ -139,8 +139,8 @@ def log_probs(net: nn.Module, batch: dict[str, Any], n_ids: int) -> tuple[Tensor
     logits = net(batch["x"])[..., :n_ids].float()
     logps = -model.cross_entropy(logits, batch["y"], "none").view(batch["y"].shape)
     with torch.no_grad():
-        every = F.log_softmax(logits, dim=-1)
-        return logps, -(every.exp() * every).sum(dim=-1)
+        all_logps = F.log_softmax(logits, dim=-1)
+        return logps, -(all_logps.exp() * all_logps).sum(dim=-1)
 
 
 @torch.no_grad()
