@@ -5,7 +5,7 @@
     python export.py --checkpoint=out/sft --out_dir=my-gpt2 --format=gguf --dtype=q8_0    # needs `pip install gguf`
     python sample.py --checkpoint=my-gpt2 --chat                 # every script reads the folder
 
-Models of sft.py, dpo.py and grpo.py get a chat template, which gives the ids of sample.py --chat. Zeros stay zeros.
+Models of sft.py, dpo.py and grpo.py get a chat template that gives the ids of sample.py --chat. Pruned weights stay 0.
 """
 
 from dataclasses import dataclass

@@ -105,7 +105,7 @@ def load_data(
 ) -> tuple[Tensor, data.Windows, hellaswag.Questions | None]:
     """Calibration tokens (n_sequences, T) from the training split, the validation windows, and HellaSwag."""
     train, val = (data.Windows(shards, T) for shards in data.open_data(cfg.data, tokenizer))
-    config.require(f"[1, {len(train)}]", n_sequences=cfg.n_sequences)  # training sequences of T tokens in the data
+    config.require(f"[1, {len(train)}]", n_sequences=cfg.n_sequences)  # at most all training windows
     windows = train.read(data.windows_at(0, cfg.n_sequences, len(train), cfg.seed))  # (n_sequences, T + 1)
     rows = [] if cfg.hellaswag_rows == 0 else hellaswag.read_rows(cfg.hellaswag_data, cfg.hellaswag_rows)
     questions = hellaswag.prepare(rows, tokenizer, "completion", T) if rows else None

@@ -172,7 +172,7 @@ def expected_config(cfg: Config, n_tokens: int, auto: str = "fp32") -> model.GPT
 def build_model(run: Run) -> model.GPT:
     """The model on the CPU: resumed, from init_from, or with random weights. Raises ValueError on another shape."""
     cfg, resumed, auto = run.cfg, run.resumed, runtime.residual_dtype(run.rt.device)
-    auto = resumed.model_config.get("residual", "fp32") if resumed else auto  # a run keeps its own
+    auto = resumed.model_config.get("residual", "fp32") if resumed else auto  # a resumed run keeps its dtype
     expected = expected_config(cfg, run.tokenizer.n_vocab, auto)
     if resumed:
         if changed := checkpoint.differences(resumed.config, dict(optimizer=cfg.optimizer)):
@@ -223,7 +223,7 @@ def print_samples(run: Run) -> None:
 
 
 def results_table(cfg: Config, run: Run) -> str:
-    """The results of this run and, for GPT-2's tokenizer and all HellaSwag rows, of published models; how to plot."""
+    """This run's results, those of published models if tokenizer and HellaSwag rows are the same, and how to plot."""
     scores = [f"{run.scores[name]:.4f}" if name in run.scores else "-" for name in ("val", "hella")]
     cost = f"{run.n_tokens:,}", f"{run.seconds / 3600:.2f}", f"{run.n_tokens / run.seconds:,.0f}"
     header = ["", "validation loss", "HellaSwag", "parameters", "tokens", "hours", "tok/s"]
@@ -244,7 +244,7 @@ def main(cfg: Config) -> None:
     plan = dict(T=cfg.T, sharded=cfg.sharded, recompute=cfg.recompute, muon=cfg.optimizer == "muon", compiled=compiled)
     with torch.device("meta"):  # allocates nothing
         shape = model.GPT(expected_config(cfg, tokenizer.n_vocab))
-    training.check_memory(shape, cfg.B or 1, rt, **plan)
+    training.check_memory(shape, cfg.B or 1, rt, **plan)  # raises before the data are read
     splits = data.open_data(cfg.data, tokenizer, check=rt.rank == 0)
     train, val = (data.Windows(shards, cfg.T, tokenizer.n_vocab) for shards in splits)
     run = Run(cfg, "pretraining", tokenizer, rt, cfg.branch_from)

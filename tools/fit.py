@@ -78,8 +78,8 @@ def bootstrap(N: np.ndarray, D: np.ndarray, L: np.ndarray, law: Law, n: int = 10
 
 def parabolas(N: np.ndarray, D: np.ndarray, L: np.ndarray, n: int = 6) -> list[tuple]:
     """For each of n budgets C: (C, sizes, their losses, coefficients of a parabola in log N through them for
-    np.polyval, N of its minimum). Without budgets at which fewer than three sizes can be compared or the minimum is not
-    between them. The loss of a size is interpolated between its runs, linearly in the logs of D and L.
+    np.polyval, N of its minimum). A budget is left out if fewer than three sizes have runs around it, or if the minimum
+    is not between them. The loss of a size is interpolated between its runs, linearly in the logs of D and L.
     """
     C, found = 6 * N * D, []
     for budget in np.geomspace(C.min(), C.max(), n + 2)[1:-1]:

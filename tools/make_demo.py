@@ -68,7 +68,7 @@ def is_story_held_out(c: Character, story: Story) -> bool:
 
 
 def is_fact_held_out(c: Character, attribute: str) -> bool:
-    """Whether only sft_held_out.jsonl asks for this attribute of c."""
+    """Whether the questions for this attribute of c are in sft_held_out.jsonl, and not in sft.jsonl and dpo.jsonl."""
     if attribute == "friend":  # mutual, so both friends are held out together: two of the eight pairs
         return any(x.name in ("Ada", "Ella") for x in (c, c.friend))
     return in_fold(c, attribute, world.ATTRIBUTES.index(attribute))

@@ -35,7 +35,7 @@ class Config:
     sizes: tuple[str, ...] = ("d4", "d6", "d8", "d10", "d12")  # names in SIZES of neogpt/model.py, smallest first
     lengths: tuple[int, ...] = (1000, 2000, 4000, 8000)  # optimizer steps, multiples of 10, shortest first
     max_lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3)  # peak learning rates to try at the shortest length, for each size
-    held_out: config.PositiveInt = 2  # also train the largest size for this many times the longest length, as a test
+    held_out: config.PositiveInt = 2  # test: train the largest size for this many times the longest length; 1: no test
     fresh_tokens: config.NonNegativeInt = 0  # size of a new text of the demo world to train on; 0: --data of `train`
     out_dir: str = "out/scaling"  # folder of the runs, scaling.json and Scaling.png
     launch: str = ""  # command in front of train_gpt2.py, such as torchrun; "": this Python
@@ -48,7 +48,7 @@ DEMO = Config(
     max_lrs=(3.5e-3, 7e-3, 1.4e-2),
     fresh_tokens=16_000 * 576,
     out_dir="out/scaling-demo",
-    jobs=2,  # models this small are fastest on one thread each
+    jobs=2,  # on two cores: models this small are fastest on one thread each
 )
 CONFIGS = {"gpt2": Config(), "demo": DEMO}
 
@@ -152,7 +152,7 @@ def print_report(laws: list[fit.Law], runs: np.ndarray, held_out: list[Point], C
         rows.append(["parabolas", *[""] * 5, f"{slope:.4g}", ""])
     print(config.format_table(rows))
     rows = [["FLOPs", "N_opt", "D_opt", "loss"]]
-    for budget in C * np.array([0.1, 1, 10]):  # ten times is as far as laws hold
+    for budget in C * np.array([0.1, 1, 10]):  # extrapolated to at most ten times C
         results = with_interval(laws, lambda law, C=budget: [*law.optimum(C), law.loss(*law.optimum(C))])
         rows.append([f"{budget:.2e}", *as_text(results)])
     print(config.format_table(rows))

@@ -5,14 +5,14 @@ one. `{he}`, `{his}`, `{him}`, `{He}` and `{His}` are the pronouns of `{c}`, and
 `{home}` is the home of `{c}`, and `{o.home}` that of `{o}`, likewise for the other attributes. `{item}` and `{item2}`
 are small objects, `{spot}`, `{spot2}` and `{spot3}` are places for them. `[x|y]` is a random choice.
 
-Outside of yes-or-no questions, every mention of an attribute's value is true. The values of an attribute start
-with different letters, and so do all names: a model that reads bytes can distinguish them by the first byte.
+Outside of yes-or-no questions, every mention of an attribute's value is true. All names start with different letters,
+and so do the values of an attribute (kinds: those of people, and those of animals): the first byte tells them apart.
 """
 
 import re
 from collections import namedtuple
 
-# Each value belongs to two characters. Friendship is mutual. The best friend of a person is an animal.
+# Each value from kind to fear belongs to two characters. Best friends are a person and an animal, and it is mutual.
 CHARACTERS_TABLE = """
 name    pronoun  kind    home        food      thing  colour  fear         friend
 Ada     she      baker   lighthouse  honey     rope   orange  bees         Mona
