@@ -8,9 +8,9 @@
 Rows have prompt, response_a, response_b and preferred ("A" or "B"), or prompt, chosen and rejected, or conversations.
 The policy starts as the reference model, whose log-probabilities are computed once and cached in out_dir.
 
-Logged at every step and for held-out pairs: rewards/chosen, rewards/rejected (beta times the log-ratio of policy to
-reference), rewards/margins, rewards/accuracies, logps/chosen, logps/rejected. The probability of chosen answers often
-falls too: watch logps/chosen; rpo_alpha counteracts it. tok/s counts the tokens of both sequences of a pair.
+Logged at every step and for held-out pairs: preference (loss without RPO's term), rewards/chosen, rewards/rejected
+(beta times the log-ratio of policy to reference), rewards/margins, rewards/accuracies, logps/chosen, logps/rejected.
+Chosen answers often become less likely too: watch logps/chosen; rpo_alpha counteracts it. tok/s counts both sequences.
 """
 
 from contextlib import suppress

@@ -69,7 +69,7 @@ CONFIGS = {
     "hellaswag": Config(bench="hellaswag", data="", tokenizer="gpt2", models=("gpt2",), repeats=4),
     "tokenize": Config(bench="tokenize", data="*.parquet", tokenizer="gpt2", repeats=4),
 }
-COPIES = 12  # the overview tokenizes this many copies of the 1 MB text, so that the start of the workers hardly counts
+COPIES = 12  # the overview tokenizes this many copies of the text, so that the start of the workers hardly counts
 
 
 def build_model(cfg: Config, name: str, **changes: Any) -> tuple:

@@ -5,8 +5,9 @@
 # Tables and JSON files go to $OUT (default: out/bench-gpu). A part that fails does not stop the others.
 # Prepare: DATA, shards of at least 10M tokens with GPT-2's vocabulary (default: edu_fineweb10B), for example
 #     python fineweb.py --data='books-*.parquet' --shard_size=1000000 --out_dir=.cache/books
-# Carry to a machine without network: these shards, HELLASWAG (its validation rows as a .jsonl file), TIKTOKEN_CACHE_DIR,
-# and the packages that are missing there (tyro, docstring_parser and typeguard, on PYTHONPATH). `python` must be Python 3.11 or newer.
+# Carry to a machine without network: these shards, HELLASWAG (its validation rows as a .jsonl file),
+# TIKTOKEN_CACHE_DIR, and the packages that are missing there (tyro, docstring_parser and typeguard, on PYTHONPATH).
+# `python` must be Python 3.11 or newer.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 trap 'exit 130' INT
