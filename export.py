@@ -63,7 +63,7 @@ def write_card(path: Path, loaded: checkpoint.Loaded, source: Path, dtype: str) 
         facts |= {name: Path(value).name if Path(value).is_absolute() else value for name, value in origin.items()}
         facts |= dict(tokens=f"{ckpt.n_tokens:,}", pruned=ckpt.pruned.get("pattern") or ckpt.pruned.get("ratio", ""))
         facts |= {name: f"{value:.4f}" for name, value in ckpt.scores.items()}
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value not in ("", "0"))  # 0: unknown
     is_chat, shape = loaded.stage in CHAT_STAGES, loaded.raw.config
     prompt = '[{"role": "user", "content": "Hello"}]' if is_chat else '"Hello"'
     n_params = sum(tensor.numel() for tensor in hf.gpt2_weights(loaded.raw).values())

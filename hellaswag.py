@@ -219,8 +219,8 @@ def evaluate(
 def main(cfg: Config) -> None:
     """Score a model, print its accuracies and, with --out, write one JSON object per row."""
     config.check(cfg)
-    if cfg.out and not Path(cfg.out).absolute().parent.is_dir():
-        raise ValueError(f"--out={cfg.out}: there is no folder {Path(cfg.out).parent}")
+    if cfg.out and (Path(cfg.out).is_dir() or not Path(cfg.out).absolute().parent.is_dir()):
+        raise ValueError(f"--out={cfg.out}: expected a file in a folder that exists")
     rt = runtime.setup(cfg.device, cfg.precision)
     raw, tokenizer, _, _ = checkpoint.load_model(cfg.checkpoint)
     questions = prepare(read_rows(cfg.data, cfg.limit), tokenizer, cfg.style, raw.config.block_size)

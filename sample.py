@@ -35,7 +35,7 @@ class Config:
     prompt: str = "Hello, I'm a language model,"  # "-" reads standard input; "" starts a new document
     chat: bool = False  # instead of samples: every line of standard input is an instruction in sft.py's template
     history_turns: config.NonNegativeInt = 8  # earlier turns that the model sees; 0 if trained on single questions
-    n_samples: config.PositiveInt = 1  # generated together, printed one after another
+    n_samples: config.PositiveInt = 1  # number of samples, generated together and printed one after another
     max_new_tokens: config.NonNegativeInt = 256  # tokens per sample; end-of-text ends a sample earlier
     temperature: config.NonNegativeFloat = 0.8  # 0 is greedy; 1 samples from the model's probabilities
     top_k: config.NonNegativeInt = 50  # sample from the k most likely tokens; 0 for all

@@ -124,6 +124,7 @@ def test_folder_in_transformers_and_here(gelu: str, tmp_path: Path) -> None:
     assert found["generated_token_ids"] == ids + ours
     card = (folder / "README.md").read_text()
     assert "1.25" in card and "book.txt" in card and "/home" not in card and ("llama.cpp" in card) == (gelu == "erf")
+    assert "| steps | 7 |" in card and "| tokens |" not in card  # the checkpoint does not know the tokens
 
 
 def test_bf16_is_rounded_and_exported_again(tmp_path: Path) -> None:

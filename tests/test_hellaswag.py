@@ -295,9 +295,9 @@ def test_published_values_of_the_same_style(tmp_path: Path, capsys: Capture, mon
     assert published == [completion, [["GPT-2", "124M", "0.2892", "-", "0.3114", "-"]], []]
 
 
-REFUSED = [(dict(limit=0), ["limit", 0]), (dict(out="nowhere/rows.jsonl"), ["out", "nowhere"])]
+REFUSED = [(dict(limit=0), ["limit", 0]), (dict(out="nowhere/rows.jsonl"), ["--out", "nowhere"])]
 REFUSED += [(dict(checkpoint="out/nowhere"), ["out/nowhere"]), (dict(data="nowhere.jsonl"), ["nowhere.jsonl"])]
-REFUSED += [({}, ["run", "finite"])]  # the model's weights are NaN
+REFUSED += [(dict(out="run"), ["--out=run"]), ({}, ["run", "finite"])]  # the model's weights are NaN
 
 
 @pytest.mark.parametrize("changes, words", REFUSED)
