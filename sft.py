@@ -102,8 +102,7 @@ def main(cfg: Config) -> None:
 
     def read(step: int) -> training.Batch:
         chosen = [examples[i] for i in run.items(step, n, len(examples))]
-        parts = chat.shard_across_ranks(chat.pack(chosen, T if cfg.packing else 0), cfg.B, rt)
-        width = 1
+        parts, width = chat.shard_across_ranks(chat.pack(chosen, T if cfg.packing else 0), cfg.B, rt), 1
         if cfg.packing and compiled:  # a fixed shape for the compiler
             parts, width = [bins + [[]] * (cfg.B - len(bins)) for bins in parts], T
         n_tokens = sum(example.n_inputs for example in chosen)

@@ -1,6 +1,7 @@
 """tools/plot.py: what it reads from a log, and where it draws the points."""
 
 import re
+import sys
 from pathlib import Path
 
 import harness
@@ -98,10 +99,12 @@ def test_a_run_has_one_color_in_both_figures(figures: dict[str, Axes], tmp_path:
     assert colors["HellaSwag"]["b"] == colors["Loss"]["b, validation"] != colors["Loss"]["a, validation"]
 
 
-def test_invalid_options(tmp_path: Path) -> None:
+def test_invalid_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_log(tmp_path, LOG.replace("tokens", "other"))
     cfg = plot.Config(runs=(str(tmp_path),), out_dir=str(tmp_path))
     harness.refused(plot.main, cfg, "tokens", "--x=steps", x="tokens")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as if tensorboard were not installed
+    harness.refused(plot.main, cfg, "pip install tensorboard", tensorboard=True)
     harness.refused(plot.main, cfg, "nothing", runs=(str(tmp_path / "nothing"),))
     (tmp_path / "log.txt").write_text("no numbers\n")
     harness.refused(plot.main, cfg, "log.txt")

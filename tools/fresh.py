@@ -40,8 +40,7 @@ def write_fresh_text(folder: Path, n_train: int, n_val: int, T: int) -> float:
     so a window of T tokens shows whole documents; gaps are filled with end-of-text.
     """
     rng, tokenizer, n = Random(f"{make_demo.SEED} fresh text"), data.get_tokenizer("bytes"), 0
-    parts, n_documents = [], 0
-    n_train, n_val = n_train // T * T, n_val // T * T
+    n_train, n_val, parts, n_documents = n_train // T * T, n_val // T * T, [], 0
     while n <= n_train + n_val:
         ids = data.encode_document(tokenizer, fresh_document(rng))
         gap = -n % T if -n % T < len(ids) else 0

@@ -85,12 +85,11 @@ def draw(runs: list[Run], folder: str | Path, x: str = "steps") -> list[Path]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    runs = [transform(run, x) for run in runs]
+    runs, paths = [transform(run, x) for run in runs], []
     like_gpt2 = all(c.get("tokenizer") == "gpt2" and "checkpoint" not in c for _, _, c in runs)
     other_questions = any(c.get("hellaswag_data") or c.get("hellaswag_rows", "None") != "None" for _, _, c in runs)
     loss = "loss" if any("beta" in c for _, _, c in runs) else "loss (nats per token)"  # of DPO: per pair
     loss = "loss; validation: minus the reward" if any("reward" in c for _, _, c in runs) else loss  # of GRPO
-    paths = []
     for name, title, ylabel in (("val", "Loss", loss), ("hella", "HellaSwag", "accuracy (acc_norm)")):
         if not any(name in run.curves for run in runs):
             continue
@@ -123,7 +122,10 @@ def main(cfg: Config) -> None:
     if not cfg.tensorboard:
         return print(*draw([read_log(path) for path in cfg.runs], cfg.out_dir, cfg.x), sep="\n")
     for path, run in [(Path(path), read_log(path)) for path in cfg.runs]:
-        send, close = track.connect("tensorboard", path if path.is_dir() else path.parent, 0, "", {})
+        try:
+            send, close = track.connect("tensorboard", path if path.is_dir() else path.parent, 0, "", {})
+        except ImportError as error:
+            raise ValueError("--tensorboard needs the package tensorboard: pip install tensorboard") from error
         for name, curve in run.curves.items():
             for step, value in zip(*curve):
                 send(int(step), {name: value})
