@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 import tiktoken
 import torch
 
-from neogpt import chat, checkpoint, config, generate, model, runtime
+from neogpt import chat, checkpoint, config, cpu, generate, model, runtime
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control characters but tab and newline
 Ids = list[int]  # token ids
@@ -44,7 +44,8 @@ class Config:
     stop: tuple[str, ...] = ()  # a sample ends before the first of these texts
     seed: config.Seed = 1337  # sample i uses seed + i
     device: str = "auto"  # auto selects CUDA, else MPS, else the CPU
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto selects bf16 where it is faster
+    # auto selects bf16 where it is faster; int8: fp32 with int8 weights, for one sample or a chat on a CPU
+    precision: Literal["auto", "bf16", "fp32", "int8"] = "auto"
     compile: bool = False  # compile the decode step, on CUDA: takes up to a minute
 
 
@@ -120,10 +121,12 @@ def chat_loop(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding) -> None
 
 def main(cfg: Config) -> None:
     """Print samples, or chat."""
-    rt = runtime.setup(cfg.device, cfg.precision, console=sys.stderr)
+    rt = runtime.setup(cfg.device, "fp32" if cfg.precision == "int8" else cfg.precision, console=sys.stderr)
     config.check(cfg)
     if "" in cfg.stop:
         raise ValueError("--stop must not be empty")
+    if cfg.precision == "int8" and rt.device.type != "cpu":
+        raise ValueError(f"--precision=int8 on {rt.device.type}: int8 weights are for a CPU; use --device=cpu")
     if cfg.compile and rt.device.type != "cuda":
         raise ValueError(f"--compile=True on {rt.device.type}: compiled decoding is faster on CUDA only; omit it")
     if cfg.compile:
@@ -136,6 +139,8 @@ def main(cfg: Config) -> None:
     if cfg.chat and stage == "pretraining":
         runtime.print0(f"{cfg.checkpoint} was perhaps not trained to answer: its stage is pretraining or unknown")
     raw.to(rt.device)
+    if cfg.precision == "int8":
+        cpu.use_int8(raw)
     if rt.precision == "bf16":
         generate.cast_linears(raw, torch.bfloat16)
     with rt.autocast():

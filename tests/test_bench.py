@@ -83,7 +83,7 @@ def test_other_measurements(tmp_path: Path) -> None:
     found = results("hellaswag", tmp_path, data=rows, tokenizer="bytes", rows=3)
     assert found.keys() == {"one row at a time", "NeoGPT"}
     found = results("sample", tmp_path, new_tokens=20, B=(1, 3))
-    assert found.keys() - {"transformers"} == {"NeoGPT", "prefill"}
+    assert found.keys() - {"transformers"} == {"NeoGPT", "NeoGPT, int8", "prefill"}
     assert results("sample", tmp_path, new_tokens=20, only=("NeoGPT",)).keys() == {"NeoGPT"}
 
 

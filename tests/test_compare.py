@@ -6,6 +6,7 @@ from pathlib import Path
 import harness
 import pytest
 
+from neogpt import checkpoint, model
 from tools import compare
 
 ND = dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)
@@ -21,24 +22,28 @@ def test_table_counts_nonzero_parameters_and_flops(tmp_path: Path, capsys: pytes
     sizes = dict(sparsities=(0.5, 0.25, "2:4"), n_sequences=8, B=2, val_tokens=64, hellaswag_rows=0)
     cfg = compare.Config(**paths, **sizes, device="cpu")
     compare.main(cfg)
+    lines = capsys.readouterr().out.splitlines()
 
     L, C, T, V, width, f = 2, 16, 64, 320, 24, 3
     matrices = dict(dense=L * 12 * C * C, nd=L * (4 * C * C + 2 * C * width))
     vectors = dict(dense=L * 13 * C + 2 * C, nd=L * (8 * C + C + width + 3 * f + 1) + 2 * C)
-    zeros = {"-": 0}  # quarters of the matrices
+    zeros = {"-": 0, "int8": 0}  # quarters of the matrices
     for method in ("wanda", "magnitude"):
         zeros |= {f"{method} 0.5": 2, f"{method} 0.25": 1, f"{method} 2:4": 2}
     expected = []
     for name, source in sources.items():
-        for pruned, quarters in zeros.items():
+        for variant, quarters in zeros.items():
             left = matrices[name] * (4 - quarters) // 4
+            if variant == "int8":  # small weights are rounded to zero
+                weights = [m.weight for m in model.weight_matrices(checkpoint.load_model(source).raw).values()]
+                left = sum(int((w.abs() > w.abs().amax(1, keepdim=True) / 254).sum()) for w in weights)
             flops = 6 * (V * C + left) + 12 * L * C * T
-            expected.append((source, pruned, (V + T) * C + vectors[name] + left, flops))
+            expected.append((source, variant, (V + T) * C + vectors[name] + left, flops))
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
-    assert [(row["model"], row["pruned"], row["nonzero_parameters"], row["flops"]) for row in rows] == expected
-    assert len({row["loss"] for row in rows}) == 14
-    lines = capsys.readouterr().out.splitlines()[-1 - len(expected) : -1]
-    assert [line.split()[:-3] for line in lines] == [[s, *pruned.split(), f"{n:,}"] for s, pruned, n, _ in expected]
+    assert [(row["model"], row["variant"], row["nonzero_parameters"], row["flops"]) for row in rows] == expected
+    assert len({row["loss"] for row in rows}) == 16
+    table = lines[-1 - len(expected) : -1]
+    assert [line.split()[:-3] for line in table] == [[s, *variant.split(), f"{n:,}"] for s, variant, n, _ in expected]
 
     for sparsity in ("half", "2:5", 1.0):
         harness.refused(compare.main, cfg, sparsity, sparsities=(sparsity,))

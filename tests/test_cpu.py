@@ -1,5 +1,6 @@
-"""Fast matrix products for decoding on a CPU."""
+"""Fast matrix products and int8 weights for decoding on a CPU."""
 
+import copy
 import itertools
 
 import pytest
@@ -112,3 +113,46 @@ def test_fast_products_in_bf16(cast: bool, n_rows: int, way: str, monkeypatch: p
     # both are rounded to bf16 in the same places, so the errors are alike
     error, usual_error = ((x.float() - exact).square().mean().sqrt().item() for x in (fast, usual))
     assert 0 < error < 1.5 * usual_error
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 5), (64,), (65,)], ids=str)
+@torch.no_grad()
+def test_int8_layer_equals_float64(rows: tuple[int, ...], bias: bool) -> None:
+    generator, linear = torch.Generator().manual_seed(0), torch.nn.Linear(37, 61, bias=bias)
+    linear.weight.copy_(torch.randn(61, 37, generator=generator) * torch.arange(61)[:, None])  # a row is zero
+    x = torch.randn(*rows, 37, generator=generator)
+    scale = linear.weight.abs().amax(1, keepdim=True) / 127
+    rounded = torch.where(scale > 0, (linear.weight / scale).round(), 0).double() * scale
+    assert ((rounded - linear.weight).abs() <= scale / 2 * (1 + 1e-5)).all()
+    expected = x.double() @ rounded.T + (0 if linear.bias is None else linear.bias.double())
+    found = cpu.Int8Linear(linear)(x.transpose(0, -1).contiguous().transpose(0, -1))
+    # sums of 37 products of order 60, rounded to 2^-24
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("mlp", [{}, dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)], ids=["dense", "ndlinear"])
+@pytest.mark.parametrize("small_vocab", [0, 1024])
+def test_int8_model_equals_rounded_weights(small_vocab: int, mlp: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("neogpt.model.SMALL_VOCAB", small_vocab)
+    raw = rough_model(vocab_size=61, **mlp)
+    rounded, embedding = copy.deepcopy(raw), raw.transformer.wte.weight.clone()
+    cpu.use_int8(raw)
+    assert type(raw.lm_head) is (torch.nn.Linear if small_vocab else cpu.Int8Linear)
+    for name, layer in rounded.named_modules():
+        if isinstance(int8 := raw.get_submodule(name), cpu.Int8Linear):
+            layer.weight = torch.nn.Parameter(int8.weight * int8.scale)
+    assert torch.equal(raw.transformer.wte.weight, embedding)
+    prompts = [random_ids(1 + 3 * n, seed=n).tolist() for n in range(2)]
+    for rows in (prompts[:1], prompts):
+        tokens = list(zip(*generate(raw, rows, 30)))
+        assert tokens == [tuple(uncached(rounded, row, 30, seed)) for seed, row in enumerate(rows)]
+
+
+def test_int8_weights_need_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu.int8_kernel.cache_clear()
+    for compiler in ("nosuchcompiler", "false"):
+        monkeypatch.setenv("CC", compiler)
+        with pytest.raises(ValueError, match="gcc"):
+            cpu.use_int8(rough_model())

@@ -189,6 +189,8 @@ def test_stop_texts(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None
     assert printed == ["a", "", " ", "", "", "", "User", " ", "", "Us!"]
     assert "--stop" in error(configure(tmp_path, stop=("a", "")))
     assert "--compile=True on cpu" in error(configure(tmp_path, compile=True))
+    save(tmp_path, scripted_model({1: b"cdefg"}))
+    assert run_main(capsys, configure(tmp_path, precision="int8"))[0] == run_main(capsys, configure(tmp_path))[0]
 
 
 def test_interrupted_sample_ends_with_a_newline(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:

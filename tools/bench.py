@@ -32,7 +32,7 @@ if multiprocessing.parent_process() is None:  # the workers of `tokenize` import
     import fineweb
     import hellaswag
     import train_gpt2
-    from neogpt import chat, generate, model, optim, runtime, training
+    from neogpt import chat, cpu, generate, model, optim, runtime, training
     from tools import timing
 
 
@@ -175,7 +175,7 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     ids = torch.randint(raw.config.n_tokens, (B, raw.config.block_size)).tolist()
     prompts, long_prompts = [row[:16] for row in ids], [row[:512] for row in ids]
 
-    def decode(compile: bool) -> tuple[int, float]:
+    def decode(compile: bool, raw: model.GPT = raw, rt: runtime.Runtime = rt) -> tuple[int, float]:
         start, steps = timing.clock(), generate.generate(raw, prompts, cfg.new_tokens, temperature=0, compile=compile)
         with rt.autocast():
             for _ in range(generate.CHUNK.get(rt.device.type, 0)):  # not timed: capture of the CUDA graph
@@ -193,6 +193,9 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     if fits and importlib.util.find_spec("transformers"):
         variants["transformers"] = timing.transformers_decoder(raw, prompts, cfg.new_tokens, rt)
     variants |= {"NeoGPT": lambda: decode(False), "prefill": prefill}
+    if rt.device.type == "cpu" and "NeoGPT, int8" in (cfg.only or ["NeoGPT, int8"]):
+        cpu.use_int8(int8 := build_model(replace(cfg, precision="fp32"), name)[0])
+        variants["NeoGPT, int8"] = lambda: decode(False, int8, rt._replace(precision="fp32"))
     if rt.device.type == "cuda":
         variants["NeoGPT, compiled"] = lambda: decode(True)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Compare models, dense and pruned, in one table.
+"""Compare models, dense, with int8 weights and pruned, in one table.
 
     python -m tools.compare demo    # after `python train_gpt2.py demo` and `python train_gpt2.py nd-demo`
     python -m tools.compare --checkpoints out/gpt2 out/ndgpt2-96m --methods wanda
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import prune
-from neogpt import checkpoint, config, files, runtime
+from neogpt import checkpoint, config, cpu, files, runtime
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,23 @@ def main(cfg: Config) -> None:
     config.check(cfg)
     rt = runtime.setup(cfg.device, cfg.precision)
     models = [checkpoint.load_model(source) for source in cfg.checkpoints]
-    variants = {"-": prune.Config(method="magnitude", ratio=0.0)}  # dense
+    variants = dict.fromkeys(("-", "int8"), prune.Config(method="magnitude", ratio=0.0))  # nothing pruned
     for method, sparsity in itertools.product(cfg.methods, cfg.sparsities):
         ratio, pattern = (sparsity, "") if isinstance(sparsity, float) else (0.0, sparsity)
         variants[f"{method} {sparsity}"] = prune.Config(B=cfg.B, method=method, ratio=ratio, pattern=pattern)
     for loaded, variant in itertools.product(models, variants.values()):
         prune.require_prunable(loaded.raw, variant)
     out_dir = files.make_folder(cfg.out_dir)
-    rows, table = [], [("model", "pruned", "nonzero", "MFLOP/token", "loss", "HellaSwag")]
+    rows, table = [], [("model", "variant", "nonzero", "MFLOP/token", "loss", "HellaSwag")]
     for source, loaded in zip(cfg.checkpoints, models):
         T = loaded.raw.config.block_size
         idx, val, questions = prune.load_data(cfg, T, loaded.tokenizer, rt)
         for label, variant in variants.items():
             raw = copy.deepcopy(loaded.raw).to(rt.device)
             prune.prune_model(raw, idx, variant, rt)
-            row = dict(model=source, pruned=label) | prune.evaluate(raw, val, questions, cfg, rt)
+            if label == "int8":
+                cpu.use_int8(raw)
+            row = dict(model=source, variant=label) | prune.evaluate(raw, val, questions, cfg, rt)
             row["flops"] = raw.flops_per_token(T) - 6 * (row["parameters"] - row["nonzero_parameters"])
             rows.append(row)
             cost = f"{row['nonzero_parameters']:,}", f"{row['flops'] / 1e6:.2f}"
