@@ -143,13 +143,14 @@ class Int8Linear(nn.Linear):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.float().flatten(0, -2).contiguous()
-        if len(rows) > MAX_ROWS:
-            return F.linear(x.float(), self.weight * self.scale, self.bias)
-        y = torch.empty(len(rows), self.out_features)
-        addresses = (None if t is None else t.data_ptr() for t in (rows, self.weight, self.scale, self.bias, y))
-        int8_kernel()(*addresses, len(rows), *self.weight.shape)
-        return y.view(*x.shape[:-1], -1)
+        x, W, b = x.float().contiguous(), self.weight, self.bias
+        n_rows = x.numel() // self.in_features
+        if n_rows > MAX_ROWS:
+            return F.linear(x, W * self.scale, b)
+        y = x.new_empty(*x.shape[:-1], self.out_features)
+        addresses = x.data_ptr(), W.data_ptr(), self.scale.data_ptr(), None if b is None else b.data_ptr(), y.data_ptr()
+        int8_kernel()(*addresses, n_rows, self.out_features, self.in_features)
+        return y
 
 
 def use_int8(raw: model.GPT) -> None:
