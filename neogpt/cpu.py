@@ -123,8 +123,8 @@ def int8_kernel() -> Callable[..., None]:
             output = dict(text=True, capture_output=True, check=True)
             subprocess.run([*command, "-o", f"{folder}/int8.so"], input=INT8_KERNEL, **output)
         except (OSError, subprocess.CalledProcessError) as error:
-            reason = str(getattr(error, "stderr", error)).strip().splitlines()[-1:]
-            raise ValueError(f"int8 weights need gcc with OpenMP: install it, or set CC {reason}") from error
+            reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+            raise ValueError(f"int8 weights need gcc with OpenMP: install it, or set CC ({reason})") from error
         kernel = ctypes.CDLL(f"{folder}/int8.so").int8_linear
     kernel.argtypes, kernel.restype = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3, None
     return kernel
