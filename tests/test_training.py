@@ -94,11 +94,11 @@ def steps_on_rank(rt: runtime.Runtime) -> dict[str, tuple]:
     """One of two ranks: do its part of each step; return results and parameters."""
     x, y = make_rows(12)
     results = {}
-    for name in (*CUTS, "loss", "gradient", "sharded gradient", "stop"):
+    for name in (*CUTS, "loss", "gradient", "sharded gradient", "sharded", "stop"):
         raw, sizes, sharded = tiny(), CUTS.get(name, CUTS["even"]), name.startswith("sharded")
         net = training.wrap(raw, rt, sharded, recompute=False)
         optimizers = [torch.optim.SGD(raw.parameters(), fused=True)]
-        if sharded:  # SGD cannot skip a sharded step; test_sharded.py compares steps that are not skipped
+        if sharded:  # fused SGD cannot update shards; test_sharded.py compares the updates
             optimizers = optim.make_optimizers(raw, optimizer="muon", weight_decay=0.1)
         mine = slice(0, sum(sizes[0])) if rt.rank == 0 else slice(sum(sizes[0]), 12)
         batches = split(x[mine], y[mine], sizes[rt.rank])
@@ -119,6 +119,7 @@ def test_two_processes(tmp_path: Path) -> None:
             check_step(*found[name], *make_rows(12), clip=CLIP.get(name, 1e-2))
         for name in ("loss", "gradient", "sharded gradient"):  # one non-finite rank skips the step on all
             assert found[name][0].skipped and harness.bits(found[name][1]) == start
+        assert found["sharded"][0][:2] == pytest.approx(found["even"][0][:2], rel=1e-6)  # loss and norm
         assert found["stop"][0].stop and not found["stop"][0].skipped  # a stop on one rank reaches all
     assert all(harness.bits(ranks[0][name]) == harness.bits(ranks[1][name]) for name in CUTS)
 
