@@ -21,3 +21,10 @@ def server() -> Iterator[harness.ForkServer]:
     """Starts runs of the training scripts in other processes."""
     with harness.fork_server() as server:
         yield server
+
+
+@pytest.fixture
+def printed(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """printed.messages and printed.text are what `print0` prints during a test."""
+    caplog.set_level("INFO", "neogpt")
+    return caplog

@@ -147,13 +147,19 @@ def train(main: Callable, cfg: Any, **changed: Any) -> Path:
     return Path(cfg.out_dir)
 
 
+@contextmanager
+def error(*words: object) -> Iterator[None]:
+    """Check that the block ends with an error for the user, in one line that contains these words."""
+    with pytest.raises((ValueError, OSError)) as raised:
+        yield
+    message = str(raised.value)
+    assert "\n" not in message and not [word for word in words if str(word) not in message], message
+
+
 def refused(main: Callable, cfg: Any, *words: object, **changed: Any) -> None:
-    """Check that a script refuses a configuration with one message that contains these words."""
-    with pytest.raises((ValueError, OSError)) as error:
+    """Check that a script refuses a configuration with one line that contains these words."""
+    with error(*words):
         train(main, cfg, **changed)
-    message = str(error.value)
-    missing = [word for word in words if str(word) not in message]
-    assert not missing, (missing, message)
 
 
 def check_changed_batch_size(main: Callable, cfg: Any, name: str, unit: int) -> None:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from unittest.mock import Mock
 
 import harness
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from harness import ALONE, tiny_model, write_rows
 
-from neogpt import chat, data, finetune, generate, rewards, runtime
+from neogpt import chat, data, finetune, generate, rewards
 from neogpt.chat import Example, Row
 
 CPU = torch.device("cpu")
@@ -32,10 +31,6 @@ T = 160
 def tokenizer(request: pytest.FixtureRequest) -> tiktoken.Encoding:
     """Both tokenizers."""
     return harness.get_tokenizer(request.param)
-
-
-# -----------------------------------------------------------------------------
-# Rows
 
 
 def write(path: Path, rows: list) -> str:
@@ -50,8 +45,7 @@ def write(path: Path, rows: list) -> str:
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
-def test_rows_of_every_format(tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture) -> None:
-    runtime.setup("cpu", "fp32")
+def test_rows_of_every_format(tmp_path: Path, suffix: str, printed: pytest.LogCaptureFixture) -> None:
     rows = [
         dict(instruction=" Who? ", context="\nRosa.\n", response="\nRosa ", category="x"),
         dict(instruction="Why?", context=None, response="So\u2028that\x85is it — 日本語", category=None),
@@ -61,23 +55,18 @@ def test_rows_of_every_format(tmp_path: Path, suffix: str, capsys: pytest.Captur
     # prompts are stripped, responses stay as they are
     expected = [Row("Who?", "Rosa.", "\nRosa "), Row("Why?", "", "So\u2028that\x85is it — 日本語")]
     assert chat.read_rows(write(tmp_path / f"a.{suffix}", rows)) == expected
-    printed = capsys.readouterr().out
-    assert "2 of 4 rows dropped: 2 with a blank response" in printed and "unused fields: category (1 rows)" in printed
-
-    for name in ("prompt", "instruction"):  # the context is optional, also in a single row
-        path = write(tmp_path / f"{name}.{suffix}", [{name: "Who?", "response": "Rosa"}])
-        assert chat.read_rows(path) == [Row("Who?", "", "Rosa")]
+    dropped, unused = printed.messages
+    assert "2 of 4 rows dropped: 2 with a blank response" in dropped and "unused fields: category (1 rows)" in unused
     rows = [dict(instruction="c", context="d", response="e"), dict(instruction="a", response="b")]
-    assert chat.read_rows(write(tmp_path / f"b.{suffix}", rows)) == [Row("c", "d", "e"), Row("a", "", "b")]
-    assert not capsys.readouterr().out
+    for n in (1, 2):  # the context is optional
+        expected = [Row("c", "d", "e"), Row("a", "", "b")][-n:]
+        assert chat.read_rows(write(tmp_path / f"{n}.{suffix}", rows[-n:])) == expected
+    assert len(printed.messages) == 2
 
 
 def refused(source: Path | str, *words: str) -> None:
-    """Check that reading the rows raises one line that contains these words."""
-    with pytest.raises((ValueError, OSError)) as error:
+    with harness.error(*words):
         chat.read_rows(str(source))
-    message = str(error.value)
-    assert "\n" not in message and not [word for word in words if word not in message], message
 
 
 GOOD = dict(instruction="a", context="", response="b")
@@ -127,35 +116,28 @@ UNUSABLE_TURNS = [
 ]
 
 
-def test_rows_of_common_datasets(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    runtime.setup("cpu", "fp32")
+def test_rows_of_common_datasets(tmp_path: Path, printed: pytest.LogCaptureFixture) -> None:
     for i, (fields, expected) in enumerate(COMMON):
         assert chat.read_rows(write(tmp_path / f"{i}.jsonl", [fields])) == [expected]
     rows = [GOOD, GOOD | dict(context=["a"]), dict(instruction="a"), GOOD | dict(extra="x"), GOOD | dict(extra="")]
     assert len(chat.read_rows(write(tmp_path / "odd.json", rows))) == 3
-    printed = capsys.readouterr().out
-    assert "2 of 5 rows dropped: 1 with a list instead of text, 1 with a blank response" in printed
-    assert "unused fields: extra (1 rows)" in printed
+    assert "2 of 5 rows dropped: 1 with a list instead of text, 1 with a blank response" in printed.text
+    assert "unused fields: extra (1 rows)" in printed.text
     for turns, reason in UNUSABLE_TURNS:
         with pytest.raises(ValueError, match=reason):
             chat.parse_turns(turns)
 
 
-def test_folders_patterns_and_compressed_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    runtime.setup("cpu", "fp32")
-    rows = [GOOD | dict(response=str(i)) for i in range(4)]
-    (tmp_path / "a[1]" / "data").mkdir(parents=True)
-    folder = tmp_path / "a[1]"
-    write(folder / "data" / "train-0.parquet", rows[:1])
-    write(folder / "test-0.jsonl", rows[:1])
-    plain = write_rows(tmp_path / "plain.jsonl", rows[1:2])
-    (folder / "train-1.jsonl.gz").write_bytes(gzip.compress(Path(plain).read_bytes()))
+def test_folders_patterns_and_compressed_files(tmp_path: Path, printed: pytest.LogCaptureFixture) -> None:
+    (folder := tmp_path / "a[1]").mkdir()
+    content = Path(write_rows(folder / "test-0.jsonl", [GOOD])).read_bytes()
+    (folder / "train-1.jsonl.gz").write_bytes(gzip.compress(content))
     with pyarrow.output_stream(folder / "train-2.jsonl.zst", compression="zstd") as file:
-        file.write(Path(plain).read_bytes())
-    assert [row.response for row in chat.read_rows(str(folder))] == ["0", "1", "1"]
-    assert "not read: test-0.jsonl" in capsys.readouterr().out
-    assert [row.response for row in chat.read_rows(f"{tmp_path}/a?1]/train*gz")] == ["1"]
-    assert len(chat.read_rows(str(folder / "test-0.jsonl"))) == 1
+        file.write(content)
+    write(folder / "train-0.parquet", [GOOD])
+    for source, n in ((folder, 3), (f"{tmp_path}/a?1]/train*gz", 1), (folder / "test-0.jsonl", 1)):
+        assert chat.read_rows(str(source)) == [Row("a", "", "b")] * n
+    assert printed.text.count("not read: test-0.jsonl") == 1
 
 
 def test_earlier_turns_are_the_context_of_the_response(tokenizer: tiktoken.Encoding) -> None:
@@ -198,10 +180,6 @@ def test_no_prompt_is_on_both_sides_of_the_split(fraction: float) -> None:
         chat.split_rows([0, 1], ["a", "a"], fraction, 0)
 
 
-# -----------------------------------------------------------------------------
-# Tokens and masks
-
-
 RESPONSES = ["yes", "\nyes", "\n\n\nyes\n", " yes", "\t\n ja — 日本語 🦊", "Response:\nno", "<|endoftext|>", "\n"]
 
 
@@ -231,9 +209,6 @@ def test_truncation_leaves_no_incomplete_character(tokenizer: tiktoken.Encoding)
     prompt = chat.encode_prompt(Row("Q", context, ""), 2, tokenizer)
     assert tokenizer.decode(prompt) == "Q\nResponse:\n"  # only the context is truncated
 
-
-# -----------------------------------------------------------------------------
-# Packing, and any split into micro-batches and ranks
 
 ROWS = [
     ("Who has the hat?\nContext:\nRosa has the hat.", "Rosa."),
@@ -279,37 +254,6 @@ def test_packed_logits_and_loss_equal_those_of_single_examples(attention: str) -
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("n_ranks", [1, 2, 3, 9])  # 9: more ranks than rows
-@pytest.mark.parametrize("B", [1, 3, 8])
-def test_gradient_is_the_same_for_any_split(B: int, n_ranks: int, packing: bool) -> None:
-    raw, single = tiny_model(scale=0.2, block_size=T).double(), [[e] for e in EXAMPLES]
-    big = chat.collate(single, CPU)
-    expected_loss = chat.loss(raw, big, "sum")
-    expected = torch.autograd.grad(expected_loss, list(raw.parameters()))
-    n, loss_sum, n_micro_batches = 0, 0.0, set()
-    for rank in range(n_ranks):  # gradients are summed over ranks and micro-batches, as train_step does
-        rows, rt = chat.pack(EXAMPLES, T) if packing else single, ALONE._replace(rank=rank, world_size=n_ranks)
-        parts = chat.shard_across_ranks(rows, B, rt)
-        n_micro_batches.add(len(parts))
-        assert max(map(len, parts)) <= B
-        for bins in parts:
-            batch = chat.collate(bins, CPU)
-            loss = chat.loss(raw, batch, "sum")
-            loss.backward()
-            n, loss_sum = n + batch["n"], loss_sum + loss.item()
-    assert len(n_micro_batches) == 1  # a rank with fewer backward passes would block the others
-    assert n == big["n"] == sum(len(e.ids) - e.n_prompt for e in EXAMPLES)
-    assert loss_sum == pytest.approx(expected_loss.item(), rel=1e-12)
-    for p, grad in zip(raw.parameters(), expected):
-        torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-11)
-    assert max(grad.abs().max() for grad in expected) > 1
-
-
-# -----------------------------------------------------------------------------
-# Answers
-
-
 def fixed_answers(
     raw: list[str], prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float, stop: int
 ) -> Iterator[list[int | None]]:
@@ -320,33 +264,25 @@ def fixed_answers(
         yield [text[at] if at < len(text) else None for text in texts]
 
 
-def run_of(texts: list[str], answer_tokens: int) -> Any:
-    """Stands for a run.Run whose model answers with these texts."""
-    cfg = SimpleNamespace(T=T, answer_tokens=answer_tokens)
-    return SimpleNamespace(full_model=lambda: texts, raw=texts, tokenizer=BYTES, rt=ALONE, cfg=cfg)
-
-
 def test_answers_end_at_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate, "generate", fixed_answers)
-    texts = ["a", "lorem ipsum", "", "日本"]
-    prompts = [(Row("?", "", "!"), [1] * n) for n in (1, 2, 3, 4)]
+    texts, cfg = ["a", "lorem ipsum", "", "日本"], SimpleNamespace(answer_tokens=8)
+    run = SimpleNamespace(full_model=lambda: texts, tokenizer=BYTES, rt=ALONE, cfg=cfg)
     # eight tokens: "日本" is six bytes and end-of-text
     expected = [("a", [97, 256], True), ("lorem ip", [*b"lorem ip"], False), ("", [256], True)]
-    expected.append(("日本", [*"日本".encode(), 256], True))
-    expected = [rewards.Answer("?\nResponse:\n", "!", *answer) for answer in expected]
-    assert finetune.answer(run_of(texts, 8), prompts) == expected
-    assert finetune.answer(run_of(texts, 8), prompts[:1] * 130) == expected[:1] * 130
-    assert finetune.answer(run_of(texts, 8), []) == []
-    assert finetune.answer(run_of(texts, 1), prompts[:1]) == [expected[0]._replace(ids=[97], ended=False)]
+    expected = [*expected, ("日本", [*"日本".encode(), 256], True)] * 40  # in batches of 64
+    prompts = [(Row("?", "", str(i)), [1] * (i % 4 + 1)) for i in range(160)]
+    expected = [rewards.Answer("?\nResponse:\n", str(i), *answer) for i, answer in enumerate(expected)]
+    assert finetune.answer(run, prompts) == expected
+    assert finetune.answer(run, []) == []
 
 
 def test_scores_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "generate", fixed_answers)
-    texts = ["Rosa", "Rosa has it", "Rosalie", "Rosa has it and does not come to an end", ""]
-    texts = [""] * len("\nResponse:\n") + texts  # the prompt of row n is n characters and the template
-    rows = [Row("x" * n, "", text) for n, text in enumerate(["Rosa", "Rosa", "Rosa", "Rosa has", "Rosa"], 1)]
+    answers = [("Rosa", "Rosa", True), ("Rosa", "Rosa has it", True), ("Rosa", "Rosalie", True)]
+    answers += [("Rosa has", "Rosa has it and does", False), ("Rosa", "", True)]
+    answers = [rewards.Answer("", reference, text, [], ended) for reference, text, ended in answers]
+    monkeypatch.setattr(finetune, "answer", lambda run, prompts: answers)
+    run = SimpleNamespace(cfg=SimpleNamespace(T=T, answer_tokens=12), tokenizer=BYTES)
     # exact: the first; begins: 1, 2 and 4; ended: all but 4
     expected = pytest.approx(dict(exact=1 / 5, begins=3 / 5, ended=4 / 5))
-    assert finetune.score_answers(run_of(texts, 12), rows) == expected
-    # stopped after the reference without end-of-text: it begins with the reference, but is not an exact match
-    assert finetune.score_answers(run_of(texts, 4), rows[:1]) == dict(exact=0, begins=1, ended=0)
+    assert finetune.score_answers(run, [Row("?", "", "")]) == expected

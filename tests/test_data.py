@@ -7,7 +7,6 @@ import random
 import threading
 import time
 import zlib
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -58,10 +57,9 @@ def check_shards(source: Path | str, n_tokens: int = 257) -> None:
     data.open_data(str(source), SimpleNamespace(name="bytes", n_vocab=n_tokens))
 
 
-def refused(source: Path | str, *words: str, n_tokens: int = 257) -> None:
-    with pytest.raises((ValueError, OSError)) as error:
+def refused(source: Path | str, *words: object, n_tokens: int = 257) -> None:
+    with harness.error(*words):
         check_shards(source, n_tokens)
-    assert [word for word in words if word not in str(error.value)] == [], error.value
 
 
 def test_ids_of_the_tokenizer_bytes_are_the_utf8_bytes() -> None:
@@ -84,12 +82,9 @@ def test_ids_of_the_tokenizer_bytes_are_the_utf8_bytes() -> None:
 
 def test_ids_of_the_tokenizer_gpt2() -> None:
     tokenizer = harness.get_tokenizer("gpt2")
-    known = [15496, 11, 314, 1101, 257, 3303, 2746, 11]  # of OpenAI's own encoder
-    assert tokenizer.encode_ordinary("Hello, I'm a language model,") == known
-    assert (tokenizer.n_vocab, tokenizer.eot_token) == (50257, 50256)
-    document = data.encode_document(tokenizer, f"Hello{EOT}")
-    assert document[0] == 50256 and 50256 not in document[1:]
-    assert tokenizer.decode(document[1:].tolist()) == f"Hello{EOT}"
+    known = [50256, 15496, 11, 314, 1101, 257, 3303, 2746, 11]  # of OpenAI's own encoder
+    assert data.encode_document(tokenizer, "Hello, I'm a language model,").tolist() == known
+    assert tokenizer.n_vocab == 50257
 
 
 def test_offline_error_names_both_files_and_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,23 +131,19 @@ TOKENS = tokens_of(100, 0)
 
 
 def test_shards_of_nanogpt(tmp_path: Path) -> None:
-    for name, tokens in (("train.bin", TOKENS), ("val.bin", TOKENS[:50])):
-        tokens.tofile(tmp_path / name)
+    TOKENS.tofile(tmp_path / "val.bin")
+    (tmp_path / "train.bin").write_bytes(llmc(TOKENS))  # llm.c's format under nanoGPT's name
     (train,), (val,) = open_data(str(tmp_path), get_tokenizer("bytes"))
-    assert (train.n_tokens, val.n_tokens) == (len(TOKENS), 50)
-    assert Windows([train], 9).read(np.array([3]))[0].tolist() == TOKENS[27:37].tolist()
-    (tmp_path / "train.bin").write_bytes(llmc(TOKENS))  # llm.c's format under this name
-    assert open_shard(tmp_path / "train.bin").offset == 1024
+    assert (train.n_tokens, val.n_tokens, train.offset) == (len(TOKENS), len(TOKENS), 1024)
+    assert Windows([val], 9).read(np.array([3]))[0].tolist() == TOKENS[27:37].tolist()
 
 
 DAMAGED = {  # contents and a part of the message
     "truncated.npy": (npy(TOKENS)[:-60], "not a token shard"),
     "too long.npy": (npy(TOKENS) + b"\0\0", "330 bytes"),
-    "broken header.npy": (npy(TOKENS).replace(b"}", b"("), "not a token shard"),
     "wrong dtype.npy": (npy(TOKENS.astype(np.int64)), "int64"),
     "big-endian.npy": (npy(TOKENS.astype(">u2")), "uint16"),
     "two-dimensional.npy": (npy(TOKENS.reshape(10, 10)), "(10, 10)"),
-    "empty.npy": (b"", "not a token shard"),
     "truncated.bin": (llmc(TOKENS)[:-2], "1,222 bytes"),
     "weights of GPT-2.bin": (llmc(TOKENS, magic=20240801), "not a token shard"),
     "uint32.bin": (llmc(TOKENS, version=2), "not a token shard"),
@@ -217,13 +208,6 @@ def test_folders_that_do_not_belong_together(tmp_path: Path) -> None:
     refused(pattern, "2 folders", "part 2/3 of x")
     write("p-copy", 3, n=2**40)  # a damaged manifest
     refused(pattern, f"part 1/{2**40}")
-    write("p-copy", 1, n=1, tokenizer="gpt2")
-    refused(pattern, "p-copy", "gpt2", "bytes")
-    write("p-copy", 1, n=1, complete=False)
-    refused(pattern, "p-copy", "incomplete")
-    for part in (dict(k=1), dict(k=1, n=-1), [1, 3], "1/3"):
-        write("p-copy", 1, part=part)
-        refused(pattern, "p-copy", "manifest.json")
     (tmp_path / "p-copy" / "manifest.json").unlink()
     open_data(pattern, get_tokenizer("bytes"))
     (tmp_path / "file.txt").write_text("text")
@@ -234,43 +218,28 @@ def test_damaged_manifest_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d", two_shards())
     shard = dict(file="train_000001.npy", n_tokens=300, crc32=5)
     valid = WHOLE | dict(shards=[shard, shard])
-    wrong = [dict(shards=[shard, shard | change]) for change in (dict(file="../x.npy"), dict(n_tokens="300"))]
-    wrong += [
-        dict(shards=[]),
-        dict(shards=[{}]),
-        dict(source={}),
-        dict(complete=1),
-        dict(n_skipped=-1),
-        dict(n_skipped=True),
-    ]
     incomplete = valid | dict(complete=False, shards=[])
-    values = [valid | change for change in wrong]
-    values += [incomplete | dict(next=following) for following in ({}, dict(file=1, document=0, token=0))]
-    texts = ["", "{", "[]", "null", "{}", '"x"', "[" * 10**5, "\xff", *map(json.dumps, values)]
-    for text in texts:
+    wrong = [valid | dict(shards=[shard, shard | change]) for change in (dict(file="../x.npy"), dict(n_tokens="300"))]
+    wrong += [valid | dict(shards=[]), valid | dict(source={}), valid | dict(complete=1)]
+    wrong += [valid | dict(n_skipped=-1), valid | dict(n_skipped=True), valid | dict(part=dict(k=1, n=-1))]
+    wrong += [incomplete | dict(next=following) for following in ({}, dict(file=1, document=0, token=0))]
+    for text in ["", "{", "[]", "null", '"x"', "[" * 10**5, "\xff", *map(json.dumps, wrong)]:
         (folder / "manifest.json").write_bytes(text.encode("latin-1"))
-        refused(folder, str(folder / "manifest.json"))
+        refused(folder, folder / "manifest.json")
     for manifest in (valid, incomplete):
         (folder / "manifest.json").write_text(json.dumps(manifest))
         assert data.read_manifest(folder) == manifest
 
 
-def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
+def test_checked_shards_are_read_again_only_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = two_shards()
     shards["train_000001.npy"][-1] = 256  # the largest id of the tokenizer
-    folder = write_folder(tmp_path / "d", shards)
+    folder = write_folder(tmp_path / "d", shards, complete=True)
     check_shards(folder)
-    refused(folder, "train_000001.npy", "256", n_tokens=256)  # also from the cache of results
-
-
-def test_checked_shards_are_read_again_only_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_folder(tmp_path / "d", two_shards(), complete=True)
-    check_shards(folder)
-    read = []
-    scan = data.scan_shard
-    monkeypatch.setattr(data, "scan_shard", lambda shard: read.append(shard.path.name) or scan(shard))
-    check_shards(folder)
-    assert read == []
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "scan_shard", lambda shard: pytest.fail("read again"))
+        check_shards(folder)
+    refused(folder, "train_000001.npy", "256", n_tokens=256)  # another tokenizer
 
     path = folder / "train_000001.npy"
     before = path.stat()
@@ -279,18 +248,16 @@ def test_checked_shards_are_read_again_only_after_a_change(tmp_path: Path, monke
     for _ in range(2):  # a failed check is not cached as a success
         data.open_data(str(folder), get_tokenizer("bytes"), check=False)  # another rank
         refused(folder, path.name)
-    assert path.name in read
 
 
 def test_cache_of_checks_can_be_damaged_or_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path / "d", two_shards(), complete=True)
-    for junk in ("", "{", "[]", "null", '{"train_000001.npy": 3}', '{"train_000001.npy": []}'):
+    for junk in ("", "{", "[]", "null", '{"train_000001.npy": []}'):
         (folder / "checked.json").write_text(junk)
         check_shards(folder)
     (folder / "checked.json").unlink()
     monkeypatch.setattr(data.files, "atomic_write", mock.Mock(side_effect=OSError("Read-only file system")))
     check_shards(folder)
-    assert not (folder / "checked.json").exists()
 
 
 DOCUMENTS = [f"Document {i}.\nLine ü." for i in range(25)]
@@ -329,11 +296,14 @@ def test_documents_of_a_text_file(tmp_path: Path, text: str, train: list[str], v
         assert shard.tokens.tolist() == [i for document in documents for i in [256, *document.encode("utf-8")]]
 
 
-def test_missing_and_undecodable_data_is_named(tmp_path: Path) -> None:
+def test_missing_undecodable_and_short_data_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     for name, word in (("missing", "fineweb.py"), ("empty", "fineweb.py"), ("latin.txt", "UTF-8")):
-        refused(tmp_path / name, str(tmp_path / name), word)
+        refused(tmp_path / name, tmp_path / name, word)
+    short = [Shard(tmp_path / f"val_{n}.npy", n) for n in (60, 64)]  # they do not add up
+    with harness.error("val_64.npy", "64", "65"):
+        Windows(short, 64)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -357,14 +327,6 @@ def test_windows_are_slices_of_the_shards(tmp_path: Path, T: int, in_memory: boo
     assert got.dtype == np.int64 and got.shape == (len(expected), T + 1)
     assert got.tolist() == [expected[i] for i in order]
     assert windows.read(np.arange(0)).shape == (0, T + 1)
-
-
-def test_shards_without_one_window(tmp_path: Path) -> None:
-    np.save(tmp_path / "val_0.npy", tokens_of(64, 0))
-    np.save(tmp_path / "val_1.npy", tokens_of(60, 0))  # shards do not add up
-    for numbers in ([0], [1, 0]):
-        with pytest.raises(ValueError, match="val_0.npy.*64.*65"):
-            Windows([open_shard(tmp_path / f"val_{number}.npy") for number in numbers], 64)
 
 
 def test_a_shard_that_changes_while_it_is_read(tmp_path: Path) -> None:
@@ -406,15 +368,6 @@ def test_permute_is_a_bijection_and_every_index_is_computed_alone(n: int) -> Non
         whole = permute(np.arange(n), n, seed, epoch)
         assert sorted(whole.tolist()) == list(range(n))
         assert permute(some, n, seed, epoch).tolist() == whole[some].tolist()
-
-
-@pytest.mark.parametrize("vary", ["seed", "epoch"])
-def test_permutations_of_four_are_equally_likely(vary: str) -> None:
-    draws = [permute(np.arange(4), 4, **(dict(seed=7, epoch=7) | {vary: i})) for i in range(4800)]
-    counts = Counter(tuple(draw.tolist()) for draw in draws)
-    chi2 = sum((n - 200) ** 2 / 200 for n in counts.values())  # 4800 / 24 draws of each are expected
-    assert len(counts) == 24
-    assert chi2 < 70  # 23 degrees of freedom: above 70 with probability 1e-6
 
 
 def test_permute_has_fixed_values() -> None:

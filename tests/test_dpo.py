@@ -35,40 +35,23 @@ def tiny(seed: int = 0, scale: float = 0.3) -> model.GPT:
     return harness.tiny_model(seed, scale, n_layer=1, block_size=48)
 
 
-# -----------------------------------------------------------------------------
-# Rows
-
-
 def row(prompt: str, a: str | None, b: str | None, preferred: str | None = "A") -> dict[str, Any]:
     """A row with the fields of red_teaming_reward_modeling_pairwise."""
     return dict(prompt=prompt, response_a=a, response_b=b, explanation="because", preferred=preferred)
 
 
-@pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """log.messages is what `print0` prints during a test."""
-    caplog.set_level("INFO", "neogpt")
-    return caplog
-
-
-def test_preferred_selects_chosen_and_unusable_pairs_are_counted(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    rows = [row(" one ", "yes", "no", "A"), row("two", "yes", "no", "B"), row("three", "", "no")]
+def test_preferred_selects_chosen_and_bad_pairs_are_counted(tmp_path: Path, printed: pytest.LogCaptureFixture) -> None:
+    """The first row has no preference, but the fields of all rows together decide what the rows are."""
+    rows = [dict(prompt="zero", response_a="yes", response_b="no", chosen="yes")]
+    rows += [row(" one ", "yes", "no", "A"), row("two", "yes", "no", "B"), row("three", "", "no")]
     rows += [row("four", "yes", " \n"), row("five", None, "no"), row("six", "same", "same")]
     rows += [row("seven", "yes", "no", preferred) for preferred in ("C", None, ["A"])]
     pairs = dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows))
     assert pairs == [(Row("one", "", "yes"), "no"), (Row("two", "", "no"), "yes")]
-    message, unused = log.messages
+    message, unused = printed.messages
     assert "explanation (9 rows)" in unused
-    for text in ("7 of 9", "3 with a blank response", "1 with equal responses", "3 with a preference"):
+    for text in ("8 of 10", "3 with a blank response", "1 with equal responses", "4 with a preference"):
         assert text in message
-
-
-def test_kind_of_rows_is_decided_by_all_rows(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    """A first row without a field is an incomplete row, wherever the row stands in the file."""
-    incomplete, good = dict(prompt="b", response_a="yes", response_b="no", chosen="yes"), [row("a", "yes", "no")]
-    for rows in ([incomplete, *good, row("c", "x", "y")], [*good, incomplete, row("c", "x", "y")]):
-        assert len(dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows))) == 2
-        assert "1 of 3 rows dropped: 1 with a preference other than A or B" in log.text
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
@@ -86,16 +69,12 @@ CONVERSATIONS = [
 
 
 @pytest.mark.parametrize("fields", CONVERSATIONS)
-def test_conversations(fields: dict, tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
-    different = dict(chosen=turns("Hi", "a"), rejected=turns("Ho", "b"), prompt=[])
-    other = dict(chosen=turns("Q", "a"), rejected=turns("Q", "b"), prompt=[])
-    if isinstance(fields["chosen"], str):
-        different = dict(chosen="Human: Hi\n\nAssistant: a", rejected="Human: Ho\n\nAssistant: b")
-        other = dict(chosen="Human: Q\n\nAssistant: a", rejected="Human: Q\n\nAssistant: b")
-    source = write_rows(tmp_path / "rows.jsonl", [fields, different, other])
-    expected = [(Row("And?", "", "Yes.", (("Hi", "Ho"),)), "No."), (Row("Q", "", "a"), "b")]
-    assert dpo.read_pairs(source) == expected
-    assert "1 of 3 rows dropped: 1 with different prompts" in log.text
+def test_conversations(fields: dict, tmp_path: Path, printed: pytest.LogCaptureFixture) -> None:
+    is_text = isinstance(fields["chosen"], str)
+    different = fields | dict(rejected="Human: Ho\n\nAssistant: b" if is_text else turns("Ho", "b"))
+    found = dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", [fields, different]))
+    assert found == [(Row("And?", "", "Yes.", (("Hi", "Ho"),)), "No.")]
+    assert "1 of 2 rows dropped: 1 with different prompts" in printed.text
 
 
 def test_responses_that_repeat_the_prompt(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
@@ -110,11 +89,7 @@ def test_responses_that_repeat_the_prompt(tmp_path: Path, log: pytest.LogCapture
     assert found[1] == (Row("Say 1", "", "Say 1\nIt is 1."), "Say 1 No.")
 
 
-# -----------------------------------------------------------------------------
-# Tokens and micro-batches
-
-
-def test_pairs_are_truncated_to_the_sequence_length(log: pytest.LogCaptureFixture) -> None:
+def test_pairs_are_truncated_to_the_sequence_length(printed: pytest.LogCaptureFixture) -> None:
     """The template takes 11 bytes, and T inputs make T + 1 ids."""
     pairs = [
         ("abc", "12345", "12"),  # 14 + 5 + 1 = 20 ids: the longest that fit into T=19
@@ -130,14 +105,10 @@ def test_pairs_are_truncated_to_the_sequence_length(log: pytest.LogCaptureFixtur
     assert chosen == ["12345\u0100", "123456", "12\u0100", "x23456"]
     assert bytes(tokenized[0].rejected.ids[:-1].tolist()) == b"abc\nResponse:\n12"
     assert [max(e.n_inputs for e in pair[:2]) for pair in tokenized] == [19] * 4
-    for message, words in zip(log.messages, (("2 rows", "dropped"), ("3 rows", "truncated")), strict=True):
+    for message, words in zip(printed.messages, (("2 rows", "dropped"), ("3 rows", "truncated")), strict=True):
         assert [word for word in ("pairs.jsonl", "19 tokens", *words) if word not in message] == []
     with pytest.raises(ValueError, match="pairs.jsonl.*19 tokens"):
         dpo.tokenize_pairs(pairs[-1:], 19, BYTES, "pairs.jsonl")
-
-
-# -----------------------------------------------------------------------------
-# Losses
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -163,10 +134,6 @@ def test_losses_equal_numpy_in_float64(loss: Any) -> None:
             assert chosen.grad.isfinite().all() and rejected.grad.isfinite().all()
 
 
-# -----------------------------------------------------------------------------
-# Log-probabilities and sums
-
-
 def random_texts(n: int) -> list[tuple[Row, str]]:
     """Prompts, chosen and rejected responses of random letters, of very different lengths."""
     rng = random.Random(0)
@@ -175,13 +142,6 @@ def random_texts(n: int) -> list[tuple[Row, str]]:
         return "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(1, longest)))
 
     return [(Row(letters(8), "", letters(20)), letters(20) + "!") for _ in range(n)]
-
-
-def random_pairs(n: int) -> list[Pair]:
-    """The tokenized texts with a different reference for each, so that a mix-up changes the result."""
-    tokenized = dpo.tokenize_pairs(random_texts(n), 48, BYTES, "texts")
-    assert len(tokenized) == n
-    return [pair._replace(reference=(-40.0 - i, -30.0 - 2 * i)) for i, pair in enumerate(tokenized)]
 
 
 def logp_one_by_one(raw: model.GPT, prompt: str, response: str) -> tuple[float, int]:
@@ -198,9 +158,10 @@ def logp_one_by_one(raw: model.GPT, prompt: str, response: str) -> tuple[float, 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
 def test_loss_with_rpo_term_and_metrics_worked_one_by_one(loss: Any) -> None:
-    raw, pairs = tiny().double(), random_pairs(5)
-    total, sums, logps = 0.0, np.zeros(7), []
-    for (row, other), pair in zip(random_texts(5), pairs):
+    raw, texts, total, sums, logps = tiny().double(), random_texts(5), 0.0, np.zeros(7), []
+    pairs = dpo.tokenize_pairs(texts, 48, BYTES, "texts")  # with different references, so that a mix-up is found
+    pairs = [pair._replace(reference=(-40.0 - i, -30.0 - 2 * i)) for i, pair in enumerate(pairs)]
+    for (row, other), pair in zip(texts, pairs, strict=True):
         chosen, n_chosen = logp_one_by_one(raw, row.instruction, row.response)
         rejected, n_rejected = logp_one_by_one(raw, row.instruction, other)
         c, r = chosen - pair.reference[0], rejected - pair.reference[1]
@@ -215,10 +176,6 @@ def test_loss_with_rpo_term_and_metrics_worked_one_by_one(loss: Any) -> None:
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(dict(zip(METRICS, sums)), rel=1e-9)
     # in the order of the pairs, computed longest first and stored in float32
     np.testing.assert_allclose(dpo.reference_logps(raw, pairs, 3, ALONE), logps, atol=1e-4)
-
-
-# -----------------------------------------------------------------------------
-# Whole runs on a toy rule: "yes" is better than "no"
 
 
 def toy_rows() -> list[dict[str, str]]:
@@ -243,56 +200,26 @@ def start_again(folder: Path) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_first_loss_is_that_of_equal_models_and_margins_grow(cfg: dpo.Config, loss: Any) -> None:
-    folder = train(cfg, max_steps=15, max_lr=3e-3, n_eval_prompts=0, prompts=(), loss=loss)
-    at_zero = dict(hinge=1.0, ipo=25.0).get(loss, math.log(2))
-    log = {name: float(value) for (step, name), value in read_log(folder).items() if step == 0}
-    assert log["preference"] == log["train"] == pytest.approx(at_zero, rel=1e-6)
-    assert log["val"] == log["val/preference"] == pytest.approx(at_zero, rel=1e-6)
-    for name in REWARDS:
-        assert log[name] == log[f"val/{name}"] == pytest.approx(0, abs=1e-6)
-    assert log["norm"] > 0 and losses(folder, "val/rewards/accuracies")[15] == 1
-    assert losses(folder, "val/rewards/chosen")[15] > 0 > losses(folder, "val/rewards/rejected")[15]
-
-
 def test_rule_is_learned(cfg: dpo.Config, tmp_path: Path) -> None:
     """The better response is on either side: a mix-up of A and B would pull both ways."""
     questions = [dict(instruction="a?", response="yes"), dict(instruction="1?", response="never")]
     path = write_rows(tmp_path / "questions.jsonl", questions)
     folder = train(cfg, max_steps=60, max_lr=3e-2, rpo_alpha=1.0, eval_questions=path)
     for prefix, step in (("", 59), ("val/", 60)):
-        value = {name: losses(folder, prefix + name)[step] for name in METRICS}
-        assert value["rewards/chosen"] > 0.5 and value["rewards/rejected"] < -0.2
-        assert value["rewards/accuracies"] == 1 and value["preference"] < 0.5
+        start, end = ({name: losses(folder, prefix + name)[at] for name in METRICS} for at in (0, step))
+        assert start["preference"] == pytest.approx(math.log(2), rel=1e-6)  # of equal models
+        assert [start[name] for name in REWARDS] == pytest.approx([0, 0, 0], abs=1e-6)
+        assert end["rewards/chosen"] > 0.5 and end["rewards/rejected"] < -0.2
+        assert end["rewards/accuracies"] == 1 and end["preference"] < 0.5
     assert losses(folder, "begins")[0] == 0 and losses(folder, "begins")[60] == 0.5
     assert losses(folder, "exact")[0] == 0 and losses(folder, "exact")[60] == 1
     assert "> a? -> yes\n" in notes(folder).replace("\\n", "\n") + "\n"
-
-
-def test_files_and_position_of_a_run_that_is_extended(cfg: dpo.Config) -> None:
-    start = {path: path.read_bytes() for path in Path(cfg.checkpoint).iterdir()}
-    folder = train(cfg)
-    assert {path: path.read_bytes() for path in Path(cfg.checkpoint).iterdir()} == start
     (reference,) = folder.glob("reference_*.npz")
-    names = {"best.pt", "ckpt_000010.pt", "ckpt_000012.pt", "log.txt", reference.name}
+    names = {"best.pt", "ckpt_000056.pt", "ckpt_000060.pt", "log.txt", reference.name}
     assert {path.name for path in folder.iterdir()} == names
-    assert losses(folder, "val").keys() == {0, 5, 10, 12} and losses(folder, "lr").keys() == set(range(12))
-    best, last = checkpoint.read(folder / "best.pt"), checkpoint.read_newest(folder)
-    assert best.step == 12 and last.stage == "dpo"  # margins grow: the best is the last
-    assert last.scores["val"] == pytest.approx(losses(folder, "val")[12])
-    train(cfg, pairs_per_step=5, max_steps=14)
     ckpt = checkpoint.read_newest(folder)
     # a pair is 13 tokens of prompt twice, "yes" and "no"; end-of-text is a target only: 16 + 15 inputs, without padding
-    assert (ckpt.step, ckpt.n_sequences, ckpt.n_tokens) == (14, 106, 106 * 31)
-    # checkpoints of format 1 hold the loss, the margin and the step of the best evaluation
-    torch.save(vars(ckpt) | dict(format=1, scores=dict(best=(0.01, 0.5, 12))), folder / "ckpt_000014.pt")
-    train(cfg, max_steps=16)
-    assert checkpoint.read_newest(folder).scores["best"] == 0.01
-
-
-# -----------------------------------------------------------------------------
-# Reference log-probabilities
+    assert (ckpt.stage, ckpt.n_sequences, ckpt.n_tokens) == ("dpo", 60 * 8, 60 * 8 * 31)
 
 
 def read_reference(folder: Path) -> np.ndarray:

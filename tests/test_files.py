@@ -82,12 +82,3 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
     assert found(tmp_path, "validation")[0] == ["a.jsonl", "b/test-0.parquet", "b/train-0.parquet"]  # none is of it
     assert found(tmp_path / "*.txt") == [["notes.txt"], []]
     assert found(tmp_path / "x.parquet.gz") == [[], []]
-
-
-def test_make_folder(tmp_path: Path) -> None:
-    for _ in range(2):
-        assert files.make_folder(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "a"):
-        with pytest.raises(OSError, match=str(folder)):
-            files.make_folder(folder)

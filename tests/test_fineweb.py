@@ -29,6 +29,7 @@ from fineweb import Config, main
 from neogpt import data
 
 refused = partial(harness.refused, main)
+METHODS = ["fork", "spawn", "forkserver"]
 RUN = """
 import multiprocessing, runpy, sys
 multiprocessing.set_start_method(sys.argv.pop(1))
@@ -107,7 +108,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 @pytest.mark.parametrize("shard_size", [4999, 10**7])
 def test_shards_equal_the_reference(source, tmp_path: Path, capsys, pattern: str, n: int, shard_size: int) -> None:
     manifest = run_and_check(config(source.folder / pattern, tmp_path, shard_size=shard_size), source.documents[:n])
-    assert ("files that are not read: notes.txt" in capsys.readouterr().out) == (pattern == "")
+    printed = capsys.readouterr().out
+    assert ("files that are not read: notes.txt" in printed) == (pattern == "")
+    following = printed.strip().splitlines()[-1].split("train_gpt2.py ")[1]
+    training = neogpt.config.parse(train_gpt2.CONFIGS, "", following.split())
+    assert (training.data, training.tokenizer) == (str(tmp_path), "bytes")
     sizes = [{"name": p.name, "size": p.stat().st_size} for p in sorted(source.folder.glob("part*"))]
     assert manifest["source"]["files"] == sizes[: len(manifest["source"]["files"])]
     assert str(source.folder.parent) not in json.dumps(manifest)  # the folder can be moved
@@ -197,7 +202,7 @@ def test_few_chunks_are_read_ahead(tmp_path: Path) -> None:
     assert len(n_ahead) == 200 and max(n_ahead) <= 9
 
 
-def start(cfg: Config, method: str = "fork") -> subprocess.Popen:
+def start(cfg: Config, method: str) -> subprocess.Popen:
     """Start `python fineweb.py` in a new process group, with a start method of multiprocessing."""
     command = [sys.executable, "-c", RUN, method, *harness.command_line(cfg)]
     options = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
@@ -205,34 +210,23 @@ def start(cfg: Config, method: str = "fork") -> subprocess.Popen:
 
 
 def test_killed_or_interrupted_run_continues(source: SimpleNamespace, tmp_path: Path) -> None:
+    """With every start method of multiprocessing."""
     rng, out = random.Random(0), tmp_path / "out"
     for attempt in range(5):
         cfg = config(source.folder, out, shard_size=1000, workers=1 + attempt % 3)
         n = len(list(out.glob("*.npy"))) + rng.randrange(1, 10)
-        process, give_up = start(cfg), time.monotonic() + 60
+        process, give_up = start(cfg, METHODS[attempt % 3]), time.monotonic() + 60
         while len(list(out.glob("*.npy*"))) < n:  # the last one can be unfinished
             assert time.monotonic() < give_up and process.poll() is None
             time.sleep(0.002)
         if attempt == 0:
             os.killpg(process.pid, signal.SIGINT)  # to the main process and the workers, as Ctrl-C in a terminal
-            assert process.communicate(timeout=20)[1].splitlines()[-1] == "interrupted"
         else:
             time.sleep(rng.random() * 0.01)
             process.kill()  # only the main process: communicate() hangs if the workers do not exit
-            assert "Traceback" not in process.communicate(timeout=20)[1]
+        errors = process.communicate(timeout=20)[1]
+        assert "Traceback" not in errors and (attempt or errors.splitlines()[-1] == "interrupted")
         assert process.returncode == (-signal.SIGKILL if attempt else 1)
-    run_and_check(cfg, source.documents)
-
-
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_start_methods_and_the_command_that_is_printed(source: SimpleNamespace, tmp_path: Path, method: str) -> None:
-    cfg = config(source.folder, tmp_path / "out")
-    process = start(cfg, method)
-    printed, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    following = printed.strip().splitlines()[-1].split("train_gpt2.py ")[1]
-    training = neogpt.config.parse(train_gpt2.CONFIGS, "", following.split())
-    assert (training.data, training.tokenizer) == (cfg.out_dir, "bytes")
     run_and_check(cfg, source.documents)
 
 
@@ -324,31 +318,22 @@ def hub(source: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNames
     return hub
 
 
-def test_hub(source: SimpleNamespace, hub: SimpleNamespace, tmp_path: Path) -> None:
-    cfg = config(URL, tmp_path / "out")
-    manifest = run_and_check(cfg, source.documents)  # downloads are deleted
-    assert hub.downloads == [f"sample/1BT/part-{name}" for name in ("0.parquet", "1.parquet", "2.jsonl")]
-    assert manifest["source"]["data"] == URL and manifest["source"]["revision"] == "c0ffee"
-    hub.folder = tmp_path / "missing"
-    main(cfg)  # does not ask the hub about a complete folder
-    hub.folder = folder = tmp_path / "descriptions"
-    folder.mkdir()
-    (folder / "README.txt").touch()  # only tables are read from the hub
-    refused(config(URL, tmp_path / "none"), "0 files (.parquet, .jsonl) in", URL)
-
-
 def test_failed_download_continues_at_the_same_commit(source, hub: SimpleNamespace, tmp_path: Path) -> None:
     cfg = config(URL, tmp_path / "out", shard_size=5000, workers=1)
-    hub.broken = ["sample/1BT/part-2.jsonl"]
+    names = [f"sample/1BT/part-{name}" for name in ("0.parquet", "1.parquet", "2.jsonl")]
+    hub.broken = names[2:]
     refused(cfg, "part-2.jsonl", "429")
-    assert len(list((tmp_path / "out").glob("*.npy"))) > 5
+    assert hub.downloads == names[:2] and len(list((tmp_path / "out").glob("*.npy"))) > 5
     hub.broken, hub.downloads, hub.revision = [], [], "beef"  # the dataset has changed
-    run_and_check(cfg, source.documents)
-    assert "sample/1BT/part-2.jsonl" in hub.downloads and "sample/1BT/part-0.parquet" not in hub.downloads
+    manifest = run_and_check(cfg, source.documents)  # downloads are deleted
+    assert names[0] not in hub.downloads and names[2] in hub.downloads
+    assert manifest["source"]["data"] == URL and manifest["source"]["revision"] == "c0ffee"
     hub.folder, hub.revision = tmp_path / "missing", "c0ffee"
+    main(cfg)  # does not ask the hub about a complete folder
     refused(config(URL, tmp_path / "new"), "owner/name", hub.folder)
     hub.folder.mkdir()
-    refused(config(URL, tmp_path / "new"), URL, ".parquet")
+    (hub.folder / "README.txt").touch()  # only tables are read from the hub
+    refused(config(URL, tmp_path / "new"), "0 files (.parquet, .jsonl) in", URL)
 
 
 @pytest.fixture

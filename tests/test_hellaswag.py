@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock, call
 
 import harness
 import numpy as np
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from harness import ALONE, write_rows
 
 import hellaswag
-from neogpt import chat, config, data, hf, model, runtime
+from neogpt import config, data, hf, model
 
 NORMS = ["sum", "per token", "per character", "per byte"]
 BYTES = data.get_tokenizer("bytes")
@@ -60,10 +61,6 @@ def load(rows: list, tmp_path: Path, style: str = "completion", tokenizer: Any =
     """Rows -> file -> questions."""
     path = write_rows(tmp_path / "rows.jsonl", rows)
     return hellaswag.prepare(hellaswag.read_rows(str(path), None), tokenizer, style, block_size)
-
-
-# -----------------------------------------------------------------------------
-# Scores
 
 
 def plain_texts(row: dict, style: str) -> tuple[str, list[str]]:
@@ -142,14 +139,11 @@ def test_scores_equal_a_plain_scorer(
         assert result.accuracy[by] == pytest.approx(np.mean(predictions == [row["label"] for row in rows]))
 
 
-def test_batches_stay_below_n_tokens_and_do_not_change_scores(tmp_path: Path) -> None:
+def test_batches_stay_below_n_tokens(tmp_path: Path) -> None:
     raw, questions, shapes, n_rows = make_model(), load(make_rows(60), tmp_path), [], []
-    alone, together = (hellaswag.evaluate(raw, questions, ALONE, n_tokens=n) for n in (1, 10**9))
     raw.transformer.wte.register_forward_hook(lambda module, args, out: shapes.append(args[0].shape))
     raw.lm_head.register_forward_hook(lambda module, args, out: n_rows.append(len(out)))
-    result = hellaswag.evaluate(raw, questions, ALONE, n_tokens=600)
-    for other in (alone, together):
-        assert np.abs(result.sums - other.sums).max() < 1e-4 and result.accuracy == other.accuracy
+    hellaswag.evaluate(raw, questions, ALONE, n_tokens=600)
     lengths = [p.inputs.shape[1] for p in questions.packed]
     assert sum(B for B, _ in shapes) == 60 and len(shapes) > 5
     for B, T in shapes:
@@ -170,43 +164,19 @@ def test_order_of_rows_does_not_change_a_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n_rows", [25, 1])  # 1: fewer rows than ranks
 def test_two_processes_equal_one(n_rows: int, tmp_path: Path, server: harness.ForkServer) -> None:
-    rows, run = (
-        write_rows(tmp_path / "rows.jsonl", make_rows(n_rows)),
-        harness.write_model(tmp_path / "run", make_model()),
-    )
+    rows, run = write_rows(tmp_path / "rows.jsonl", make_rows(n_rows)), tmp_path / "run"
+    harness.write_model(run, make_model())
     cfg = hellaswag.Config(checkpoint=str(run), data=rows, out=str(tmp_path / "one.jsonl"), device="cpu")
     hellaswag.main(cfg)
     server.run("hellaswag", harness.command_line(replace(cfg, out=str(tmp_path / "two.jsonl"))), n_ranks=2)
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
-def test_tokens_of_both_styles() -> None:
-    assert hellaswag.encode("ab ", ["c"], "completion", BYTES) == ([*b"ab "], [[*b" c"]])
-    assert hellaswag.encode("ab ", ["c", "d "], "harness", BYTES) == ([*b"ab"], [[*b"  c"], [*b"  d "]])
-    assert hellaswag.encode("", ["c"], "completion", BYTES) == ([256], [[*b" c"]])
-    assert hellaswag.encode("  ", ["c"], "harness", BYTES) == ([256], [[*b" c"]])
-    # tokens across the boundary: harness style removes as many tokens as the context has alone
-    merging = merging_tokenizer(b"b ")
-    assert hellaswag.encode("ab", ["c"], "completion", merging) == ([*b"ab"], [[*b" c"]])
-    assert hellaswag.encode("ab", ["cd"], "harness", merging) == ([*b"ab"], [[*b"cd"]])  # a|b |c|d without two
-
-
-def test_long_contexts_are_truncated_and_counted(tmp_path: Path, monkeypatch: Patch) -> None:
-    messages = []
-    monkeypatch.setattr(runtime, "print0", messages.append)
-    rows = [dict(ctx="c" * 20, endings=["a" * 3, "b" * 10, "c" * 13, "d"], label=0)]  # 20 + 14 > 32 + 1
-    rows += [dict(ctx="c" * 20, endings=["a" * 3, "b" * 10, "c" * 100, "d"], label=0)]
-    rows += [dict(ctx="c" * 20, endings=["a" * 3, "b" * 10, "c" * 12, "d"], label=0)]
-    questions = load(rows, tmp_path, block_size=32)
-    assert len(messages) == 1 and "2 rows" in messages[0] and "32" in messages[0]
-    assert questions.length["per token"].tolist() == [[4, 11, 14, 2], [4, 11, 32, 2], [4, 11, 13, 2]]
-    n_context = {p.outputs[2][0] // 4: int((p.inputs[2] == 0).sum()) for p in questions.packed}
-    assert n_context == {0: 19, 1: 1, 2: 20}
-    assert all(p.inputs[1].max() <= 31 for p in questions.packed)
-
-
-# -----------------------------------------------------------------------------
-# Rows from files and from the hub
+def test_truncated_contexts_are_counted(tmp_path: Path, printed: pytest.LogCaptureFixture) -> None:
+    # the first two exceed 32 + 1 tokens; endings have one more token for the space
+    rows = [dict(ctx="c" * 20, endings=["a" * 3, "b" * 10, "c" * n, "d"], label=0) for n in (13, 100, 12)]
+    load(rows, tmp_path, block_size=32)
+    assert len(printed.messages) == 1 and "2 rows exceed the model's 32 tokens" in printed.text
 
 
 ENDINGS = [["a"] * 3, ["a"] * 5, "abcd", None, ["a", " \n", "c", "d"], ["a", "b", "c", 4]]
@@ -218,62 +188,38 @@ INVALID += [("harness", "ctx_a", None), ("harness", "ctx_b", 3), ("harness", "en
 
 @pytest.mark.parametrize("style, field, value", INVALID)
 def test_invalid_row_is_named(style: str, field: str, value: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError) as error:
+    with harness.error(f"{tmp_path / 'rows.jsonl'}, row 3", repr(value) if field == "endings" else repr(field)):
         load([GOOD, GOOD, GOOD | {field: value}], tmp_path, style)
-    message = str(error.value)
-    assert f"{tmp_path / 'rows.jsonl'}, row 3" in message
-    assert repr(field) in message or (field == "endings" and repr(value) in message)
 
 
-def test_ending_without_tokens_is_named(tmp_path: Path) -> None:
+def test_tokens_across_the_end_of_the_context(tmp_path: Path) -> None:
+    """Harness style removes as many tokens as the context has alone."""
+    assert hellaswag.encode("  ", ["c"], "harness", BYTES) == ([256], [[*b" c"]])
+    merging = merging_tokenizer(b"b ")
+    assert hellaswag.encode("ab", ["c"], "completion", merging) == ([*b"ab"], [[*b" c"]])
+    assert hellaswag.encode("ab", ["cd"], "harness", merging) == ([*b"ab"], [[*b"cd"]])  # a|b |c|d without two
+    merging = merging_tokenizer(b"b ", b"b x")  # "b x" is one token, so the ending " x" has none of its own
     row = GOOD | dict(activity_label="a", ctx_a="abb", ctx_b="", endings=["x", "y", "z", "w"])
-    tokenizer = merging_tokenizer(b"b ", b"b x")  # "b x" is one token, so the ending " x" has none of its own
-    assert hellaswag.encode("abb", ["x"], "harness", tokenizer)[1] == [[]]
-    with pytest.raises(ValueError, match="row 2"):
-        load([GOOD, row], tmp_path, "harness", tokenizer)
-
-
-def test_rows_without_label_are_skipped(tmp_path: Path) -> None:
-    no_label = {name: value for name, value in GOOD.items() if name != "label"}
-    rows = [*(GOOD | dict(label=label) for label in ("3", "", 1, None, " 0 ")), no_label]
-    questions = load(rows, tmp_path)
-    assert questions.label.tolist() == [3, 1, 0] and questions.index.tolist() == [0, 2, 4]
-    assert [row.index for row in hellaswag.read_rows(str(tmp_path / "rows.jsonl"), 2)] == [0, 2]
-    with pytest.raises(ValueError, match="rows.jsonl"):
-        load([no_label, GOOD | dict(label="")], tmp_path)
-
-
-def test_validation_split_of_the_hub(monkeypatch: Patch) -> None:
-    requests = []
-
-    def load_dataset(name: str, split: str) -> Any:
-        requests.append((name, split))
-        return SimpleNamespace(to_list=lambda: [GOOD | dict(label="1"), GOOD | dict(label="3")])
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert [row.label for row in hellaswag.read_rows("", None)] == [1, 3]
-    assert requests == [("Rowan/hellaswag", "validation")]
-
-
-# -----------------------------------------------------------------------------
-# Command line
+    with harness.error("row 2"):
+        load([GOOD, row], tmp_path, "harness", merging)
 
 
 def test_command_line_output(tmp_path: Path, capsys: Capture) -> None:
-    rows = make_rows(12)
-    rows[3]["label"] = ""
+    rows = make_rows(14)
+    rows[3]["label"], rows[4]["label"], rows[5]["label"] = "", None, f" {rows[5]['label']} "
+    del rows[6]["label"]
     path, raw, out = write_rows(tmp_path / "rows.jsonl", rows), make_model(block_size=512), tmp_path / "out.jsonl"
     args = [f"--checkpoint={harness.write_model(tmp_path / 'run', raw)}", f"--data={path}", f"--out={out}"]
     args += ["--limit=10", "--style=harness", "--device=cpu", "--precision=fp32"]
     hellaswag.main(config.parse(hellaswag.CONFIGS, hellaswag.__doc__, ["demo", *args]))
     printed = capsys.readouterr().out
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["index"] for line in lines] == [0, 1, 2, 4, 5, 6, 7, 8, 9, 10]
+    assert [line["index"] for line in lines] == [0, 1, 2, 5, 7, 8, 9, 10, 11, 12]  # those with a label
     scored = [rows[line["index"]] for line in lines]
     expected, lengths = plain_scores(raw, scored, "harness", BYTES)
     assert np.abs(np.array([line["sums"] for line in lines]) - expected).max() < 1e-4
     for i, (line, row) in enumerate(zip(lines, scored)):
-        assert line["label"] == row["label"]
+        assert line["label"] == int(row["label"])
         for name, by in zip(("n_tokens", "n_chars", "n_bytes"), NORMS[1:]):
             assert line[name] == lengths[by][i].tolist()
         assert line["predictions"] == {by: int((expected[i] / lengths[by][i]).argmax()) for by in NORMS}
@@ -285,26 +231,24 @@ def test_command_line_output(tmp_path: Path, capsys: Capture) -> None:
 def test_published_values_of_the_same_style(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     harness.get_tokenizer("gpt2")
     hf.save(make_model(n_tokens=50257, vocab_size=50304, n_embd=8, block_size=64), tmp_path)
-    monkeypatch.setattr(chat, "load_rows", lambda source, split: [GOOD] * 3)
-    published = []
-    for style, source in (("completion", ""), ("harness", ""), ("harness", "rows.jsonl")):
+    rows, published = write_rows(tmp_path / "rows.jsonl", [GOOD] * 3), []
+    load_dataset = Mock(return_value=SimpleNamespace(to_list=lambda: [GOOD] * 3))
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    for style, source in (("completion", ""), ("harness", ""), ("harness", rows)):
         hellaswag.main(hellaswag.Config(checkpoint=str(tmp_path), data=source, style=style, device="cpu"))
         published.append([line.split() for line in capsys.readouterr().out.splitlines() if "124M" in line])
     completion = [["GPT-2", "124M", "0.2859", "0.2955", "-", "-"], ["GPT-3", "124M", "-", "0.3370", "-", "-"]]
     # none beside the scores of other rows
     assert published == [completion, [["GPT-2", "124M", "0.2892", "-", "0.3114", "-"]], []]
+    assert load_dataset.call_args_list == [call("Rowan/hellaswag", split="validation")] * 2
 
 
-REFUSED = [(dict(limit=0), ["limit", 0]), (dict(out="nowhere/rows.jsonl"), ["--out", "nowhere"])]
-REFUSED += [(dict(checkpoint="out/nowhere"), ["out/nowhere"]), (dict(data="nowhere.jsonl"), ["nowhere.jsonl"])]
-REFUSED += [(dict(out="run"), ["--out=run"]), ({}, ["run", "finite"])]  # the model's weights are NaN
-
-
-@pytest.mark.parametrize("changes, words", REFUSED)
-def test_invalid_options_and_models(changes: dict, words: list, tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.chdir(tmp_path)
-    raw = make_model(scale=math.nan)
-    run, rows = harness.write_model(tmp_path / "run", raw), write_rows(tmp_path / "rows.jsonl", make_rows(2))
-    with pytest.raises((ValueError, OSError)) as error:
-        hellaswag.main(replace(hellaswag.Config(checkpoint=str(run), data=str(rows), device="cpu"), **changes))
-    assert all(str(word) in str(error.value) for word in words)
+def test_invalid_options_and_models(tmp_path: Path) -> None:
+    run = harness.write_model(tmp_path / "run", make_model(scale=math.nan))
+    cfg = hellaswag.Config(str(run), write_rows(tmp_path / "rows.jsonl", make_rows(2)), device="cpu")
+    harness.refused(hellaswag.main, cfg, "--limit=0", limit=0)
+    harness.refused(hellaswag.main, cfg, "--out=", "nowhere", out=f"{tmp_path}/nowhere/rows.jsonl")
+    harness.refused(hellaswag.main, cfg, "--out=", out=str(tmp_path))
+    harness.refused(hellaswag.main, cfg, run, "finite")
+    test = write_rows(tmp_path / "test.jsonl", [GOOD | dict(label="")] * 2)
+    harness.refused(hellaswag.main, cfg, test, "label", data=test)

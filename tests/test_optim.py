@@ -68,32 +68,14 @@ def test_moments_are_counted_loaded_without_their_settings_or_refused(kind: str)
             optim.load_moments(optimizers, bad)
 
 
-@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 6, 24), (2, 24, 6)], ids=str)
-def test_orthogonalize_keeps_singular_vectors(shape: tuple[int, ...]) -> None:
-    rng = torch.Generator().manual_seed(0)
-    x = 1e-3 * torch.randn(shape, generator=rng, dtype=torch.float64)
-    U, S, Vh = torch.linalg.svd(x, full_matrices=False)
-    s = S / S.square().sum(-1, keepdim=True).sqrt()
-    for _ in range(5):  # the same five steps, on the singular values alone
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    expected = U @ torch.diag_embed(s) @ Vh
-    others = [torch.randn(8, 30, dtype=torch.float64), torch.randn(5, 5, dtype=torch.float64)]
-    found = optim.orthogonalize([*x[:1], *others, *x[1:]])  # other shapes between them
-    torch.testing.assert_close(torch.stack([found[0], *found[3:]]), expected, rtol=1e-8, atol=1e-8)
-    assert all(x.isfinite().all() for x in optim.orthogonalize(list(torch.zeros(shape))))
-    wide = (lambda x: x.mT) if shape[1] > shape[2] else (lambda x: x)
-    iterated = optim.newton_schulz(wide(x / x.norm(dim=(1, 2), keepdim=True)))  # CUDA takes this path
-    torch.testing.assert_close(wide(iterated), expected, rtol=1e-8, atol=1e-8)
-
-
 def test_orthogonalize_nearly_singular_matrices_in_float32() -> None:
     """The Gram matrix squares the singular values: small ones must survive float32."""
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(32, 4, generator=rng) @ torch.randn(4, 128, generator=rng)
     x = x + 1e-3 * torch.randn(32, 128, generator=rng)
-    exact = optim.newton_schulz(x.double()[None] / x.double().norm())[0]
-    [found] = optim.orthogonalize([x])
-    assert (found - exact).norm() < 1e-3 * exact.norm()
+    exact = optim.newton_schulz(x.double()[None] / x.double().norm())[0]  # CUDA takes this path
+    found, zero = optim.orthogonalize([x, torch.zeros(32, 8)])
+    assert (found - exact).norm() < 1e-3 * exact.norm() and zero.isfinite().all()
 
 
 def test_muon_equals_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,25 +115,3 @@ def test_masks_of_pruned_matrices() -> None:
     masks = optim.zero_masks(raw)
     assert masks.keys() == {"transformer.h.0.attn.c_attn.weight", "transformer.h.0.mlp.c_proj.weight"}
     assert all(torch.equal(mask, raw.get_parameter(name) != 0) for name, mask in masks.items())
-
-
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize("shape", [{}, ND], ids=["dense", "ndlinear"])
-def test_zeros_stay_zero_in_training(shape: dict, kind: str) -> None:
-    raw = tiny_model(**shape)
-    pruned = [f"{name}.weight" for name in model.weight_matrices(raw) if ".h.1." in name]
-    with torch.no_grad():
-        for name in pruned:
-            raw.get_parameter(name)[torch.rand(raw.get_parameter(name).shape) < 0.3] = 0
-    optimizers = optim.make_optimizers(raw, optimizer=kind, weight_decay=0.1)
-    assert optim.keep_zeros(optimizers, raw) == len(pruned) > 2
-    before = {name: p.detach().clone() for name, p in raw.named_parameters()}
-    for _ in range(3):
-        raw(torch.randint(257, (2, 16)), torch.randint(257, (2, 16))).backward()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-2
-            optimizer.step()
-    for name, p in raw.named_parameters():
-        zero = (before[name] == 0) & (name in pruned)
-        assert not p[zero].any() and (p != before[name])[~zero].float().mean() > 0.98, name

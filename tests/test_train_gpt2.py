@@ -309,11 +309,9 @@ def test_weights_of_another_shape_are_refused(cfg: Config, tmp_path: Path) -> No
     refused(cfg, "nowhere", init_from=str(tmp_path / "nowhere"), **other)
 
 
-INVALID = [dict(total_batch_size=0), dict(T=0), dict(B=0), dict(max_steps=0), dict(eval_every=0), dict(save_every=0)]
-INVALID += [dict(keep_last=0), dict(seed=-1), dict(seed=2**64), dict(momentum=2.0), dict(grad_clip=-1.0)]
-INVALID += [dict(eps=-1.0), dict(n_samples=-1), dict(hellaswag_every=-1), dict(hellaswag_rows=0), dict(beta2=1.0)]
-INVALID += [dict(max_lr=float("nan")), dict(min_lr_frac=1.5), dict(device="gpu"), dict(model="gpt5"), dict(B=3)]
-INVALID += [dict(total_batch_size=100), dict(data="nowhere"), dict(data="tinyshakespeare.txt")]
+INVALID = [dict(total_batch_size=0), dict(seed=2**64), dict(max_lr=float("nan")), dict(beta2=1.0), dict(device="gpu")]
+INVALID += [dict(model="gpt5"), dict(B=3), dict(total_batch_size=100), dict(data="nowhere")]
+INVALID += [dict(B=0), dict(data="tinyshakespeare.txt")]
 
 
 @pytest.mark.parametrize("changed", INVALID, ids=str)

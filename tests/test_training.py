@@ -1,4 +1,4 @@
-"""The training step on one and two processes against one large batch, sharded or not, and the validation loss."""
+"""The training step on one and two processes against one large batch, and the validation loss."""
 
 import math
 from copy import deepcopy
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from neogpt import data, model, optim, runtime, training
 
-T, N_STEPS, POISONED = 12, 8, 3
+T = 12
 
 
 def tiny() -> model.GPT:
@@ -65,19 +65,6 @@ def check_step(out: training.StepResult, params: dict[str, Tensor], x: Tensor, y
     assert (list(out.metrics), out.skipped, out.stop) == (["id", "square"], False, False)
 
 
-SPLITS = [[8], [4, 4], [1] * 8, [1, 5, 2], [6, 1, 1]]
-
-
-@pytest.mark.parametrize("clip", [0, 1e-2, 1e3], ids=["no clipping", "clipped", "below the limit"])
-@pytest.mark.parametrize("sizes", SPLITS, ids=str)
-def test_step_equals_one_large_batch(sizes: list[int], clip: float) -> None:
-    raw, (x, y) = tiny(), make_rows(8)
-    sgd = [torch.optim.SGD(raw.parameters(), lr=123.0, fused=True)]
-    out = training.train_step(raw, sgd, split(x, y, sizes), loss_fn, lr=0.5, grad_clip=clip, rt=ALONE)()
-    check_step(out, {name: p.detach() for name, p in raw.named_parameters()}, x, y, clip)
-    assert all(p.grad is None or not p.grad.any() for p in raw.parameters())
-
-
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 @pytest.mark.parametrize("where, kind", [(0, "adamw"), (1, "muon"), (2, "muon")])
 def test_nonfinite_step_changes_nothing(poison: str, where: int, kind: str) -> None:
@@ -98,75 +85,43 @@ def test_nonfinite_step_changes_nothing(poison: str, where: int, kind: str) -> N
     assert (results, state) == (expected_results, expected_state)
 
 
+# sequences of the micro-batches of both ranks
 CUTS = {"even": ([3, 2, 1], [1, 4, 1]), "one and five": ([6], [1, 2, 1, 1, 1]), "uneven rows": ([9, 1], [2])}
+CLIP = {"one and five": 0.0, "uneven rows": 1e3}  # no clipping; above the norm
 
 
-def ddp_steps(rt: runtime.Runtime) -> dict[str, tuple]:
+def steps_on_rank(rt: runtime.Runtime) -> dict[str, tuple]:
     """One of two ranks: do its part of each step; return results and parameters."""
     x, y = make_rows(12)
     results = {}
-    for name in (*CUTS, "loss", "gradient", "stop"):
-        raw, sizes = tiny(), CUTS.get(name, CUTS["even"])
-        sgd = [torch.optim.SGD(raw.parameters(), fused=True)]
+    for name in (*CUTS, "loss", "gradient", "sharded gradient", "sharded", "stop"):
+        raw, sizes, sharded = tiny(), CUTS.get(name, CUTS["even"]), name.startswith("sharded")
+        net = training.wrap(raw, rt, sharded, recompute=False)
+        optimizers = [torch.optim.SGD(raw.parameters(), fused=True)]
+        if sharded:  # fused SGD cannot update shards; test_sharded.py compares the updates
+            optimizers = optim.make_optimizers(raw, optimizer="muon", weight_decay=0.1)
         mine = slice(0, sum(sizes[0])) if rt.rank == 0 else slice(sum(sizes[0]), 12)
         batches = split(x[mine], y[mine], sizes[rt.rank])
-        batches[0]["poison"] = name if rt.rank == 1 else None
-        settings = dict(lr=0.5, grad_clip=1e-2, rt=rt, stop=name == "stop" and rt.rank == 1)
-        out = training.train_step(training.wrap(raw, rt, False, False), sgd, batches, loss_fn, **settings)()
-        results[name] = tuple(out), {name: p.detach() for name, p in raw.named_parameters()}
+        batches[0]["poison"] = name.removeprefix("sharded ") if rt.rank == 1 else None
+        settings = dict(lr=0.5, grad_clip=CLIP.get(name, 1e-2), rt=rt, stop=name == "stop" and rt.rank == 1)
+        out = training.train_step(net, optimizers, batches, loss_fn, **settings)()
+        full = lambda p: p.detach().full_tensor() if runtime.is_sharded(p) else p.detach()  # noqa: E731
+        results[name] = tuple(out), {name: full(p) for name, p in raw.named_parameters()}
     return results
 
 
-def sharded_steps(rt: runtime.Runtime, optimizer: str) -> tuple[list, dict[str, Tensor], list]:
-    """The results of some steps, sharded if there are several ranks, the weights and the gathered moments."""
-    raw = training.wrap(tiny(), rt, sharded=True, recompute=False)
-    optimizers, results = optim.make_optimizers(raw, optimizer=optimizer, weight_decay=0.1), []
-    n_rows = 12 // rt.world_size
-    for step in range(N_STEPS):
-        x, y = (rows.split(n_rows)[rt.rank] for rows in make_rows(12, seed=step))
-        batches = split(x, y, [1 + rt.rank, n_rows - 1 - rt.rank])
-        batches[0]["poison"] = "gradient" if step == POISONED and rt.rank == rt.world_size - 1 else None
-        settings = dict(lr=1e-2, grad_clip=0.1 if step % 2 else 0.0, rt=rt)
-        results.append(tuple(training.train_step(raw, optimizers, batches, loss_fn, **settings)()[:3]))
-    full = lambda x: x.detach().full_tensor() if runtime.is_sharded(x) else x.detach()  # noqa: E731
-    moments = [full(x) for o in optimizers for state in o.state_dict()["state"].values() for x in state.values()]
-    return results, {name: full(p) for name, p in raw.named_parameters()}, moments
-
-
-def work(rt: runtime.Runtime) -> tuple[dict, dict]:
-    return ddp_steps(rt), {optimizer: sharded_steps(rt, optimizer) for optimizer in ("adamw", "muon")}
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict, dict]]:
-    return harness.on_ranks(tmp_path_factory.mktemp("ranks"), work)
-
-
-def test_two_processes(ranks: list[tuple[dict, dict]]) -> None:
+def test_two_processes(tmp_path: Path) -> None:
     start = harness.bits({name: p.detach() for name, p in tiny().named_parameters()})
-    for results, _ in ranks:
+    ranks = harness.on_ranks(tmp_path, steps_on_rank)
+    for results in ranks:
         found = {name: (training.StepResult(*out), params) for name, (out, params) in results.items()}
         for name in CUTS:
-            check_step(*found[name], *make_rows(12), clip=1e-2)
-        for name in ("loss", "gradient"):  # one non-finite rank skips the step on all
+            check_step(*found[name], *make_rows(12), clip=CLIP.get(name, 1e-2))
+        for name in ("loss", "gradient", "sharded gradient"):  # one non-finite rank skips the step on all
             assert found[name][0].skipped and harness.bits(found[name][1]) == start
+        assert found["sharded"][0][:2] == pytest.approx(found["even"][0][:2], rel=1e-6)  # loss and norm
         assert found["stop"][0].stop and not found["stop"][0].skipped  # a stop on one rank reaches all
-    assert all(harness.bits(ranks[0][0][name]) == harness.bits(ranks[1][0][name]) for name in CUTS)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_sharded_steps_equal_one_process(ranks: list[tuple[dict, dict]], optimizer: str) -> None:
-    results, weights, moments = sharded_steps(ALONE, optimizer)
-    assert [skipped for _, _, skipped in results] == [step == POISONED for step in range(N_STEPS)]
-    assert min(norm for _, norm, skipped in results if not skipped) > 0.1  # so that clipping changes a step
-    for found, found_weights, found_moments in (sharded[optimizer] for _, sharded in ranks):
-        for (loss, norm, skipped), (expected_loss, expected_norm, expected_skipped) in zip(found, results):
-            assert loss == pytest.approx(expected_loss, rel=3e-7)  # summed in float32
-            assert (norm, skipped) == (pytest.approx(expected_norm, rel=1e-6, nan_ok=True), expected_skipped)
-        for name, p in weights.items():  # a gradient of zero up to rounding is divided by at least eps
-            torch.testing.assert_close(found_weights[name], p, rtol=1e-8, atol=1e-8)
-        for x, expected in zip(found_moments, moments, strict=True):
-            torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-9)
+    assert all(harness.bits(ranks[0][name]) == harness.bits(ranks[1][name]) for name in CUTS)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
