@@ -116,6 +116,7 @@ def test_folder_in_transformers_and_here(gelu: str, tmp_path: Path) -> None:
     config = theirs.config
     assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0, 0, 0)  # their default is 0.1
     assert (config.n_ctx, config.n_positions, config.vocab_size) == (64, 64, 257) and theirs.dtype == torch.float32
+    assert config.bos_token_id == config.eos_token_id == 256  # end-of-text of the tokenizer "bytes"
 
     ids = AutoTokenizer.from_pretrained(folder)("A cat").input_ids
     ours = [step[0] for step in generate.generate(raw, [ids], 20, temperature=0, stop=256)]
