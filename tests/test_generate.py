@@ -15,7 +15,6 @@ from neogpt import generate as generation
 from neogpt.generate import KVCache, cast_linears, decode_one_token, generate, prefill, sample
 from neogpt.model import GPT, weight_matrices
 
-
 SETTINGS = dict(temperature=1.0, top_k=0, top_p=1.0)  # sample from the model's probabilities
 
 
