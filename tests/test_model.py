@@ -4,7 +4,6 @@ import math
 import re
 from dataclasses import replace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -99,19 +98,16 @@ def test_attention_equals_the_definition(attend: Any, T: int, S: int) -> None:
         torch.testing.assert_close(y[1:], attend(q[1:], k[1:, :, :2], v[1:, :, :2]))
 
 
-@pytest.mark.parametrize("T, manual", [(1, 0), (256, 1), (513, 3)])
+@pytest.mark.parametrize("T", [1, 256, 513])
 @pytest.mark.parametrize("masked", ["", "each query", "all queries"])
-def test_attention_in_bf16_on_a_cpu(masked: str, T: int, manual: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Manual attention for 256 queries at a time; single queries use the fused kernels in fp32."""
+def test_attention_in_bf16_on_a_cpu(masked: str, T: int) -> None:
+    """One query, one chunk of queries, and three."""
     generator, S = torch.Generator().manual_seed(0), max(T, 20)
     q, k, v = (torch.randn(1, 2, n, 8, generator=generator).bfloat16().requires_grad_() for n in (T, S, S))
     mask = torch.rand(1, 1, T if masked == "each query" else 1, S, generator=generator) < 0.5 if masked else None
     mask = mask.index_fill(3, torch.tensor(0), True) if masked else None  # every query has a key
-    spy = Mock(wraps=manual_attention)
-    monkeypatch.setattr("neogpt.model.manual_attention", spy)
     with torch.autocast("cpu", torch.bfloat16):
         y = flash_attention(q, k, v, mask)
-    assert spy.call_count == manual
     expected = manual_attention(q.double(), k.double(), v.double(), mask)
     g = torch.randn(expected.shape, generator=generator)
     found = torch.autograd.grad((y.float() * g).sum(), (q, k, v))
@@ -216,23 +212,3 @@ def test_from_weights_refuses_other_names_shapes_and_dtypes() -> None:
     for key, changed in bad:
         with pytest.raises(ValueError, match=key):
             GPT.from_weights(shape(), changed)
-
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.mark.gpu
-@needs_cuda
-def test_flash_equals_manual_in_bf16_on_cuda() -> None:
-    sizes = dict(n_embd=128, n_head=2, block_size=256)
-    logits = []
-    torch.manual_seed(0)
-    weights = GPT(shape(**sizes)).state_dict()
-    idx = random_ids(2, 256).cuda()
-    for attention in ATTENTIONS:
-        raw = GPT.from_weights(shape(**sizes, attention=attention), weights).cuda()
-        with torch.autocast("cuda", torch.bfloat16):
-            logits.append(raw(idx).float())
-    assert logits[0].std() > 0.1
-    # bf16 keeps 8 bits: 2^-8 of logits that are of order 1, a few times over
-    torch.testing.assert_close(logits[0], logits[1], atol=0.03, rtol=0.03)
