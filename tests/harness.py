@@ -70,6 +70,11 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change values in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 # -----------------------------------------------------------------------------
 # Logs and checkpoints
 

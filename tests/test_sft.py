@@ -38,13 +38,16 @@ def test_rows_are_memorized_and_files_written(cfg: Config, tmp_path: Path) -> No
     things = ["hat", "nut", "jug", "pen", "soup", "coat"]
     rows = [dict(prompt=f"{name}?", response=f"A {thing}.") for name, thing in zip(NAMES, things)]
     path = write_rows(tmp_path / "few.jsonl", rows)
-    few = dict(data=path, val_data=path, rows_per_step=6, n_eval_prompts=6, prompts=("Leo?",), answer_tokens=12)
-    folder = tune(cfg, **few, max_steps=120, eval_every=60, save_every=50, max_lr=2e-2)
+    unusual = "", "日本\n<|endoftext|>", "longer than the 96 tokens of the model " * 5
+    few = dict(data=path, val_data=path, rows_per_step=6, n_eval_prompts=99, prompts=("Leo?", *unusual))
+    folder = tune(cfg, **few, answer_tokens=12, max_steps=120, eval_every=60, save_every=50, max_lr=2e-2)
     scores = {name: losses(folder, name) for name in ("val", "exact", "ended", "accuracy")}
     assert all(values.keys() == {0, 60, 120} for values in scores.values()) and losses(folder).keys() == set(range(120))
     assert scores["val"][0] > 5 and scores["exact"][0] == 0
     assert scores["val"][120] < 0.05 and scores["exact"][120] == scores["ended"][120] == scores["accuracy"][120] == 1
-    assert "6 rows to train on, 6 held out" in notes(folder) and notes(folder).count("> Leo? -> ") == 3
+    assert (
+        "6 rows to train on, 6 held out" in notes(folder) and len(re.findall("^#   > ", notes(folder), re.M)) == 3 * 4
+    )
     assert notes(folder).rpartition("> Leo? -> ")[2].startswith("A nut.\n")
     assert {p.name for p in folder.iterdir()} == {"best.pt", "ckpt_000100.pt", "ckpt_000120.pt", "log.txt"}
     ckpt = checkpoint.read(folder / "ckpt_000120.pt")
@@ -165,9 +168,3 @@ def test_context_is_truncated_before_the_response(capsys: pytest.CaptureFixture)
     assert bytes(example.ids.tolist()) == (prompt + response.encode() * 9)[:61] and example.n_prompt == len(prompt)
     printed = capsys.readouterr().out
     assert "rows: 1 rows with a response truncated to fit into 60" in printed and "rows: 1 rows dropped" in printed
-
-
-def test_unusual_prompts_are_answered(cfg: Config) -> None:
-    prompts = ("", "日本\n<|endoftext|>", "longer than the 96 tokens of the model " * 5)
-    folder = tune(cfg, max_steps=1, prompts=prompts, n_eval_prompts=99)
-    assert len(re.findall(r"^#   > ", notes(folder), re.M)) == 2 * 3
