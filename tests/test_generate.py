@@ -217,16 +217,6 @@ def test_generations_share_one_compilation(
     assert counter.frame_count == 1
 
 
-def test_one_row_as_sums_of_products() -> None:
-    raw, prompts = rough_model(), random_prompts(12)
-    expected, before = tokens_of(raw, prompts, 40), raw.lm_head(torch.ones(1, 1, raw.config.n_embd))
-    with generation.replaced_forwards(generation.one_row_linears(raw)):
-        assert "forward" in vars(raw.lm_head)
-        torch.testing.assert_close(raw.lm_head(torch.ones(1, 1, raw.config.n_embd)), before)
-        assert tokens_of(raw, prompts, 40) == expected
-    assert not any("forward" in vars(module) for module in raw.modules())
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -287,5 +287,3 @@ def test_prompts_that_do_not_fit_are_counted(cfg: grpo.Config, caplog: pytest.Lo
     run = SimpleNamespace(tokenizer=BYTES)
     assert [len(ids) for _, ids in finetune.encode_prompts(run, rows, 40, "here")] == [21, 40]
     assert "here: 1 rows dropped: they do not fit into 40 tokens" in caplog.messages[0]
-    with pytest.raises(ValueError, match="here.* 5 tokens"):
-        finetune.encode_prompts(run, rows, 5, "here")

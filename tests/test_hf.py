@@ -72,9 +72,8 @@ def test_editions(edition: str, folder: Path, tmp_path: Path) -> None:
     elif edition == "head":
         weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
     else:
-        edit_json(
-            folder / "config.json", n_inner=4 * 16, n_ctx=64
-        )  # the default in numbers, and a key that n_positions replaced
+        # the default in numbers, and a key that n_positions replaced
+        edit_json(folder / "config.json", n_inner=4 * 16, n_ctx=64)
         weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
         for layer in range(2):
             weights[f"h.{layer}.attn.bias"] = torch.ones(32, 32).tril()[None, None]

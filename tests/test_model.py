@@ -117,19 +117,6 @@ def test_attention_in_bf16_on_a_cpu(masked: str, T: int) -> None:
         assert (a.double() - b).norm() < 0.02 * b.norm()
 
 
-def test_loss_is_the_mean_negative_log_likelihood_in_nats() -> None:
-    raw = rough_model().double()
-    idx, targets = random_ids(3, 7), random_ids(3, 7, seed=1)
-    targets[0, :4] = targets[2, 6] = -100
-    logits, loss = raw(idx), raw(idx, targets)
-    rows = zip(logits.flatten(0, 1).tolist(), targets.flatten().tolist())
-    nats = [math.log(math.fsum(map(math.exp, row))) - row[target] for row, target in rows if target != -100]
-    assert len(nats) == 16 and loss.dtype == torch.float64
-    assert loss.item() == pytest.approx(math.fsum(nats) / 16, rel=1e-12)
-    assert raw(idx, targets, reduction="sum").item() == pytest.approx(math.fsum(nats), rel=1e-12)
-    assert raw(idx, torch.full_like(targets, -100), reduction="sum") == 0  # everything is ignored
-
-
 def test_loss_of_bf16_logits_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = rough_model()
     with torch.autocast("cpu", torch.bfloat16):  # a small vocabulary

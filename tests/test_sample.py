@@ -92,30 +92,27 @@ def test_messages_go_to_standard_error(tmp_path: Path, capsys: Capture) -> None:
     assert run_main(capsys, configure(tmp_path))[0] == "abnew\n"
 
 
-def test_empty_prompt_starts_a_document(tmp_path: Path, capsys: Capture) -> None:
-    raw = scripted_model({1: b"nce"})
-    with torch.no_grad():  # at position 0 the model outputs O, only if the input there is end-of-text
-        raw.transformer.wpe.weight[0] = 0
-        raw.transformer.h[0].mlp.c_fc.weight[0] = torch.eye(320)[EOT]
-        raw.transformer.h[0].mlp.c_proj.weight[ord("O"), 0] = 8
-    save(tmp_path, raw)
-    assert run_main(capsys, configure(tmp_path, prompt="", max_new_tokens=4))[0] == "Once\n"
+@pytest.fixture
+def calls(monkeypatch: Patch) -> list[tuple[list[int], int, dict]]:
+    """(context, max_new_tokens, options) of every call to `generate`, whose answers are A, B, C, …"""
+    calls = []
+
+    def fake(raw: Any, prompts: list[list[int]], max_new_tokens: int, **options: Any) -> Iterator[list[int]]:
+        calls.append((prompts[0], max_new_tokens, options))
+        yield from ([ord("A") + len(calls) - 1], [EOT])
+
+    monkeypatch.setattr(generate, "generate", fake)
+    return calls
 
 
-def test_prompt_from_standard_input(tmp_path: Path, capsys: Capture) -> None:
+def test_prompts(tmp_path: Path, capsys: Capture, calls: list) -> None:
+    """Of standard input, empty, as long as the context, and longer."""
+    save(tmp_path, tiny_model())
     text = "grüß\n<|endoftext|> gott\n"  # the name of the special token is ordinary text
-    save(tmp_path, scripted_model({len(text.encode()) - 1: b"!"}))
-    assert run_main(capsys, configure(tmp_path, prompt="-"), stdin=text)[0] == text + "!\n"
-
-
-def test_prompt_longer_than_block_size(tmp_path: Path, capsys: Capture) -> None:
-    # The model reads the last 64 tokens, so the first new token is predicted at position 63. Then the window is
-    # truncated to its last 32 tokens, so the next token is predicted at position 31.
-    save(tmp_path, scripted_model({63: b"A", 31: b"B"}))
-    for n, is_reported in ((100, True), (64, False)):
-        out, err = run_main(capsys, configure(tmp_path, prompt="x" * n))
-        assert out == "x" * n + "AB\n"
-        assert (f"{n} tokens" in err) == is_reported
+    for prompt, ids in (("-", [*text.encode()]), ("", [EOT]), ("x" * 64, [120] * 64), ("x" * 65, [120] * 65)):
+        out, err = run_main(capsys, configure(tmp_path, prompt=prompt), stdin=text)
+        assert calls[-1][0] == ids and out == (text if prompt == "-" else prompt) + chr(64 + len(calls)) + "\n"
+        assert ("65 tokens" in err) == (len(ids) == 65)
 
 
 def test_control_characters_are_replaced(tmp_path: Path, capsys: Capture) -> None:
@@ -238,19 +235,6 @@ def prompt(line: str) -> list[int]:
 def turn(line: str, answer: str) -> list[int]:
     """The tokens of a line and its answer, as later turns see them."""
     return [*prompt(line), *answer.encode(), EOT]
-
-
-@pytest.fixture
-def calls(monkeypatch: Patch) -> list[tuple[list[int], int, dict]]:
-    """(context, max_new_tokens, options) of every call to `generate`, whose answers are A, B, C, …"""
-    calls = []
-
-    def fake(raw: Any, prompts: list[list[int]], max_new_tokens: int, **options: Any) -> Iterator[list[int]]:
-        calls.append((prompts[0], max_new_tokens, options))
-        yield from ([ord("A") + len(calls) - 1], [EOT])
-
-    monkeypatch.setattr(generate, "generate", fake)
-    return calls
 
 
 def test_interrupted_answer_stays_in_the_history(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
