@@ -70,6 +70,11 @@ def write_rows(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change values in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 # -----------------------------------------------------------------------------
 # Logs and checkpoints
 
@@ -160,22 +165,6 @@ def refused(main: Callable, cfg: Any, *words: object, **changed: Any) -> None:
     """Check that a script refuses a configuration with one line that contains these words."""
     with error(*words):
         train(main, cfg, **changed)
-
-
-def check_changed_batch_size(main: Callable, cfg: Any, name: str, unit: int) -> None:
-    """Check that a run whose batch size changes loses and repeats no sequence. Weights are frozen: the loss of a step
-    is the mean of the losses of its sequences, which must have equally many targets. name: the constant of the batch
-    size. unit: its value for one sequence.
-    """
-    sizes, frozen = [4] * 5 + [6] * 3 + [1] * 2, replace(cfg, max_lr=0.0, eval_every=100, save_every=5, B=1)
-    single = train(main, frozen, out_dir=f"{cfg.out_dir}-single", max_steps=sum(sizes), **{name: unit})
-    one_by_one = list(losses(single).values())
-    for max_steps, n in ((5, 4), (8, 6), (10, 1)):
-        folder = train(main, frozen, max_steps=max_steps, **{name: n * unit})
-    ends = [sum(sizes[: step + 1]) for step in range(len(sizes))]
-    means = [sum(one_by_one[end - n : end]) / n for end, n in zip(ends, sizes)]
-    assert len({round(mean, 4) for mean in means}) > 5  # the sequences differ
-    assert list(losses(folder).values()) == pytest.approx(means, rel=1e-5)  # fp32 rounding
 
 
 def check_changes_are_reported(main: Callable, cfg: Any, changes: dict[str, dict | Callable[[], object]]) -> None:

@@ -32,14 +32,19 @@ def run_export(source: Path, out_dir: Path, **constants: Any) -> Path:
     return harness.train(export.main, export.Config(str(source), str(out_dir)), **constants)
 
 
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_transformers_gives_the_ids_of_tiktoken(name: str, tmp_path: Path) -> None:
+@pytest.fixture(params=["bytes", "gpt2"])
+def tokenizers(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[tiktoken.Encoding, Any]:
+    """A tokenizer, and transformers' tokenizer that reads its files."""
     from transformers import AutoTokenizer
 
-    tokenizer, text = harness.get_tokenizer(name), mixed_text(20_000)
-    hf.save_tokenizer(tokenizer, tmp_path, block_size=2**20)
+    tokenizer = harness.get_tokenizer(request.param)
+    hf.save_tokenizer(tokenizer, tmp_path, 2**20, chat.TEMPLATE)
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    return tokenizer, AutoTokenizer.from_pretrained(tmp_path)
+
+
+def test_transformers_gives_the_ids_of_tiktoken(tokenizers: tuple[tiktoken.Encoding, Any]) -> None:
+    (tokenizer, theirs), text = tokenizers, mixed_text(20_000)
     assert theirs(text).input_ids == tokenizer.encode(text, allowed_special="all")
     assert theirs(text, split_special_tokens=True).input_ids == tokenizer.encode_ordinary(text)
     assert theirs.decode(theirs(text).input_ids) == text
@@ -53,11 +58,9 @@ def test_merges_are_recovered_from_ranks() -> None:
     theirs = ByteLevelBPETokenizer()
     theirs.train_from_iterator([(harness.ROOT / "input.txt").read_text()[:100_000]], 900, show_progress=False)
     vocab, merges = (json.loads(theirs.to_str())["model"][key] for key in ("vocab", "merges"))
-    decoded = {theirs.id_to_token(i): i for i in range(900)}
     letters = hf.vocabulary(data.get_tokenizer("bytes"))[0]
-    as_bytes = {token: bytes(letters.index(letter) for letter in token) for token in decoded}
     # tiktoken's ranks: the 256 bytes first, in any order, then the merges
-    ranks = {as_bytes[token]: i for token, i in vocab.items()}
+    ranks = {bytes(letters.index(letter) for letter in token): i for token, i in vocab.items()}
     ours = tiktoken.Encoding("t", pat_str=r"(?s:.+)", mergeable_ranks=ranks, special_tokens={EOT: 900})
     tokens, found = hf.vocabulary(ours)
     assert tokens == [*sorted(vocab, key=vocab.get), EOT]
@@ -69,14 +72,8 @@ CONVERSATION += [("assistant", "In the garden. "), ("user", "  Why?  ")]
 CONVERSATION += [("assistant", "I put it there.\n\nYes."), ("user", "When?")]
 
 
-@pytest.mark.parametrize("name", ["bytes", "gpt2"])
-def test_chat_template_gives_the_ids_of_the_prompt_template(name: str, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = harness.get_tokenizer(name)
-    hf.save_tokenizer(tokenizer, tmp_path, 256, chat.TEMPLATE)
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
+def test_chat_template_gives_the_ids_of_the_prompt_template(tokenizers: tuple[tiktoken.Encoding, Any]) -> None:
+    tokenizer, theirs = tokenizers
 
     def ids(turns: list[dict], **options: bool) -> list[int]:
         return theirs.apply_chat_template(turns, return_dict=False, **options)
@@ -116,6 +113,7 @@ def test_folder_in_transformers_and_here(gelu: str, tmp_path: Path) -> None:
     config = theirs.config
     assert (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop) == (0, 0, 0)  # their default is 0.1
     assert (config.n_ctx, config.n_positions, config.vocab_size) == (64, 64, 257) and theirs.dtype == torch.float32
+    assert config.bos_token_id == config.eos_token_id == 256  # end-of-text of the tokenizer "bytes"
 
     ids = AutoTokenizer.from_pretrained(folder)("A cat").input_ids
     ours = [step[0] for step in generate.generate(raw, [ids], 20, temperature=0, stop=256)]

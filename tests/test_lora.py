@@ -1,17 +1,16 @@
 """lora.py: what adapters compute, which parameters they train, and files that PEFT reads and writes."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import tiny_model, write_model
+from harness import edit_json, tiny_model, write_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from neogpt import checkpoint, hf, lora, model, optim
+from neogpt import checkpoint, hf, lora, model
 
 N_MATRICES = 2 * 4 * 2  # layers, matrices per block, A and B
 
@@ -30,11 +29,6 @@ def adapted_model(rank: int = 4, alpha: float = 6.0, **shape: Any) -> model.GPT:
     return raw
 
 
-def merged_model(raw: model.GPT) -> model.GPT:
-    """The model without adapters that should compute the same."""
-    return model.GPT.from_weights(raw.config, lora.merged_weights(raw))
-
-
 @pytest.fixture
 def idx() -> Tensor:
     """Token ids, (3, 20)."""
@@ -47,32 +41,13 @@ def logits_of(raw: model.GPT, idx: Tensor) -> Tensor:
         return raw(idx)[..., :257]
 
 
-def test_new_adapters_change_nothing(idx: Tensor) -> None:
-    raw = make_model()
-    before = logits_of(raw, idx)
-    lora.add_lora(raw, 4, 32.0)
-    assert torch.equal(logits_of(raw, idx), before)
-    assert torch.equal(logits_of(merged_model(raw), idx), before)
-    assert all(p.abs().max() > 0 for name, p in lora.lora_weights(raw).items() if "lora_A" in name)
-
-
-def test_adapter_by_hand() -> None:
-    """W x + b + alpha / rank · B A x in float64."""
-    layer = adapted_model(rank=4, alpha=6.0).double().transformer.h[1].mlp.c_proj
-    x = torch.randn(5, 64, dtype=torch.float64)
-    expected = x @ layer.weight.T + layer.bias + 1.5 * (x @ layer.lora_A.T) @ layer.lora_B.T
-    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-12)
-    assert (layer.lora_A.shape, layer.lora_B.shape) == ((4, 64), (16, 4))
-
-
 @pytest.mark.parametrize("shape", [dict(), dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)], ids=["dense", "ndlinear"])
 def test_merged_model_equals_model_with_adapters(shape: dict, idx: Tensor, tmp_path: Path) -> None:
     raw = adapted_model(**shape)
     before = {name: p.clone() for name, p in raw.state_dict().items()}
-    merged = merged_model(raw)
+    merged = model.GPT.from_weights(raw.config, lora.merged_weights(raw))
     torch.testing.assert_close(logits_of(merged, idx), logits_of(raw, idx), rtol=0, atol=1e-5)
     assert (logits_of(merged, idx) - logits_of(make_model(**shape), idx)).abs().max() > 0.1
-    assert merged.state_dict().keys() == make_model(**shape).state_dict().keys()
     assert all(torch.equal(p, before[name]) for name, p in raw.state_dict().items())  # training can continue
     assert len(lora.lora_weights(raw)) == N_MATRICES
     lora.save_adapter(tmp_path, raw, "base", "")
@@ -81,27 +56,10 @@ def test_merged_model_equals_model_with_adapters(shape: dict, idx: Tensor, tmp_p
     assert config["target_modules"] == ["c_attn", "c_proj", *mlp]
 
 
-def test_only_adapters_are_trained(idx: Tensor) -> None:
-    raw = adapted_model()
-    before = {name: p.detach().clone() for name, p in raw.named_parameters()}
-    raw(idx, idx).backward()
-    adapters = {name for name in before if "lora_" in name}
-    assert {name for name, p in raw.named_parameters() if p.grad is not None and p.grad.abs().max() > 0} == adapters
-    for optimizer in optim.make_optimizers(raw, weight_decay=0.1):
-        for group in optimizer.param_groups:
-            group["lr"] = 0.01
-        optimizer.step()
-    assert {name for name, p in raw.named_parameters() if not torch.equal(p, before[name])} == adapters
-
-
-def test_initial_adapters_depend_on_the_seed() -> None:
-    matrices = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        matrices.append(lora.LoRALinear(torch.nn.Linear(64, 16), 4, 8.0).lora_A)
-    assert torch.equal(matrices[0], matrices[1]) and not torch.equal(matrices[0], matrices[2])
-    # a uniform distribution over ±1/√in, as in PEFT
-    assert 0.9 / math.sqrt(64) < matrices[0].abs().max() <= 1 / math.sqrt(64)
+def test_initial_adapters_are_those_of_peft() -> None:
+    """A is uniform over ±1/√in."""
+    A = lora.LoRALinear(torch.nn.Linear(64, 16), 4, 8.0).lora_A
+    assert 0.9 / 8 < A.abs().max() <= 1 / 8
 
 
 def test_load_lora_checks_names_and_shapes() -> None:
@@ -140,12 +98,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
-    """Change values in adapter_config.json."""
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
 def refused(folder: Path, message: str) -> None:
     """Check that loading the folder raises one line that names the folder."""
     with pytest.raises(ValueError, match=message) as error:
@@ -161,11 +113,9 @@ def test_files_equal_those_of_peft(folder: Path) -> None:
     assert json.loads((folder / "adapter_config.json").read_text()) == known
     shapes = {name: tuple(w.shape) for name, w in load_file(folder / "adapter_model.safetensors").items()}
     sizes = {"attn.c_attn": (16, 48), "attn.c_proj": (16, 16), "mlp.c_fc": (16, 64), "mlp.c_proj": (64, 16)}
-    expected = {}
-    for name, (n_in, n_out) in sizes.items():
-        for prefix in (f"base_model.model.transformer.h.{layer}.{name}.lora_" for layer in range(2)):
-            expected |= {f"{prefix}A.weight": (4, n_in), f"{prefix}B.weight": (n_out, 4)}
-    assert shapes == expected and len(shapes) == N_MATRICES
+    names = {f"base_model.model.transformer.h.{layer}.{name}.lora_": sizes[name] for layer in (0, 1) for name in sizes}
+    expected = {f"{name}A.weight": (4, n_in) for name, (n_in, _) in names.items()}
+    assert shapes == expected | {f"{name}B.weight": (n_out, 4) for name, (_, n_out) in names.items()}
 
 
 BAD = [dict(peft_type="IA3"), dict(r=0), dict(r="four"), dict(r=None), dict(lora_alpha="x"), dict(r=2), dict(r=10**13)]
@@ -175,17 +125,14 @@ BAD += [dict(base_model_name_or_path=None), dict(init_lora_weights="pissa_niter_
 
 @pytest.mark.parametrize("changes", BAD, ids=str)
 def test_adapters_of_other_kinds_are_refused(changes: dict, folder: Path) -> None:
-    edit_config(folder, **changes)
+    edit_json(folder / "adapter_config.json", **changes)
     ((name, value),) = changes.items()
     refused(folder, f"{name}={value!r}")
 
 
 def test_damaged_adapters_are_refused(folder: Path) -> None:
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    good, name = load_file(weights), "base_model.model.transformer.h.0.attn.c_attn.lora_B.weight"
-    save_file(good | {name: torch.zeros(48, 5)}, weights)
-    refused(folder, r"c_attn.lora_B.*\(48, 5\).*\(48, 4\)")
-    save_file({k: w for k, w in good.items() if "lora_A" not in k}, weights)
+    save_file({name: w for name, w in load_file(weights).items() if "lora_A" not in name}, weights)
     refused(folder, "r=4")
     weights.write_bytes(weights.read_bytes()[:100])
     refused(folder, "adapter")
@@ -218,7 +165,7 @@ def test_other_base_models_are_refused(folder: Path) -> None:
     refused(folder, str(base))
     (base / "ckpt_000007.pt").unlink()
     refused(folder, str(base))
-    edit_config(folder, base_model_name_or_path=str(folder))
+    edit_json(folder / "adapter_config.json", base_model_name_or_path=str(folder))
     refused(folder, "own base")
 
 

@@ -1,18 +1,16 @@
 """The model against independent references: Hugging Face's GPT-2, closed forms, and loops without a cache."""
 
-import copy
 import math
 import re
 from dataclasses import replace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neogpt.model import GPT, SIZES, GPTConfig, cross_entropy, flash_attention, manual_attention, pad_vocab
+from neogpt.model import GPT, SIZES, GPTConfig, flash_attention, manual_attention, pad_vocab
 
 ATTENTIONS = ("flash", "manual")
 
@@ -55,32 +53,14 @@ TABLE = {
 }
 
 
-@pytest.mark.parametrize("V", [50257, 50304])
-@pytest.mark.parametrize("name", SIZES)
-def test_sizes_have_the_published_shapes_and_parameter_counts(name: str, V: int) -> None:
+@pytest.mark.parametrize("name", TABLE)
+def test_sizes_have_the_published_shapes_and_parameter_counts(name: str) -> None:
+    *sizes, n_params = TABLE[name]
     with torch.device("meta"):
-        raw = GPT(GPTConfig(**SIZES[name], vocab_size=V))
+        raw = GPT(GPTConfig(**SIZES[name], vocab_size=50304 if name.startswith("nd") else 50257))
     c = raw.config
-    L, C, T = c.n_layer, c.n_embd, c.block_size
-    mlp = 8 * C * C + 5 * C
-    if c.mlp == "ndlinear":
-        mlp = 2 * C * c.mlp_width + c.mlp_width + C + 3 * c.mlp_modes + 1
-    # embeddings; attention, MLP and norms of the blocks; the final norm
-    assert raw.n_params() == V * C + T * C + L * (4 * C * C + 4 * C + mlp + 4 * C) + 2 * C
-    if name in TABLE:
-        *sizes, n_params = TABLE[name]
-        assert [L, c.n_head, C, T] == sizes
-        if V == (50304 if c.mlp == "ndlinear" else 50257):
-            assert raw.n_params() == pytest.approx(n_params, rel=0.03 if isinstance(n_params, float) else 0)
-
-
-def test_flops_per_token_of_gpt2() -> None:
-    with torch.device("meta"):
-        raw = GPT(GPTConfig(**SIZES["gpt2"], vocab_size=50304))
-    attention = 12 * 12 * 768 * 1024
-    assert raw.flops_per_token(1024) - attention == 6 * (12 * 12 * 768**2 + 50304 * 768)
-    assert raw.flops_per_token(1024) == pytest.approx(854.7e6, abs=0.05e6)
-    assert raw.flops_per_token(512) == raw.flops_per_token(1024) - attention // 2
+    assert [c.n_layer, c.n_head, c.n_embd, c.block_size] == sizes
+    assert raw.n_params() == pytest.approx(n_params, rel=0.03 if isinstance(n_params, float) else 0)
 
 
 def test_pad_vocab() -> None:
@@ -118,19 +98,16 @@ def test_attention_equals_the_definition(attend: Any, T: int, S: int) -> None:
         torch.testing.assert_close(y[1:], attend(q[1:], k[1:, :, :2], v[1:, :, :2]))
 
 
-@pytest.mark.parametrize("T, manual", [(1, 0), (256, 1), (513, 3)])
+@pytest.mark.parametrize("T", [1, 256, 513])
 @pytest.mark.parametrize("masked", ["", "each query", "all queries"])
-def test_attention_in_bf16_on_a_cpu(masked: str, T: int, manual: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Manual attention for 256 queries at a time; single queries use the fused kernels in fp32."""
+def test_attention_in_bf16_on_a_cpu(masked: str, T: int) -> None:
+    """One query, one chunk of queries, and three."""
     generator, S = torch.Generator().manual_seed(0), max(T, 20)
     q, k, v = (torch.randn(1, 2, n, 8, generator=generator).bfloat16().requires_grad_() for n in (T, S, S))
     mask = torch.rand(1, 1, T if masked == "each query" else 1, S, generator=generator) < 0.5 if masked else None
     mask = mask.index_fill(3, torch.tensor(0), True) if masked else None  # every query has a key
-    spy = Mock(wraps=manual_attention)
-    monkeypatch.setattr("neogpt.model.manual_attention", spy)
     with torch.autocast("cpu", torch.bfloat16):
         y = flash_attention(q, k, v, mask)
-    assert spy.call_count == manual
     expected = manual_attention(q.double(), k.double(), v.double(), mask)
     g = torch.randn(expected.shape, generator=generator)
     found = torch.autograd.grad((y.float() * g).sum(), (q, k, v))
@@ -140,55 +117,21 @@ def test_attention_in_bf16_on_a_cpu(masked: str, T: int, manual: int, monkeypatc
         assert (a.double() - b).norm() < 0.02 * b.norm()
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_attention_is_causal(attention: str) -> None:
-    """By gradient: of the logits at t, towards the embedding of every input position."""
-    raw, embedded = rough_model(attention=attention), []
-    assert raw.transformer.h[1].attn.attend is dict(flash=flash_attention, manual=manual_attention)[attention]
-    raw.transformer.wte.register_forward_hook(lambda module, args, output: embedded.append(output))
-    logits = raw(random_ids(2, 10))
-    weights = torch.randn(2, logits.size(-1), generator=torch.Generator().manual_seed(1))
-    for t in range(10):
-        (grad,) = torch.autograd.grad((logits[:, t] * weights).sum(), embedded[0], retain_graph=True)
-        assert (grad[:, t + 1 :] == 0).all(), t
-        assert (grad[:, : t + 1].abs().amax(-1) > 0).all(), t  # all positions up to t contribute
-
-
-def test_loss_is_the_mean_negative_log_likelihood_in_nats() -> None:
-    raw = rough_model().double()
-    idx, targets = random_ids(3, 7), random_ids(3, 7, seed=1)
-    targets[0, :4] = targets[2, 6] = -100
-    logits, loss = raw(idx), raw(idx, targets)
-    nats = []
-    for row, target in zip(logits.flatten(0, 1).tolist(), targets.flatten().tolist()):
-        if target != -100:
-            nats.append(math.log(math.fsum(map(math.exp, row))) - row[target])
-    assert len(nats) == 16
-    assert loss.dtype == torch.float64
-    assert loss.item() == pytest.approx(math.fsum(nats) / 16, rel=1e-12)
-    assert raw(idx, targets, reduction="sum").item() == pytest.approx(math.fsum(nats), rel=1e-12)
-    assert torch.equal(cross_entropy(logits, targets), loss)
-
-    loss.backward()
-    assert raw.transformer.wpe.weight.grad[:7].abs().amax(-1).min() > 0
-    assert raw(idx, torch.full_like(targets, -100), reduction="sum") == 0  # everything is ignored
-
-
 def test_loss_of_bf16_logits_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = rough_model()
     with torch.autocast("cpu", torch.bfloat16):  # a small vocabulary
         assert raw(random_ids(3, 7)).dtype == torch.float32
     monkeypatch.setattr("neogpt.model.SMALL_VOCAB", 0)
     idx, targets = random_ids(3, 7), random_ids(3, 7, seed=1)
+    in_fp32 = raw(idx, targets).item()
     with torch.autocast("cpu", torch.bfloat16):
         logits, loss = raw(idx), raw(idx, targets)
-    assert logits.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert logits.dtype == torch.bfloat16
     expected = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten()).item()
     assert loss.item() == pytest.approx(expected, rel=1e-6)  # fp32's rounding; in bf16 it would be 1e-3
-    half = copy.deepcopy(raw).bfloat16()(idx, targets)
-    assert half.dtype == torch.float32 and half.item() == pytest.approx(loss.item(), rel=0.03)
     # bf16 keeps 8 bits: against fp32 the loss moves by a percent or so, not by more
-    assert loss.item() == pytest.approx(raw(idx, targets).item(), rel=0.03)
+    for half in (loss, raw.bfloat16()(idx, targets)):
+        assert half.dtype == torch.float32 and half.item() == pytest.approx(in_fp32, rel=0.03)
 
 
 def test_a_sequence_longer_than_block_size_is_refused() -> None:
@@ -200,20 +143,13 @@ def test_initialization_is_gpt2s() -> None:
     torch.manual_seed(0)
     raw = GPT(shape(n_layer=8, n_embd=64, n_head=4, block_size=64, vocab_size=512, n_tokens=500))
     stds = dict(wte=0.02, wpe=0.02, c_attn=0.02, c_fc=0.02, c_proj=0.02 / 4)  # 1 / √(2 · 8 layers) = 1/4
-    seen = set()
     for name, p in raw.named_parameters():
         kind, what = name.split(".")[-2:]
-        if what == "bias":
-            assert (p == 0).all(), name
-        elif kind.startswith("ln_"):
-            assert (p == 1).all(), name
-        else:
-            n, std = p.numel(), stds[kind]
-            seen.add(kind)
-            # five standard errors of a sample's deviation and mean
-            assert abs(p.std().item() - std) < 5 * std / math.sqrt(2 * n), name
-            assert abs(p.mean().item()) < 5 * std / math.sqrt(n), name
-    assert seen == stds.keys()
+        mean = float(kind.startswith("ln_") and what == "weight")
+        std = 0.0 if kind.startswith("ln_") or what == "bias" else stds[kind]
+        # five standard errors of a sample's deviation and mean
+        assert abs(p.std().item() - std) <= 5 * std / math.sqrt(2 * p.numel()), name
+        assert abs(p.mean().item() - mean) <= 5 * std / math.sqrt(p.numel()), name
     loss = raw(random_ids(16, 16, below=500), random_ids(16, 16, seed=1, below=500))
     # a uniform guess: logits of deviation s = 0.02 · √64 add about s²/2 = 0.013; 256 targets scatter by s / 16 = 0.01
     assert loss.item() == pytest.approx(math.log(512), abs=0.05)
@@ -239,63 +175,20 @@ def test_residual_stream_in_bf16() -> None:
     assert 0 < (ours - theirs).norm() < 0.02 * theirs.norm()  # bf16 rounds to 2^-9
 
 
-def test_copies_are_equal_and_keep_head_and_embedding_tied() -> None:
-    raw = rough_model()
-    variants = [
-        raw,
-        copy.deepcopy(raw),
-        GPT.from_weights(raw.config, copy.deepcopy(raw.state_dict())),
-        GPT.from_weights(raw.config, {name: p.clone() for name, p in raw.state_dict().items()}),
-        rough_model().to(torch.float64),
-        rough_model().to("cpu", torch.bfloat16),
-    ]
-    idx = random_ids(2, 16)
-    for again in variants[1:4]:
-        assert torch.equal(again(idx), raw(idx))
-        assert all(p.requires_grad and p.device.type == "cpu" for p in again.parameters())
-    for variant in variants:
-        assert variant.lm_head.weight is variant.transformer.wte.weight and variant.n_params() == raw.n_params()
-        variant(random_ids(2, 5), random_ids(2, 5, seed=1)).backward()
-        torch.optim.SGD(variant.parameters(), lr=1.0).step()
-        assert torch.equal(variant.lm_head.weight, variant.transformer.wte.weight)
+def test_from_weights_ties_head_and_embedding() -> None:
+    raw, idx = rough_model(), random_ids(2, 16)
+    again = GPT.from_weights(raw.config, {name: p.clone() for name, p in raw.state_dict().items()})
+    assert torch.equal(again(idx), raw(idx)) and all(p.requires_grad for p in again.parameters())
+    assert again.lm_head.weight is again.transformer.wte.weight and again.n_params() == raw.n_params()
 
 
 def test_from_weights_refuses_other_names_shapes_and_dtypes() -> None:
-    raw = rough_model()
-    weights = raw.state_dict()
-    name = "transformer.h.1.mlp.c_fc.weight"
-    for bad in (
-        weights | {name: weights[name].t()},
-        weights | {name: weights[name][:-1]},
-        {k: v for k, v in weights.items() if k != name},
-    ):
-        with pytest.raises(ValueError, match="h.1.mlp.c_fc.weight"):
-            GPT.from_weights(raw.config, bad)
-    for bad in (torch.zeros(1), 5):
-        with pytest.raises(ValueError, match="_orig_mod.x"):
-            GPT.from_weights(raw.config, weights | {"_orig_mod.x": bad})
-    for bad in (weights[name].to(torch.int8), weights[name].to_sparse(), [1.0]):
-        with pytest.raises(ValueError, match="h.1.mlp.c_fc.weight"):
-            GPT.from_weights(raw.config, weights | {name: bad})
-    with pytest.raises(ValueError, match="wpe"):
-        GPT.from_weights(replace(raw.config, block_size=17), weights)
-
-
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@pytest.mark.gpu
-@needs_cuda
-def test_flash_equals_manual_in_bf16_on_cuda() -> None:
-    sizes = dict(n_embd=128, n_head=2, block_size=256)
-    logits = []
-    torch.manual_seed(0)
-    weights = GPT(shape(**sizes)).state_dict()
-    idx = random_ids(2, 256).cuda()
-    for attention in ATTENTIONS:
-        raw = GPT.from_weights(shape(**sizes, attention=attention), weights).cuda()
-        with torch.autocast("cuda", torch.bfloat16):
-            logits.append(raw(idx).float())
-    assert logits[0].std() > 0.1
-    # bf16 keeps 8 bits: 2^-8 of logits that are of order 1, a few times over
-    torch.testing.assert_close(logits[0], logits[1], atol=0.03, rtol=0.03)
+    weights, name = rough_model().state_dict(), "transformer.h.1.mlp.c_fc.weight"
+    w = weights[name]
+    bad = [(name, weights | {name: p}) for p in (w.t(), w[:-1], w.to(torch.int8), w.double(), w.to_sparse(), [1.0])]
+    bad += [(name, {k: p for k, p in weights.items() if k != name})]
+    bad += [("_orig_mod.x", weights | {"_orig_mod.x": value}) for value in (torch.zeros(1), 5)]
+    bad += [("wpe", weights | {"transformer.wpe.weight": torch.zeros(17, 16)})]
+    for key, changed in bad:
+        with pytest.raises(ValueError, match=key):
+            GPT.from_weights(shape(), changed)

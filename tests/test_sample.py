@@ -17,7 +17,7 @@ import torch
 from harness import ENV, ROOT, tiny_model
 
 import sample
-from neogpt import checkpoint, config, data, generate, hf, model
+from neogpt import checkpoint, data, generate, hf, model
 
 EOT = 256  # of the tokenizer "bytes"
 Capture = pytest.CaptureFixture[str]
@@ -64,12 +64,9 @@ def run_main(capsys: Capture, cfg: sample.Config, stdin: str = "") -> tuple[str,
     return capsys.readouterr()
 
 
-def error(cfg: sample.Config) -> str:
-    """The single line that reports an error in this configuration."""
-    with mock.patch.object(sys, "argv", ["sample.py"]), pytest.raises(SystemExit) as exit:
-        config.run(sample.main, {"test": cfg})
-    assert isinstance(exit.value.code, str) and "\n" not in exit.value.code
-    return exit.value.code
+def refused(source: Path, *words: object, **changes: Any) -> None:
+    """Check that a configuration is refused with one line that contains these words."""
+    harness.refused(sample.main, configure(source), *words, **changes)
 
 
 # -----------------------------------------------------------------------------
@@ -95,44 +92,27 @@ def test_messages_go_to_standard_error(tmp_path: Path, capsys: Capture) -> None:
     assert run_main(capsys, configure(tmp_path))[0] == "abnew\n"
 
 
-def test_empty_prompt_starts_a_document(tmp_path: Path, capsys: Capture) -> None:
-    raw = scripted_model({1: b"nce"})
-    with torch.no_grad():  # at position 0 the model outputs O, only if the input there is end-of-text
-        raw.transformer.wpe.weight[0] = 0
-        raw.transformer.h[0].mlp.c_fc.weight[0] = torch.eye(320)[EOT]
-        raw.transformer.h[0].mlp.c_proj.weight[ord("O"), 0] = 8
-    save(tmp_path, raw)
-    assert run_main(capsys, configure(tmp_path, prompt="", max_new_tokens=4))[0] == "Once\n"
+@pytest.fixture
+def calls(monkeypatch: Patch) -> list[tuple[list[int], int, dict]]:
+    """(context, max_new_tokens, options) of every call to `generate`, whose answers are A, B, C, …"""
+    calls = []
+
+    def fake(raw: Any, prompts: list[list[int]], max_new_tokens: int, **options: Any) -> Iterator[list[int]]:
+        calls.append((prompts[0], max_new_tokens, options))
+        yield from ([ord("A") + len(calls) - 1], [EOT])
+
+    monkeypatch.setattr(generate, "generate", fake)
+    return calls
 
 
-def test_prompt_from_standard_input(tmp_path: Path, capsys: Capture) -> None:
+def test_prompts(tmp_path: Path, capsys: Capture, calls: list) -> None:
+    """Of standard input, empty, as long as the context, and longer."""
+    save(tmp_path, tiny_model())
     text = "grüß\n<|endoftext|> gott\n"  # the name of the special token is ordinary text
-    save(tmp_path, scripted_model({len(text.encode()) - 1: b"!"}))
-    assert run_main(capsys, configure(tmp_path, prompt="-"), stdin=text)[0] == text + "!\n"
-
-
-def test_prompt_longer_than_block_size(tmp_path: Path, capsys: Capture) -> None:
-    # The model reads the last 64 tokens, so the first new token is predicted at position 63. Then the window is
-    # truncated to its last 32 tokens, so the next token is predicted at position 31.
-    save(tmp_path, scripted_model({63: b"A", 31: b"B"}))
-    for n, is_reported in ((100, True), (64, False)):
-        out, err = run_main(capsys, configure(tmp_path, prompt="x" * n))
-        assert out == "x" * n + "AB\n"
-        assert (f"{n} tokens" in err) == is_reported
-
-
-@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
-def test_text_equals_the_decoded_tokens_of_generate(tokenizer: str, tmp_path: Path, capsys: Capture) -> None:
-    encoding = harness.get_tokenizer(tokenizer)
-    raw = tiny_model(scale=0.1, block_size=32, n_tokens=encoding.n_vocab, vocab_size=encoding.n_vocab + 7)
-    save(tmp_path, raw, tokenizer=tokenizer)
-    options = dict(temperature=0.9, top_k=100, top_p=0.95)
-    prompt = encoding.encode_ordinary("Hello, world")
-    rows = generate.complete(raw, [prompt] * 2, 150, encoding.eot_token, seeds=[3, 4], **options)
-    assert all(len(tokens) > 40 for tokens, _ in rows)  # longer than block_size
-    texts = ["Hello, world" + sample.CONTROL.sub("\ufffd", encoding.decode(tokens)) for tokens, _ in rows]
-    cfg = configure(tmp_path, prompt="Hello, world", max_new_tokens=150, seed=3, n_samples=2, **options)
-    assert run_main(capsys, cfg)[0] == "\n---\n".join(texts) + "\n"
+    for prompt, ids in (("-", [*text.encode()]), ("", [EOT]), ("x" * 64, [120] * 64), ("x" * 65, [120] * 65)):
+        out, err = run_main(capsys, configure(tmp_path, prompt=prompt), stdin=text)
+        assert calls[-1][0] == ids and out == (text if prompt == "-" else prompt) + chr(64 + len(calls)) + "\n"
+        assert ("65 tokens" in err) == (len(ids) == 65)
 
 
 def test_control_characters_are_replaced(tmp_path: Path, capsys: Capture) -> None:
@@ -141,19 +121,22 @@ def test_control_characters_are_replaced(tmp_path: Path, capsys: Capture) -> Non
     assert run_main(capsys, configure(tmp_path, prompt="a\x1b", n_samples=2))[0] == f"{text}---\n{text}"
 
 
-PIECES = {  # generated bytes and what is printed after each of them
-    b"abc": ["a", "b", "c", "\n"],
-    "aé".encode(): ["a", "", "é", "\n"],
-    "😀!".encode(): ["", "", "", "😀", "!", "\n"],
-    b"\xff\xfea": ["", "", "\ufffd\ufffda", "\n"],  # never part of UTF-8
-    b"\xc3(": ["", "\ufffd(", "\n"],  # an incomplete character, then another character
-    b"a\xf0\x9f": ["a", "", "", "\ufffd\n"],  # an incomplete character at the end
-    b"\xe2\x82\xe2\x82\xac": ["", "", "", "", "\ufffd€", "\n"],
-}
+STREAMS = [  # generated bytes, stop texts, and what is printed after each byte and at the end
+    (b"abc", (), ["a", "b", "c", "\n"]),
+    ("aé".encode(), (), ["a", "", "é", "\n"]),
+    ("😀!".encode(), (), ["", "", "", "😀", "!", "\n"]),
+    (b"\xff\xfea", (), ["", "", "\ufffd\ufffda", "\n"]),  # never part of UTF-8
+    (b"\xc3(", (), ["", "\ufffd(", "\n"]),  # an incomplete character, then another character
+    (b"a\xf0\x9f", (), ["a", "", "", "\ufffd\n"]),  # an incomplete character at the end
+    (b"\xe2\x82\xe2\x82\xac", (), ["", "", "", "", "\ufffd€", "\n"]),
+    (b"a User Us!", ("User:", " :"), ["a", "", " ", "", "", "", "User", " ", "", "Us!", "\n"]),  # perhaps a stop text
+]
 
 
-@pytest.mark.parametrize("text", PIECES, ids=str)
-def test_complete_characters_are_printed_at_once(text: bytes, monkeypatch: Patch, capsys: Capture) -> None:
+@pytest.mark.parametrize("text, stop, pieces", STREAMS, ids=str)
+def test_text_is_printed_as_soon_as_it_is_certain(
+    text: bytes, stop: tuple[str, ...], pieces: list[str], monkeypatch: Patch, capsys: Capture
+) -> None:
     printed = []
 
     def fake(*args: Any, **options: Any) -> Iterator[list[int | None]]:
@@ -164,31 +147,20 @@ def test_complete_characters_are_printed_at_once(text: bytes, monkeypatch: Patch
         yield [None, ord("y")]
 
     monkeypatch.setattr(generate, "generate", fake)
-    rows = sample.stream(sample.Config(), None, data.get_tokenizer("bytes"), [0], [0, 1])
-    assert [*printed, capsys.readouterr().out] == PIECES[text]
-    assert "".join(PIECES[text]) == text.decode(errors="replace") + "\n"
+    rows = sample.stream(sample.Config(stop=stop), None, data.get_tokenizer("bytes"), [0], [0, 1])
+    assert [*printed, capsys.readouterr().out] == pieces
+    assert "".join(pieces) == text.decode(errors="replace") + "\n"
     assert rows == [list(text), [*text, *b"xy"]]
 
 
-def test_stop_texts(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+def test_stop_texts(tmp_path: Path, capsys: Capture) -> None:
     save(tmp_path, scripted_model({1: b"one\nUser: two", 20: b"User User:"}))
     cases = {"User:": "one\n", "U": "one\n", "\n": "one", "wo": "one\nUser: t", "x": "one\nUser: two"}
     for stop, expected in cases.items():
         out, err = run_main(capsys, configure(tmp_path, prompt="ab", n_samples=2, stop=("absent", stop)))
         assert out == f"ab{expected}\n---\nab{expected}\n"
         assert stop == "x" or int(re.search(r"(\d+) tokens in", err)[1]) == 2 * (len(expected) + len(stop))
-    printed = []  # what can be the beginning of a stop text is not printed yet
-
-    def fake(*args: Any, **options: Any) -> Iterator[list[int | None]]:
-        for byte in b"a User Us!":
-            yield [byte]
-            printed.append(capsys.readouterr().out)
-
-    monkeypatch.setattr(generate, "generate", fake)
-    sample.stream(sample.Config(stop=("User:", " :")), None, data.get_tokenizer("bytes"), [0], [0])
-    assert printed == ["a", "", " ", "", "", "", "User", " ", "", "Us!"]
-    assert "--stop" in error(configure(tmp_path, stop=("a", "")))
-    assert "--compile=True on cpu" in error(configure(tmp_path, compile=True))
+    refused(tmp_path, "--stop", stop=("a", ""))
     save(tmp_path, scripted_model({1: b"cdefg"}))
     assert run_main(capsys, configure(tmp_path, precision="int8"))[0] == run_main(capsys, configure(tmp_path))[0]
 
@@ -201,47 +173,46 @@ def test_interrupted_sample_ends_with_a_newline(tmp_path: Path, capsys: Capture,
 
     save(tmp_path, scripted_model({}))
     monkeypatch.setattr(generate, "generate", interrupted)
-    assert "interrupted" in error(configure(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(configure(tmp_path))
     assert capsys.readouterr().out == "abc\n"
 
 
 # -----------------------------------------------------------------------------
-# Errors (one line, which names the value) and the program
+# Errors and the program
 
 BAD = dict(temperature=-1.0, top_k=-1, top_p=0.0, repetition_penalty=0.0, n_samples=0, max_new_tokens=-1)
-BAD |= dict(history_turns=-1, device="gpu")
+BAD |= dict(history_turns=-1, device="gpu", compile=True)
 
 
-def test_options_out_of_range(tmp_path: Path, capsys: Capture) -> None:
-    save(tmp_path, scripted_model({}))
+def test_options_out_of_range(tmp_path: Path) -> None:
     for name, value in BAD.items():
-        message = error(configure(tmp_path, **{name: value}))
-        assert name in message and str(value) in message and capsys.readouterr().out == ""
+        refused(tmp_path, f"--{name}={value}", **{name: value})
 
 
 def test_text_that_is_not_utf8(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     save(tmp_path, scripted_model({}))
 
-    def configure_latin(**changes: Any) -> sample.Config:
+    def write_latin() -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"gr\xfc\xdf\nhi\n"), encoding="utf-8"))
-        return configure(tmp_path, **changes)
 
-    assert "standard input" in error(configure_latin(prompt="-"))
-    sample.main(configure_latin(chat=True))  # a chat goes on
+    write_latin()
+    refused(tmp_path, "standard input", prompt="-")
+    write_latin()
+    sample.main(configure(tmp_path, chat=True))  # a chat goes on
     assert "UTF-8" in capsys.readouterr().err
 
 
 def test_unusable_models(tmp_path: Path) -> None:
-    save(tmp_path, scripted_model({}), tokenizer="morse")
-    assert str(tmp_path) in error(configure(tmp_path))
+    refused(save(tmp_path, scripted_model({}), tokenizer="morse"), tmp_path)
     folder = tmp_path / "hf"
     hf.save(tiny_model(n_tokens=99, vocab_size=99), folder)
-    assert str(folder) in error(configure(folder))  # no tokenizer has 99 ids
+    refused(folder, folder)  # no tokenizer has 99 ids
     (folder / "model.safetensors").write_bytes(b"damaged")
-    assert str(folder) in error(configure(folder))
+    refused(folder, folder)
     for text in ("{", '{"model_type": "gpt2"}'):
         (folder / "config.json").write_text(text)
-        assert str(folder) in error(configure(folder))
+        refused(folder, folder)
 
 
 def test_program(tmp_path: Path) -> None:
@@ -268,34 +239,6 @@ def turn(line: str, answer: str) -> list[int]:
     return [*prompt(line), *answer.encode(), EOT]
 
 
-@pytest.fixture
-def calls(monkeypatch: Patch) -> list[tuple[list[int], int, dict]]:
-    """(context, max_new_tokens, options) of every call to `generate`, whose answers are A, B, C, …"""
-    calls = []
-
-    def fake(raw: Any, prompts: list[list[int]], max_new_tokens: int, **options: Any) -> Iterator[list[int]]:
-        calls.append((prompts[0], max_new_tokens, options))
-        yield from ([ord("A") + len(calls) - 1], [EOT])
-
-    monkeypatch.setattr(generate, "generate", fake)
-    return calls
-
-
-def test_answers_equal_generate_on_the_whole_history(tmp_path: Path, capsys: Capture) -> None:
-    raw = tiny_model(scale=0.3, block_size=128)
-    save(tmp_path, raw)
-    expected, context = "", []
-    for line in ("ab", "cd"):
-        context += prompt(line)
-        ((tokens, ended),) = generate.complete(raw, [context], 10, EOT, temperature=0)
-        context += [*bytes(tokens).decode(errors="replace").encode(), EOT]  # later turns see its text
-        expected += "> " + sample.CONTROL.sub("\ufffd", bytes(tokens).decode(errors="replace")) + "\n"
-        assert not ended  # the next turn sees end-of-text after a truncated answer
-    cfg = configure(tmp_path, chat=True, max_new_tokens=10, temperature=0.0)
-    assert run_main(capsys, cfg, stdin="ab\ncd\n")[0] == expected + "> \n"
-    assert not expected.endswith(run_main(capsys, cfg, stdin="cd\n")[0].removesuffix("> \n"))
-
-
 def test_interrupted_answer_stays_in_the_history(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
     save(tmp_path, tiny_model(block_size=128))
     contexts = []
@@ -308,8 +251,6 @@ def test_interrupted_answer_stays_in_the_history(tmp_path: Path, capsys: Capture
     monkeypatch.setattr(generate, "generate", fake)
     out, _ = run_main(capsys, configure(tmp_path, chat=True), stdin="one\ntwo\n")
     assert contexts == [prompt("one"), turn("one", "A") + prompt("two")] and out == "> A\n" * 2 + "> \n"
-    with pytest.raises(KeyboardInterrupt):
-        run_main(capsys, configure(tmp_path, prompt="x"))
 
 
 @pytest.mark.parametrize("history_turns", [0, 1, 2])
@@ -322,6 +263,8 @@ def test_arguments_of_generate(history_turns: int, tmp_path: Path, capsys: Captu
     contexts = [sum(history[max(0, n - history_turns) : n], []) + prompt(str(n + 1)) for n in range(4)]
     options |= dict(stop=EOT, compile=False, repetition_penalty=1.0)
     assert calls == [(context, 7, options | dict(seeds=[3 + n])) for n, context in enumerate(contexts)]
+    run_main(capsys, replace(cfg, chat=False, prompt="a", n_samples=3))
+    assert calls[-1] == ([ord("a")], 7, options | dict(seeds=[3, 4, 5]))
 
 
 def test_oldest_turns_are_dropped_first(tmp_path: Path, capsys: Capture, calls: list) -> None:

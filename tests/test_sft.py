@@ -38,13 +38,16 @@ def test_rows_are_memorized_and_files_written(cfg: Config, tmp_path: Path) -> No
     things = ["hat", "nut", "jug", "pen", "soup", "coat"]
     rows = [dict(prompt=f"{name}?", response=f"A {thing}.") for name, thing in zip(NAMES, things)]
     path = write_rows(tmp_path / "few.jsonl", rows)
-    few = dict(data=path, val_data=path, rows_per_step=6, n_eval_prompts=6, prompts=("Leo?",), answer_tokens=12)
-    folder = tune(cfg, **few, max_steps=120, eval_every=60, save_every=50, max_lr=2e-2)
+    unusual = "", "日本\n<|endoftext|>", "longer than the 96 tokens of the model " * 5
+    few = dict(data=path, val_data=path, rows_per_step=6, n_eval_prompts=99, prompts=("Leo?", *unusual))
+    folder = tune(cfg, **few, answer_tokens=12, max_steps=120, eval_every=60, save_every=50, max_lr=2e-2)
     scores = {name: losses(folder, name) for name in ("val", "exact", "ended", "accuracy")}
     assert all(values.keys() == {0, 60, 120} for values in scores.values()) and losses(folder).keys() == set(range(120))
     assert scores["val"][0] > 5 and scores["exact"][0] == 0
     assert scores["val"][120] < 0.05 and scores["exact"][120] == scores["ended"][120] == scores["accuracy"][120] == 1
-    assert "6 rows to train on, 6 held out" in notes(folder) and notes(folder).count("> Leo? -> ") == 3
+    assert (
+        "6 rows to train on, 6 held out" in notes(folder) and len(re.findall("^#   > ", notes(folder), re.M)) == 3 * 4
+    )
     assert notes(folder).rpartition("> Leo? -> ")[2].startswith("A nut.\n")
     assert {p.name for p in folder.iterdir()} == {"best.pt", "ckpt_000100.pt", "ckpt_000120.pt", "log.txt"}
     ckpt = checkpoint.read(folder / "ckpt_000120.pt")
@@ -154,13 +157,10 @@ def test_adapters_are_saved_merged_and_in_a_folder(cfg: Config) -> None:
 
 def test_context_is_truncated_before_the_response(capsys: pytest.CaptureFixture) -> None:
     runtime.setup("cpu", "fp32")
-    context, response = "".join(f"Ada met Leo {i} times. " for i in range(20)), "\nThey met often."
-    for T in (60, 61, 200):
-        (example,) = sft.make_examples([chat.Row("Who?", context, response)], T, BYTES, "rows")
-        prompt, target = bytes(example.ids[: example.n_prompt].tolist()), example.ids[example.n_prompt :].tolist()
-        n_kept = T - len(chat.prompt_text("Who?", "c") + response) + 1
-        assert prompt.decode() == chat.prompt_text("Who?", context[:n_kept])
-        assert target == [*response.encode(), BYTES.eot_token] and example.n_inputs == T
+    context, response = "Ada met Leo. " * 20, "\nThey met often."
+    (example,) = sft.make_examples([chat.Row("Who?", context, response)], 60, BYTES, "rows")
+    text = chat.prompt_text("Who?", context[: 60 - len(chat.prompt_text("Who?", "c") + response) + 1]) + response
+    assert example.ids.tolist() == [*text.encode(), BYTES.eot_token] and example.n_inputs == 60
     assert not capsys.readouterr().out
     rows = [chat.Row("Who?", context, response * 9), chat.Row("x" * 61, "", "the prompt is too long")]
     (example,) = sft.make_examples(rows, 60, BYTES, "rows")
@@ -168,9 +168,3 @@ def test_context_is_truncated_before_the_response(capsys: pytest.CaptureFixture)
     assert bytes(example.ids.tolist()) == (prompt + response.encode() * 9)[:61] and example.n_prompt == len(prompt)
     printed = capsys.readouterr().out
     assert "rows: 1 rows with a response truncated to fit into 60" in printed and "rows: 1 rows dropped" in printed
-
-
-def test_unusual_prompts_are_answered(cfg: Config) -> None:
-    prompts = ("", "日本\n<|endoftext|>", "longer than the 96 tokens of the model " * 5)
-    folder = tune(cfg, max_steps=1, prompts=prompts, n_eval_prompts=99)
-    assert len(re.findall(r"^#   > ", notes(folder), re.M)) == 2 * 3
