@@ -44,8 +44,7 @@ class Config:
     stop: tuple[str, ...] = ()  # a sample ends before the first of these texts
     seed: config.Seed = 1337  # sample i uses seed + i
     device: str = "auto"  # auto selects CUDA, else MPS, else the CPU
-    # auto selects bf16 where it is faster; int8: fp32 with int8 weights, for one sample or a chat on a CPU
-    precision: Literal["auto", "bf16", "fp32", "int8"] = "auto"
+    precision: Literal["auto", "bf16", "fp32", "int8"] = "auto"  # auto: bf16 if faster; int8: weights, fast on a CPU
     compile: bool = False  # compile the decode step, on CUDA: takes up to a minute
 
 
