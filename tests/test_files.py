@@ -67,18 +67,20 @@ def test_compressed_files_have_a_limit(suffix: str, tmp_path: Path, monkeypatch:
 
 
 def test_files_of_a_folder(tmp_path: Path) -> None:
+    (folder := tmp_path / "a[1]").mkdir()
     names = ["a.jsonl", "b/train-0.parquet", "b/test-0.parquet", "notes.txt", "info.json", "x.parquet.gz", "image.png"]
     for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("")
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
 
     def found(source: object, *split: str) -> list[list[str]]:
         both = files.find_files(str(source), (".parquet", ".jsonl", ".json", ".txt"), *split)
-        return [[path.relative_to(tmp_path).as_posix() for path in paths] for paths in both]
+        return [[path.relative_to(folder).as_posix() for path in paths] for paths in both]
 
     rest = ["info.json", "notes.txt"]
-    assert found(tmp_path) == [["a.jsonl", "b/train-0.parquet"], ["b/test-0.parquet", *rest]]
-    assert found(tmp_path, "test") == [["b/test-0.parquet"], ["a.jsonl", "b/train-0.parquet", *rest]]
-    assert found(tmp_path, "validation")[0] == ["a.jsonl", "b/test-0.parquet", "b/train-0.parquet"]  # none is of it
-    assert found(tmp_path / "*.txt") == [["notes.txt"], []]
-    assert found(tmp_path / "x.parquet.gz") == [[], []]
+    assert found(folder) == [["a.jsonl", "b/train-0.parquet"], ["b/test-0.parquet", *rest]]
+    assert found(folder, "test") == [["b/test-0.parquet"], ["a.jsonl", "b/train-0.parquet", *rest]]
+    assert found(folder, "validation")[0] == ["a.jsonl", "b/test-0.parquet", "b/train-0.parquet"]  # none is of it
+    assert found(f"{tmp_path}/a?1]/*.txt") == [["notes.txt"], []]
+    for name in ("b/test-0.parquet", "x.parquet.gz"):
+        assert found(folder / name) == [[name] if name[0] == "b" else [], []]
