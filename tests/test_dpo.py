@@ -77,13 +77,13 @@ def test_conversations(fields: dict, tmp_path: Path, printed: pytest.LogCaptureF
     assert "1 of 2 rows dropped: 1 with different prompts" in printed.text
 
 
-def test_responses_that_repeat_the_prompt(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
+def test_responses_that_repeat_the_prompt(tmp_path: Path, printed: pytest.LogCaptureFixture) -> None:
     rows = [dict(prompt=f"Say {i}", chosen=f"Say {i}\nIt is {i}.", rejected=f"Say {i} No.") for i in range(3)]
     expected = [(Row(f"Say {i}", "", f"It is {i}."), "No.") for i in range(3)]
     assert dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows)) == expected
     only_prompt = dict(prompt="Say", chosen="Say so.", rejected="Say")
     assert dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", [*rows, only_prompt])) == expected
-    assert "3 pairs remain" in log.messages[-1]
+    assert "3 pairs remain" in printed.messages[-1]
     rows[0]["rejected"] = "No."
     found = dpo.read_pairs(write_rows(tmp_path / "rows.jsonl", rows))
     assert found[1] == (Row("Say 1", "", "Say 1\nIt is 1."), "Say 1 No.")
