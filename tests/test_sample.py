@@ -112,7 +112,7 @@ def test_prompts(tmp_path: Path, capsys: Capture, calls: list) -> None:
     for prompt, ids in (("-", [*text.encode()]), ("", [EOT]), ("x" * 64, [120] * 64), ("x" * 65, [120] * 65)):
         out, err = run_main(capsys, configure(tmp_path, prompt=prompt), stdin=text)
         assert calls[-1][0] == ids and out == (text if prompt == "-" else prompt) + chr(64 + len(calls)) + "\n"
-        assert ("65 tokens" in err) == (len(ids) == 65)
+        assert (f"{len(ids)} tokens:" in err) == (len(ids) == 65)
 
 
 def test_control_characters_are_replaced(tmp_path: Path, capsys: Capture) -> None:
