@@ -280,9 +280,10 @@ def main(cfg: Config) -> None:
     batches = data.prefetch(read, run.step, cfg.max_steps)
     for step in run.steps(cfg.max_steps):
         if run.due(cfg.eval_every):
-            run.record(val=training.validate(run.model, val, cfg.val_tokens, run.B, rt))
-            runtime.print0(f"step {step}: validation loss {run.scores['val']:.4f}")
+            loss = training.validate(run.model, val, cfg.val_tokens, run.B, rt)
+            runtime.print0(f"step {step}: validation loss {loss:.4f}")
             print_samples(run)
+            run.record(val=loss)
         if questions and run.due(cfg.hellaswag_every or cfg.eval_every):
             run.record(hella=hellaswag.evaluate(run.full_model(), questions, rt).accuracy["per token"])
             runtime.print0(f"step {step}: HellaSwag acc_norm {run.scores['hella']:.4f} ({len(questions.label):,} rows)")

@@ -134,14 +134,14 @@ def score_answers(run: Run, rows: list[chat.Row]) -> dict[str, float]:
 
 
 def report(run: Run, scores: dict[str, float]) -> bool:
-    """Log and print an evaluation and answers to cfg.prompts. Returns whether the loss scores["val"] is the lowest."""
+    """Print and log an evaluation and answers to cfg.prompts. Returns whether "val" is the lowest after step 0."""
     best = run.step > 0 and scores["val"] < run.scores.get("best", math.inf)
-    run.record(**scores)
-    if best:
-        run.scores["best"] = scores["val"]
     text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
     runtime.print0(f"step {run.step}, held out: {text}{' (lowest val so far)' if best else ''}")
     rows = [chat.Row(prompt, "", "") for prompt in run.cfg.prompts]
     for row, each in zip(rows, answer(run, [(row, chat.encode_prompt(row, 0, run.tokenizer)) for row in rows])):
         runtime.print0(f"  > {row.instruction} -> {each.text}{'' if each.ended else ' …'}")
+    run.record(**scores)
+    if best:
+        run.scores["best"] = scores["val"]
     return best
