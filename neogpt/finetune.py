@@ -20,7 +20,7 @@ class FinetuneConfig:
     checkpoint: str = "out/sft"  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
     data: str = "databricks/databricks-dolly-15k"  # rows: a file, folder or pattern, or a dataset on the hub
     val_data: str = ""  # held-out rows, as in data; "": the fraction val_frac of data
-    val_frac: Annotated[float, "(0, 1)"] = 0.03  # fraction held out, selected by the seed; no prompt is in both parts
+    val_frac: Annotated[float, "(0, 1)"] = 0.03  # fraction of the prompts, with all their rows, selected by the seed
     T: config.PositiveInt | None = None  # longest sequence, tokens; None: the model's block_size
     B: config.PositiveInt = 8  # sequences or pairs per forward pass and device. Does not change the curve
     epochs: config.PositiveFloat = 1.0  # passes over the data
@@ -73,7 +73,7 @@ def open_run(
         if run.resumed:
             lora.load_lora(raw, run.resumed.adapters)
     T = cfg.T or raw.config.block_size
-    plan = dict(T=T * (1 + (stage == "dpo")), sharded=cfg.sharded, recompute=cfg.recompute)  # pairs of responses
+    plan = dict(T=T * (1 + (stage == "dpo")), sharded=cfg.sharded, recompute=cfg.recompute)  # a pair is two sequences
     plan |= dict(muon=False, compiled=compile and not dynamic)
     runtime.print0(training.check_memory(raw, cfg.B, rt, **plan))
     net = training.wrap(raw, rt, cfg.sharded, cfg.recompute, compile, dynamic)

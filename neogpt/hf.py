@@ -53,9 +53,9 @@ def load(name: str) -> model.GPT:
             tensor = tensor.t().contiguous() if key.endswith(CONV1D) else tensor
             prefix = "" if key.startswith(("transformer.", "lm_head.")) else "transformer."
             weights[prefix + key] = tensor.float()
-    for ours, other in (("lm_head.weight", "transformer.wte.weight"), ("transformer.wte.weight", "lm_head.weight")):
-        if other in weights:  # tied: some files hold only one of them
-            weights.setdefault(ours, weights[other])
+    for key, tied in (("lm_head.weight", "transformer.wte.weight"), ("transformer.wte.weight", "lm_head.weight")):
+        if tied in weights:  # some files hold only one of them
+            weights.setdefault(key, weights[tied])
     if "lm_head.weight" in weights and not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         raise ValueError(f"{name} has a head (lm_head) that differs from its embedding (wte): they must be tied")
     return model.GPT.from_weights(config, weights)
