@@ -248,8 +248,7 @@ def main(cfg: Config) -> None:
     splits = data.open_data(cfg.data, tokenizer, check=rt.rank == 0)
     train, val = (data.Windows(shards, cfg.T, tokenizer.n_vocab) for shards in splits)
     run = Run(cfg, "pretraining", tokenizer, rt, cfg.branch_from)
-    rt = run.rt
-    raw = build_model(run)
+    rt, raw = run.rt, build_model(run)
     settings = dict(weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, momentum=cfg.momentum)
     net = training.wrap(raw, rt, cfg.sharded, cfg.recompute, compiled)
     run.attach(raw, net, optim.make_optimizers(raw, optimizer=cfg.optimizer, **settings))
