@@ -248,8 +248,7 @@ def main(cfg: Config) -> None:
     splits = data.open_data(cfg.data, tokenizer, check=rt.rank == 0)
     train, val = (data.Windows(shards, cfg.T, tokenizer.n_vocab) for shards in splits)
     run = Run(cfg, "pretraining", tokenizer, rt, cfg.branch_from)
-    rt = run.rt
-    raw = build_model(run)
+    rt, raw = run.rt, build_model(run)
     settings = dict(weight_decay=cfg.weight_decay, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, momentum=cfg.momentum)
     net = training.wrap(raw, rt, cfg.sharded, cfg.recompute, compiled)
     run.attach(raw, net, optim.make_optimizers(raw, optimizer=cfg.optimizer, **settings))
@@ -280,9 +279,10 @@ def main(cfg: Config) -> None:
     batches = data.prefetch(read, run.step, cfg.max_steps)
     for step in run.steps(cfg.max_steps):
         if run.due(cfg.eval_every):
-            run.record(val=training.validate(run.model, val, cfg.val_tokens, run.B, rt))
-            runtime.print0(f"step {step}: validation loss {run.scores['val']:.4f}")
+            loss = training.validate(run.model, val, cfg.val_tokens, run.B, rt)
+            runtime.print0(f"step {step}: validation loss {loss:.4f}")
             print_samples(run)
+            run.record(val=loss)
         if questions and run.due(cfg.hellaswag_every or cfg.eval_every):
             run.record(hella=hellaswag.evaluate(run.full_model(), questions, rt).accuracy["per token"])
             runtime.print0(f"step {step}: HellaSwag acc_norm {run.scores['hella']:.4f} ({len(questions.label):,} rows)")

@@ -84,7 +84,7 @@ def read_file(path: Path) -> list[dict[str, Any]]:
 def parse_rows(source: str, kinds: Sequence[tuple[str, ...]], parse: Callable[[dict[str, Any]], Any]) -> list[Any]:
     """Call `parse` on each row, with its fields renamed to the keys of ALIASES; rows for which it raises ValueError are
     dropped and counted. kinds: alternative sets of keys. The first set whose fields all occur in the rows is used, with
-    the context if the set has a prompt. Raises ValueError if there is none.
+    the context if the set has a prompt. Raises ValueError if there is no such set or no usable row.
     """
     rows, parsed, dropped = load_rows(source), [], Counter()
     known = {name for row in rows for name, value in row.items() if value is not None}
@@ -239,7 +239,7 @@ def make_example(prompt: list[int], response: str, T: int, tokenizer: tiktoken.E
 
 
 def pack(examples: Sequence[Example], T: int) -> list[list[Example]]:
-    """Examples -> bins of at most T input tokens (first-fit decreasing). Longer ones have their own bin (T=0: all)."""
+    """Examples -> bins of at most T input tokens (first-fit decreasing). Longer ones are alone; with T=0 all are."""
     bins = [[] for _ in examples]
     for example in sorted(examples, key=lambda e: -len(e.ids)):
         next(b for b in bins if not b or sum(e.n_inputs for e in [*b, example]) <= T).append(example)

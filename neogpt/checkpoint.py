@@ -34,7 +34,7 @@ class Checkpoint:
     n_sequences: int = 0  # position in the data: sequences (pretraining), rows (sft), pairs (dpo), prompts (grpo) seen
     n_tokens: int = 0  # tokens seen, without padding
     seconds: float = 0.0  # wall-clock time
-    scores: dict[str, Any] = field(default_factory=dict)  # the latest evaluation
+    scores: dict[str, Any] = field(default_factory=dict)  # the latest values; best: the lowest val
     B: int = 0  # micro-batch size; the same B gives the same bits
     world_size: int = 1
     pruned: dict[str, Any] = field(default_factory=dict)  # constants of prune.py, if it wrote the file
@@ -79,7 +79,7 @@ def save_in_background(
         if not isinstance(value, Tensor):
             return value
         sharded = runtime.is_sharded(value)
-        key = id(value) if sharded else value.data_ptr()
+        key = id(value) if sharded else value.data_ptr()  # tied parameters of state_dict(keep_vars=True) are one object
         if key not in copies:
             whole = value.full_tensor() if sharded else value
             host = torch.empty(whole.shape, dtype=whole.dtype, pin_memory=whole.is_cuda) if pool else None
@@ -98,7 +98,7 @@ def require_space(folder: Path, n_bytes: int, keep_last: int, n_bytes_best: int 
     """Raise OSError unless keep_last + 1 checkpoints of n_bytes and best.pt fit on the disk instead of the old ones."""
     paths = [*list_checkpoints(folder)[:keep_last], *folder.glob("best.pt")]
     n_new = (keep_last + 1) * n_bytes + n_bytes_best - sum(path.stat().st_size for path in paths)
-    files.require_space(folder, n_new, f"--keep_last={keep_last} checkpoints, plus one being written,")
+    files.require_space(folder, n_new, f"writing one more than --keep_last={keep_last} checkpoints")
 
 
 def list_checkpoints(folder: str | Path) -> list[Path]:

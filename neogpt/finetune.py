@@ -20,7 +20,7 @@ class FinetuneConfig:
     checkpoint: str = "out/sft"  # the model to start from: an out_dir, a file, a Hugging Face folder or hub name
     data: str = "databricks/databricks-dolly-15k"  # rows: a file, folder or pattern, or a dataset on the hub
     val_data: str = ""  # held-out rows, as in data; "": the fraction val_frac of data
-    val_frac: Annotated[float, "(0, 1)"] = 0.03  # fraction held out, selected by the seed; no prompt is in both parts
+    val_frac: Annotated[float, "(0, 1)"] = 0.03  # fraction of the prompts, with all their rows, selected by the seed
     T: config.PositiveInt | None = None  # longest sequence, tokens; None: the model's block_size
     B: config.PositiveInt = 8  # sequences or pairs per forward pass and device. Does not change the curve
     epochs: config.PositiveFloat = 1.0  # passes over the data
@@ -73,7 +73,7 @@ def open_run(
         if run.resumed:
             lora.load_lora(raw, run.resumed.adapters)
     T = cfg.T or raw.config.block_size
-    plan = dict(T=T * (1 + (stage == "dpo")), sharded=cfg.sharded, recompute=cfg.recompute)  # pairs of responses
+    plan = dict(T=T * (1 + (stage == "dpo")), sharded=cfg.sharded, recompute=cfg.recompute)  # a pair is two sequences
     plan |= dict(muon=False, compiled=compile and not dynamic)
     runtime.print0(training.check_memory(raw, cfg.B, rt, **plan))
     net = training.wrap(raw, rt, cfg.sharded, cfg.recompute, compile, dynamic)
@@ -134,14 +134,14 @@ def score_answers(run: Run, rows: list[chat.Row]) -> dict[str, float]:
 
 
 def report(run: Run, scores: dict[str, float]) -> bool:
-    """Log and print an evaluation and answers to cfg.prompts. Returns whether the loss scores["val"] is the lowest."""
+    """Print and log an evaluation and answers to cfg.prompts. Returns whether "val" is the lowest after step 0."""
     best = run.step > 0 and scores["val"] < run.scores.get("best", math.inf)
-    run.record(**scores)
-    if best:
-        run.scores["best"] = scores["val"]
     text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
     runtime.print0(f"step {run.step}, held out: {text}{' (lowest val so far)' if best else ''}")
     rows = [chat.Row(prompt, "", "") for prompt in run.cfg.prompts]
     for row, each in zip(rows, answer(run, [(row, chat.encode_prompt(row, 0, run.tokenizer)) for row in rows])):
         runtime.print0(f"  > {row.instruction} -> {each.text}{'' if each.ended else ' …'}")
+    run.record(**scores)
+    if best:
+        run.scores["best"] = scores["val"]
     return best

@@ -39,7 +39,7 @@ def read_config(name: str) -> model.GPTConfig:
         if hf.get(key, values[0]) not in values:
             raise ValueError(f"{name} has {key}={hf[key]!r} in config.json: supported are {values}")
     shape = dict(n_layer=hf["n_layer"], n_head=hf["n_head"], n_embd=hf["n_embd"], block_size=hf["n_positions"])
-    rows = hf["vocab_size"]  # people add rows to GPT-2's 50,257: they are kept, and never sampled
+    rows = hf["vocab_size"]  # some models extend GPT-2's 50,257: the added rows are kept, and never sampled
     n_tokens = next((n for n in (50257, 257) if n <= rows <= 1.01 * n), rows)
     return model.GPTConfig(**shape, n_tokens=n_tokens, vocab_size=rows, gelu=gelu)
 
@@ -53,9 +53,9 @@ def load(name: str) -> model.GPT:
             tensor = tensor.t().contiguous() if key.endswith(CONV1D) else tensor
             prefix = "" if key.startswith(("transformer.", "lm_head.")) else "transformer."
             weights[prefix + key] = tensor.float()
-    for ours, other in (("lm_head.weight", "transformer.wte.weight"), ("transformer.wte.weight", "lm_head.weight")):
-        if other in weights:  # tied: some files hold only one of them
-            weights.setdefault(ours, weights[other])
+    for key, tied in (("lm_head.weight", "transformer.wte.weight"), ("transformer.wte.weight", "lm_head.weight")):
+        if tied in weights:  # some files hold only one of them
+            weights.setdefault(key, weights[tied])
     if "lm_head.weight" in weights and not torch.equal(weights["lm_head.weight"], weights["transformer.wte.weight"]):
         raise ValueError(f"{name} has a head (lm_head) that differs from its embedding (wte): they must be tied")
     return model.GPT.from_weights(config, weights)

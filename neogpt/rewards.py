@@ -17,7 +17,7 @@ class Answer(NamedTuple):
     reference: str  # the response in the data
     text: str  # the answer without end-of-text
     ids: list[int]  # its tokens, with end-of-text if it ended
-    ended: bool  # with end-of-text, before it was cut off
+    ended: bool  # by end-of-text; if not, it was cut off
 
 
 class Term(NamedTuple):
@@ -29,7 +29,7 @@ class Term(NamedTuple):
     code: str  # the content of a user's file
 
 
-Terms = dict[str, Term]  # by the text of the term without its weight
+Terms = dict[str, Term]  # by the text of the term without its weight, as log.txt names it
 
 
 def exact(answer: Answer) -> float:
@@ -43,7 +43,7 @@ def begins(answer: Answer) -> float:
 
 
 def ends(answer: Answer, n_tokens: float = math.inf) -> float:
-    """1 if the answer ended with end-of-text within n_tokens, else 0."""
+    """1 if the answer ended within n_tokens, end-of-text included, else 0."""
     return float(answer.ended and len(answer.ids) <= n_tokens)
 
 

@@ -77,7 +77,7 @@ class Run:
         self, cfg: Any, stage: str, tokenizer: tiktoken.Encoding, rt: runtime.Runtime, branch_from: str = ""
     ) -> None:
         """cfg: a Config with out_dir, keep_last, grad_clip, seed, precision and track. stage: as in Checkpoint. The run
-        continues the checkpoint branch_from if out_dir has none. A resumed run keeps its precision: use self.rt.
+        continues the checkpoint branch_from if out_dir has none. Use self.rt: with "auto" it keeps a run's precision.
         """
         self.cfg, self.stage, self.tokenizer, self.rt = cfg, stage, tokenizer, rt
         self.out_dir = files.make_folder(cfg.out_dir)
@@ -103,7 +103,7 @@ class Run:
         self.start_step, self.start_sequences, self.scores = start.step, start.n_sequences, start.scores
         self.step, self.n_sequences, self.n_tokens = start.step, start.n_sequences, start.n_tokens
         self.started = time.perf_counter() - start.seconds
-        self.B, self.base, self.flops_per_token = 0, "", 0  # set by the scripts: as in Checkpoint; for the MFU
+        self.B, self.base, self.flops_per_token = 0, "", 0  # set by the scripts; the last is for the MFU
         self.stopped, self.n_nonfinite, self.saved_step = False, 0, start.step
         self.stop_requested = lambda: False  # until the first step a signal ends the program at once
         self.pending = deque()  # steps whose losses are not read: (step, lr, n_tokens, function that reads them, end)
@@ -144,8 +144,8 @@ class Run:
             checkpoint.require_space(self.out_dir, n_bytes + 4 * optim.n_moments(optimizers), self.cfg.keep_last, best)
 
     def full_model(self) -> model.GPT:
-        """The model for evaluations: if it is sharded, a copy with all weights, which the next update frees. All ranks
-        must call it before one of them needs it.
+        """The model for evaluations: if it is sharded, a copy with all weights, which the next update frees. It is
+        gathered from all ranks, so all must call this method.
         """
         if not runtime.is_sharded(self.raw):
             return self.raw
@@ -162,7 +162,7 @@ class Run:
 
     def warm_up(self, batch: training.Batch, loss_fn: training.LossFn) -> None:
         """Run one backward pass, which compiles the model, and after which DDP rebuilds its buckets. New buckets change
-        the order of sums: without it the first step of a resumed run would differ in the last bits.
+        the order of sums: without this pass the first step of a resumed run would differ in the last bits.
         """
         if self.model is not self.raw:
             training.backward(self.model, batch.micro_batches[0], loss_fn, 1.0, self.rt)
@@ -244,11 +244,11 @@ class Run:
         """Log the results of an evaluation, with the tokens and seconds until now, and keep them in `scores`."""
         self.scores = self.scores | values
         self.log.scalars(self.step, **values, tokens=self.n_tokens, seconds=self.seconds)
-        self.clock = runtime.now(self.rt.device)  # the time of an evaluation is not part of a step
+        self.clock = runtime.now(self.rt.device)  # `record` ends an evaluation, whose time is not part of a step
 
     def save(self, best: bool = False) -> None:
         """Write a checkpoint in the background, and best.pt if `best`. After a nonfinite step only the best and the
-        last checkpoint are written, so a run that diverges keeps those from before.
+        last checkpoint are written, so a run that diverges keeps the older ones.
         """
         if not best and (self.step == self.saved_step or self.n_nonfinite and not self.last):
             return

@@ -1,5 +1,5 @@
-"""The values of a log.txt in TensorBoard, wandb or trackio. A process of its own reads the log, so a tracker that
-fails, hangs or is slow cannot harm the run. If the run is killed, the process still sends the rest of the log.
+"""The values of a log.txt in TensorBoard, wandb or trackio. A separate process reads the log, so a tracker that
+fails, hangs or is slow cannot harm the run. If the run is killed, that process still sends the rest of the log.
 """
 
 import importlib
@@ -19,13 +19,13 @@ from typing import Any
 
 from neogpt import config, files
 
-LINGER = 30  # seconds after the end of the run in which the rest of the log is sent
+LINGER = 30  # seconds that the process has to send the rest of the log after the end of the run
 VALUE = re.compile(rb"^(\d+) (\S+) (-?(?:\d[\d.e+-]*|inf|nan))$", re.M)  # step, name, value
 HEADER = re.compile(rb"^# code=", re.M)  # the run starts or is resumed
 
 
 def start(kind: str, folder: Path, step: int, constants: dict[str, Any]) -> subprocess.Popen | None:
-    """Start the process that sends what is written to folder/log.txt from now on, from `step` on; None for kind ""."""
+    """Start the process that sends what is appended to folder/log.txt. step: of `connect`. None for kind ""."""
     if not kind:
         return None
     args = kind, str(folder.resolve()), step, (folder / "log.txt").stat().st_size, constants

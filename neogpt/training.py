@@ -1,4 +1,4 @@
-"""The training step, the same for every stage and any number of ranks, and the validation loss."""
+"""The training step, the same for every stage and any number of ranks; the validation loss; the memory plan."""
 
 import math
 from collections.abc import Callable
@@ -72,8 +72,8 @@ def train_step(
         n = runtime.all_reduce_sum(torch.full((), n, dtype=torch.float64, device=rt.device), rt)
     sums = torch.zeros(1, device=rt.device)  # of the loss, then of each metric
     for i, batch in enumerate(micro_batches):
-        # gradients are reduced with the last micro-batch, because DDP stores all of them, or with every micro-batch if
-        # no rank could store all; DDP needs no_sync around the forward pass too
+        # DDP stores all gradients and reduces them with the last micro-batch; no_sync must also enclose the forward
+        # pass. FSDP2 cannot store them and reduces them with every micro-batch.
         accumulate = isinstance(net, DistributedDataParallel) and i < len(micro_batches) - 1
         with net.no_sync() if accumulate else nullcontext():
             # DDP and FSDP2 average; we want the sum
@@ -106,14 +106,14 @@ def train_step(
 def wrap(
     raw: model.GPT, rt: runtime.Runtime, sharded: bool, recompute: bool, compile: bool = False, dynamic: bool = False
 ) -> nn.Module:
-    """The model of the training step, on this rank's device: compiled, and wrapped by DDP if there are several ranks.
+    """The model of the training step, on this rank's device: compiled if `compile`, in DDP if there are several ranks.
     raw becomes a part of it; make optimizers afterwards. dynamic: allow changing shapes and graph breaks; without it,
     the compiled forward pass must be one graph. recompute: the backward pass computes the activations of each block
     again, instead of keeping them (arXiv:1604.06174).
 
     sharded: instead of DDP, each rank stores its part of the rows of every parameter (FSDP2, arXiv:2304.11277). A pass
-    gathers one block at a time, so all ranks must run equally many. In bf16 runs on CUDA blocks are gathered in bf16;
-    what is stored and summed is fp32. The embeddings and the final norm are gathered together.
+    gathers one block at a time, so all ranks must run equally many passes. In bf16 runs on CUDA blocks are gathered in
+    bf16; what is stored and summed is fp32. The embeddings and the final norm are gathered together.
     """
     sharded, options = sharded and rt.world_size > 1, dict(fullgraph=not dynamic, dynamic=dynamic)
     if compile:
@@ -160,7 +160,7 @@ def validate(net: nn.Module, val: data.Windows, n_tokens: int, B: int, rt: runti
     return runtime.all_reduce_sum(torch.stack(losses).cpu().double().sum(), rt).item() / (n * val.T)
 
 
-# measured on CPUs: holes in the heap / activations; bytes that libraries and their kernels take, by precision
+# measured on CPUs: holes in the heap per byte of activations; bytes of libraries and their kernels, by precision
 HOLES, LIBRARIES = 0.5, {"fp32": 5e7, "bf16": 8e7}
 
 

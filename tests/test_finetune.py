@@ -5,6 +5,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import harness
 import pytest
@@ -13,7 +14,7 @@ from harness import losses, notes, tiny_model, write_rows
 import dpo
 import grpo
 import sft
-from neogpt import checkpoint
+from neogpt import checkpoint, finetune
 
 MAINS = {sft.Config: sft.main, dpo.Config: dpo.main, grpo.Config: grpo.main}
 COMMON = dict(B=8, max_steps=12, max_lr=5e-3, val_frac=0.2, eval_every=4, save_every=3, n_eval_prompts=2)
@@ -197,3 +198,11 @@ def test_options_out_of_range_are_named(stage: str, cfg: Any) -> None:
     for changed in [{name: value} for name, value in BAD.items()] + BAD_OF_STAGE[stage]:
         name, value = next(iter(changed.items()))
         refused(cfg, f"--{name}={value}", **changed)
+
+
+def test_the_time_of_answers_is_not_part_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    order, run = [], Mock(step=1, scores={}, cfg=Mock(prompts=()))
+    run.record.side_effect = lambda **_: order.append("record")  # starts the clock of the next step
+    monkeypatch.setattr(finetune, "answer", lambda *_: order.append("answer") or [])
+    assert finetune.report(run, dict(val=1.0)) and run.scores == dict(best=1.0)
+    assert order == ["answer", "record"]
