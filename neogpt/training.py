@@ -72,8 +72,8 @@ def train_step(
         n = runtime.all_reduce_sum(torch.full((), n, dtype=torch.float64, device=rt.device), rt)
     sums = torch.zeros(1, device=rt.device)  # of the loss, then of each metric
     for i, batch in enumerate(micro_batches):
-        # gradients are reduced with the last micro-batch, because DDP stores all of them, or with every micro-batch if
-        # no rank could store all; DDP needs no_sync around the forward pass too
+        # DDP stores all gradients and reduces them with the last micro-batch; FSDP2, used where no rank could store
+        # all, reduces them with every micro-batch. DDP needs no_sync around the forward pass too
         accumulate = isinstance(net, DistributedDataParallel) and i < len(micro_batches) - 1
         with net.no_sync() if accumulate else nullcontext():
             # DDP and FSDP2 average; we want the sum
@@ -160,7 +160,7 @@ def validate(net: nn.Module, val: data.Windows, n_tokens: int, B: int, rt: runti
     return runtime.all_reduce_sum(torch.stack(losses).cpu().double().sum(), rt).item() / (n * val.T)
 
 
-# measured on CPUs: holes in the heap / activations; bytes that libraries and their kernels take, by precision
+# measured on CPUs: bytes of holes in the heap per byte of activations; bytes of libraries, by precision
 HOLES, LIBRARIES = 0.5, {"fp32": 5e7, "bf16": 8e7}
 
 
@@ -176,7 +176,7 @@ def plan_memory(
     n_block, n_head = sum(p.numel() for p in raw.transformer.h[0].parameters()), raw.lm_head.weight.numel()
     size = 2 if rt.precision == "bf16" else 4  # bytes of an activation
     mlp = 8 * c.n_embd if c.mlp == "dense" else (2 + 2 * c.mlp_modes) * (c.mlp_width or 4 * c.n_embd)
-    # of one block: the residual stream twice, fp32; the outputs of both norms and of attention, q, k, v; the MLP
+    # of one block: the residual stream twice, as fp32; the outputs of both norms and of attention, q, k, v; the MLP
     block = n_tokens * (8 * c.n_embd + size * (6 * c.n_embd + mlp))
     if c.attention == "manual" or size == 2 and on_cpu:
         n_keys = T if c.attention == "manual" else min(T, (T + model.CHUNK) / 2)  # per query
@@ -206,14 +206,14 @@ def check_memory(raw: model.GPT, B: int, rt: runtime.Runtime, **options: Any) ->
     """
     available, plan = runtime.device_memory(rt.device), plan_memory(raw, B, rt=rt, **options)
     text = " + ".join(f"{name} {n_bytes / 1e9:.2f}" for name, n_bytes in plan.items())
-    needed = f"{sum(plan.values()) / 1e9:.1f} GB of {available / 1e9:.1f} GB"
-    text = f"memory per device with B={B}: {text} = {needed}"
+    text = f"memory per device with B={B}: {text} = {sum(plan.values()) / 1e9:.1f} GB of {available / 1e9:.1f} GB"
     if sum(plan.values()) <= available:
         return text
-    changes = [dict(sharded=True), dict(recompute=True), *(dict(B=b) for b in range(B - 1, 0, -1) if B % b == 0)]
+    sharded = [dict(sharded=True)] * all(p.requires_grad for p in raw.parameters())  # adapters cannot be sharded
+    changes = [*sharded, dict(recompute=True), *(dict(B=b) for b in range(B - 1, 0, -1) if B % b == 0)]
     totals = [sum(plan_memory(raw, **dict(B=B, rt=rt) | options | change).values()) for change in changes]
     fits = [f"--{name}={x}" for change, n in zip(changes, totals) if n <= available for name, x in change.items()]
-    remedy = "more devices with --sharded --recompute, a smaller --T or a smaller model"
+    remedy = f"{'more devices with --sharded' if sharded else '--B=1'} --recompute, a smaller --T or a smaller model"
     text += f"; enough would be {' or '.join(fits[:3]) or remedy}"
     if plan["weights"] + plan["gradients"] + plan["moments"] > available:
         raise ValueError(f"too little memory: {text}")
