@@ -67,7 +67,7 @@ def make_examples(rows: list[chat.Row], T: int, tokenizer: tiktoken.Encoding, so
 
 def loss_fn(net: nn.Module, batch: dict) -> tuple[Tensor, dict]:
     """The cross-entropy of a micro-batch of `chat.collate`, summed over the target tokens (those with y >= 0)."""
-    return net(batch["x"], batch["y"], reduction="sum", pos=batch.get("pos"), mask=batch.get("mask")), {}
+    return chat.loss(net, batch, "sum"), {}
 
 
 @torch.no_grad()
