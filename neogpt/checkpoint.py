@@ -34,7 +34,7 @@ class Checkpoint:
     n_sequences: int = 0  # position in the data: sequences (pretraining), rows (sft), pairs (dpo), prompts (grpo) seen
     n_tokens: int = 0  # tokens seen, without padding
     seconds: float = 0.0  # wall-clock time
-    scores: dict[str, Any] = field(default_factory=dict)  # the latest evaluation
+    scores: dict[str, Any] = field(default_factory=dict)  # the latest evaluation; best: the lowest val so far
     B: int = 0  # micro-batch size; the same B gives the same bits
     world_size: int = 1
     pruned: dict[str, Any] = field(default_factory=dict)  # constants of prune.py, if it wrote the file

@@ -105,7 +105,7 @@ def read_manifest(folder: str | Path) -> dict | None:
         # a name is not a path: shards are read from this folder only
         valid = valid and all(Path(entry["file"]).name == entry["file"] for entry in manifest["shards"])
         valid = valid and (manifest["complete"] or manifest["next"]["file"] < len(manifest["source"]["files"]))
-        if valid and len(manifest["shards"]) >= manifest["complete"]:
+        if valid and (manifest["shards"] or not manifest["complete"]):
             return manifest
     raise ValueError(f"cannot use {path}: it is damaged; restore it, or remove it to use the shards unchecked")
 
@@ -139,9 +139,9 @@ def scan_shard(shard: Shard) -> tuple[int, int]:
 
 
 def open_folder(folder: Path, tokenizer: tiktoken.Encoding, check: bool) -> Splits:
-    """The (training, validation) shards of a folder, sorted by name. Raises ValueError if a shard is missing. check:
-    also if a shard differs from the manifest, or has an id outside the tokenizer's vocabulary. `checked.json` stores
-    the sizes and modification times of a successful check; until they change, nothing is read.
+    """The (training, validation) shards of a folder, sorted by name. Raises ValueError if a shard is missing or the
+    tokenizer is another. check: also if a shard differs from the manifest, or has an id outside the vocabulary.
+    `checked.json` stores sizes and modification times of a successful check; until they change, no shard is read again.
     """
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".bin"))
     words = "train(ing)?", "val(id|idation)?"  # not within a word: medieval_train_000001.npy is no validation shard
@@ -228,7 +228,7 @@ def open_data(source: str, tokenizer: tiktoken.Encoding, check: bool = True) -> 
 
 
 class Windows:
-    """Shards cut into windows of T + 1 tokens: window w of a shard has its tokens wT … wT + T, below n_tokens each."""
+    """Shards cut into windows of T + 1 tokens: window w of a shard has its tokens wT … wT + T, ids below n_tokens."""
 
     def __init__(self, shards: list[Shard], T: int, n_tokens: int = 2**16) -> None:
         self.shards, self.T, self.n_tokens = shards, T, n_tokens

@@ -48,7 +48,7 @@ def open_run(
     cfg: Any, stage: str, stages: tuple[str, ...], rt: runtime.Runtime, compile: bool = False, dynamic: bool = False
 ) -> tuple[Run, runtime.Runtime, int]:
     """A run that starts from the model `cfg.checkpoint`, its Runtime, and the sequence length T. stages: as in
-    `load_model`; compile, dynamic: as in `training.wrap`. Raises ValueError if the run in out_dir started otherwise.
+    `load_model`; compile, dynamic: as in `training.wrap`. Raises ValueError if the run in out_dir has another start.
     """
     if cfg.sharded and cfg.lora_rank:
         raise ValueError(f"--sharded with --lora_rank={cfg.lora_rank}: adapters cannot be sharded, use --lora_rank=0")
@@ -134,7 +134,7 @@ def score_answers(run: Run, rows: list[chat.Row]) -> dict[str, float]:
 
 
 def report(run: Run, scores: dict[str, float]) -> bool:
-    """Log and print an evaluation and answers to cfg.prompts. Returns whether the loss scores["val"] is the lowest."""
+    """Log and print an evaluation and answers to cfg.prompts. Returns whether its val is the lowest after step 0."""
     best = run.step > 0 and scores["val"] < run.scores.get("best", math.inf)
     run.record(**scores)
     if best:

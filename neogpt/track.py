@@ -25,7 +25,7 @@ HEADER = re.compile(rb"^# code=", re.M)  # the run starts or is resumed
 
 
 def start(kind: str, folder: Path, step: int, constants: dict[str, Any]) -> subprocess.Popen | None:
-    """Start the process that sends what is written to folder/log.txt from now on, from `step` on; None for kind ""."""
+    """Start a process to send what is written to folder/log.txt from now on; None for kind "". step: for `connect`."""
     if not kind:
         return None
     args = kind, str(folder.resolve()), step, (folder / "log.txt").stat().st_size, constants
