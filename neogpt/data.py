@@ -195,8 +195,8 @@ def read_text(path: Path, tokenizer: tiktoken.Encoding) -> Splits:
 
 
 def find_folders(source: str) -> list[Path]:
-    """The folders that `source` names, sorted by name: one path, or patterns separated by commas. Raises OSError for a
-    pattern without folders, and ValueError if a part that `fineweb.py --part` writes is missing or there twice.
+    """The folders of `source` (one path, or patterns separated by commas), sorted by name. Raises OSError for a pattern
+    without folders, and ValueError if a part that `fineweb.py --part` writes is missing or there twice.
     """
     folders = set()
     for pattern in [glob.escape(source)] if os.path.exists(source) else source.split(","):

@@ -109,7 +109,7 @@ def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     return F.softmax(scores, dim=-1) @ v  # (B, nh, T, hs)
 
 
-CHUNK = 256  # queries at a time, whose scores stay in a CPU's cache
+QUERY_CHUNK = 256  # queries at a time: their scores stay in a CPU cache
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -122,10 +122,10 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
     k, v, parts = k.to(q.dtype), v.to(q.dtype), []
-    if T <= CHUNK:  # without the loop below, which torch.compile would unroll for every T
+    if T <= QUERY_CHUNK:  # without the loop below, which torch.compile would unroll for every T
         return manual_attention(q, k, v, mask)
-    for end in range(CHUNK, T + CHUNK, CHUNK):
-        rows, n_keys = slice(end - CHUNK, end), S - T + end if mask is None else S  # later keys are hidden
+    for end in range(QUERY_CHUNK, T + QUERY_CHUNK, QUERY_CHUNK):
+        rows, n_keys = slice(end - QUERY_CHUNK, end), S - T + end if mask is None else S  # later keys are hidden
         part = mask if mask is None or mask.size(-2) == 1 else mask[..., rows, :]
         parts.append(manual_attention(q[..., rows, :], k[..., :n_keys, :], v[..., :n_keys, :], part))
     return torch.cat(parts, dim=-2)

@@ -179,7 +179,7 @@ def plan_memory(
     # of one block: the residual stream twice, as fp32; the outputs of both norms and of attention, q, k, v; the MLP
     block = n_tokens * (8 * c.n_embd + size * (6 * c.n_embd + mlp))
     if c.attention == "manual" or size == 2 and on_cpu:
-        n_keys = T if c.attention == "manual" else min(T, (T + model.CHUNK) / 2)  # per query
+        n_keys = T if c.attention == "manual" else min(T, (T + model.QUERY_CHUNK) / 2)  # per query
         block += n_tokens * n_keys * c.n_head * (size if on_cpu else size + 4)  # autocast on CUDA: an fp32 softmax
     blocks = c.n_layer * n_tokens * 4 * c.n_embd + block if recompute else c.n_layer * block
     # the log-softmax and two gradients of it, fp32; a compiled graph keeps the logits and overwrites them
