@@ -1,4 +1,4 @@
-"""The training step, the same for every stage and any number of ranks, and the validation loss."""
+"""The training step, the same for every stage and any number of ranks, the validation loss, and the memory plan."""
 
 import math
 from collections.abc import Callable
