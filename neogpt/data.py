@@ -105,7 +105,7 @@ def read_manifest(folder: str | Path) -> dict | None:
         # a name is not a path: shards are read from this folder only
         valid = valid and all(Path(entry["file"]).name == entry["file"] for entry in manifest["shards"])
         valid = valid and (manifest["complete"] or manifest["next"]["file"] < len(manifest["source"]["files"]))
-        if valid and len(manifest["shards"]) >= manifest["complete"]:
+        if valid and (manifest["shards"] or not manifest["complete"]):
             return manifest
     raise ValueError(f"cannot use {path}: it is damaged; restore it, or remove it to use the shards unchecked")
 
@@ -139,14 +139,14 @@ def scan_shard(shard: Shard) -> tuple[int, int]:
 
 
 def open_folder(folder: Path, tokenizer: tiktoken.Encoding, check: bool) -> Splits:
-    """The (training, validation) shards of a folder, sorted by name. Raises ValueError if a shard is missing. check:
-    also if a shard differs from the manifest, or has an id outside the tokenizer's vocabulary. `checked.json` stores
-    the sizes and modification times of a successful check; until they change, nothing is read.
+    """The (training, validation) shards of a folder, sorted by name. Raises ValueError if a shard is missing or the
+    tokenizer is another. check: also if a shard differs from the manifest, or has an id outside the vocabulary.
+    `checked.json` stores sizes and modification times of a successful check; until they change, no shard is read again.
     """
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".bin"))
     words = "train(ing)?", "val(id|idation)?"  # not within a word: medieval_train_000001.npy is no validation shard
     train, val = ([open_shard(p) for p in paths if re.search(f"(?<![a-z]){w}(?![a-z])", p.name)] for w in words)
-    shards, n_tokens, cache = {shard.path.name: shard for shard in train + val}, tokenizer.n_vocab, folder / CHECKED
+    shards, n_vocab, cache = {shard.path.name: shard for shard in train + val}, tokenizer.n_vocab, folder / CHECKED
     manifest = read_manifest(folder) or {"complete": True, "shards": [], "tokenizer": tokenizer.name}
     if manifest["tokenizer"] != tokenizer.name:
         raise ValueError(f"{folder} was written with --tokenizer={manifest['tokenizer']}, not {tokenizer.name}")
@@ -156,14 +156,14 @@ def open_folder(folder: Path, tokenizer: tiktoken.Encoding, check: bool) -> Spli
     if missing := listed.keys() - shards.keys():
         raise ValueError(f"{folder / min(missing)} is missing: restore it, or run fineweb.py into a new folder")
     stats = {name: shard.path.stat() for name, shard in shards.items()}
-    state = [n_tokens, manifest, {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}]
+    state = [n_vocab, manifest, {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}]
     with contextlib.suppress(OSError, ValueError):
         check = check and json.loads(cache.read_text()) != state
     with ThreadPoolExecutor(8) as pool:  # reading, crc32 and max release the GIL
         results = pool.map(scan_shard, shards.values() if check else [])
     for shard, (crc, largest) in zip(shards.values(), results):
-        if largest >= n_tokens:
-            raise ValueError(f"{shard.path} holds the id {largest}, but the tokenizer has {n_tokens} ids")
+        if largest >= n_vocab:
+            raise ValueError(f"{shard.path} holds the id {largest}, but the tokenizer has {n_vocab} ids")
         if listed and listed.get(shard.path.name) != (shard.n_tokens, crc):
             raise ValueError(f"{shard.path} differs from {MANIFEST}: restore it, or run fineweb.py into a new folder")
     if check:
@@ -195,8 +195,8 @@ def read_text(path: Path, tokenizer: tiktoken.Encoding) -> Splits:
 
 
 def find_folders(source: str) -> list[Path]:
-    """The folders that `source` names, sorted by name: one path, or patterns separated by commas. Raises OSError for a
-    pattern without folders, and ValueError if a part that `fineweb.py --part` writes is missing or there twice.
+    """The folders of `source` (one path, or patterns separated by commas), sorted by name. Raises OSError for a pattern
+    without folders, and ValueError if a part that `fineweb.py --part` writes is missing or there twice.
     """
     folders = set()
     for pattern in [glob.escape(source)] if os.path.exists(source) else source.split(","):
@@ -228,10 +228,10 @@ def open_data(source: str, tokenizer: tiktoken.Encoding, check: bool = True) -> 
 
 
 class Windows:
-    """Shards cut into windows of T + 1 tokens: window w of a shard has its tokens wT … wT + T, below n_tokens each."""
+    """Shards cut into windows of T + 1 tokens: window w of a shard has its tokens wT … wT + T, ids below n_vocab."""
 
-    def __init__(self, shards: list[Shard], T: int, n_tokens: int = 2**16) -> None:
-        self.shards, self.T, self.n_tokens = shards, T, n_tokens
+    def __init__(self, shards: list[Shard], T: int, n_vocab: int = 2**16) -> None:
+        self.shards, self.T, self.n_vocab = shards, T, n_vocab
         self.starts = np.cumsum([0, *(max(0, shard.n_tokens - 1) // T for shard in shards)])  # first windows of shards
         if not len(self):
             longest = max(shards, key=lambda shard: shard.n_tokens)
@@ -251,7 +251,7 @@ class Windows:
                 continue
             with open(shard.path, "rb", buffering=0) as file:  # not mapped: mapped pages count as memory of the process
                 file.seek(shard.offset + 2 * start)
-                if file.readinto(row.data) != row.nbytes or row.max() >= self.n_tokens:
+                if file.readinto(row.data) != row.nbytes or row.max() >= self.n_vocab:
                     raise OSError(f"{shard.path} was truncated or damaged during the run: restore it and start again")
         return out.astype(np.int64)
 

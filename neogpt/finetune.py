@@ -48,7 +48,7 @@ def open_run(
     cfg: Any, stage: str, stages: tuple[str, ...], rt: runtime.Runtime, compile: bool = False, dynamic: bool = False
 ) -> tuple[Run, runtime.Runtime, int]:
     """A run that starts from the model `cfg.checkpoint`, its Runtime, and the sequence length T. stages: as in
-    `load_model`; compile, dynamic: as in `training.wrap`. Raises ValueError if the run in out_dir started otherwise.
+    `load_model`; compile, dynamic: as in `training.wrap`. Raises ValueError if the run in out_dir has another start.
     """
     if cfg.sharded and cfg.lora_rank:
         raise ValueError(f"--sharded with --lora_rank={cfg.lora_rank}: adapters cannot be sharded, use --lora_rank=0")

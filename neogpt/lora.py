@@ -102,11 +102,11 @@ def read_adapter_config(folder: Path) -> tuple[str, int, float]:
 def apply_adapter(raw: model.GPT, folder: Path) -> model.GPT:
     """The model with an adapter in PEFT's format merged into its weights. Raises ValueError if it does not fit them."""
     base, r, alpha = read_adapter_config(folder)
-    trained_on = None  # unknown for an adapter of PEFT
-    if (folder / "adapter_model.bin").is_file():
-        weights = torch.load(folder / "adapter_model.bin", "cpu", weights_only=True)
+    path, trained_on = folder / "adapter_model.safetensors", None  # None: unknown for an adapter of PEFT
+    if not path.is_file() and path.with_suffix(".bin").is_file():  # PEFT prefers safetensors too
+        weights = torch.load(path.with_suffix(".bin"), "cpu", weights_only=True)
     else:
-        with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        with safetensors.safe_open(path, "pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
             trained_on = (file.metadata() or {}).get("base")
     if trained_on and trained_on != fingerprint(raw.state_dict()):

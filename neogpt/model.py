@@ -86,7 +86,7 @@ def is_matrix(p: Tensor) -> bool:
 
 
 def weight_matrices(module: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers of a GPT (without its head) or of a block whose weight is a matrix, by name."""
+    """The linear layers whose weight is a matrix, of a GPT (without its head) or of a block, by name."""
     linears = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"}
     return {name: m for name, m in linears.items() if is_matrix(m.weight)}
 
@@ -109,7 +109,7 @@ def manual_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     return F.softmax(scores, dim=-1) @ v  # (B, nh, T, hs)
 
 
-CHUNK = 256  # queries at a time, whose scores stay in a CPU's cache
+QUERY_CHUNK = 256  # queries at a time: their scores stay in a CPU cache
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -122,10 +122,10 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask)
     k, v, parts = k.to(q.dtype), v.to(q.dtype), []
-    if T <= CHUNK:  # no loop, which torch.compile would unroll for every T
+    if T <= QUERY_CHUNK:  # without the loop below, which torch.compile would unroll for every T
         return manual_attention(q, k, v, mask)
-    for end in range(CHUNK, T + CHUNK, CHUNK):
-        rows, n_keys = slice(end - CHUNK, end), S - T + end if mask is None else S  # later keys are hidden
+    for end in range(QUERY_CHUNK, T + QUERY_CHUNK, QUERY_CHUNK):
+        rows, n_keys = slice(end - QUERY_CHUNK, end), S - T + end if mask is None else S  # later keys are hidden
         part = mask if mask is None or mask.size(-2) == 1 else mask[..., rows, :]
         parts.append(manual_attention(q[..., rows, :], k[..., :n_keys, :], v[..., :n_keys, :], part))
     return torch.cat(parts, dim=-2)
@@ -250,7 +250,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def head(self, x: Tensor) -> Tensor:
-        """Normalized hidden states (…, C) -> logits (…, V), under autocast too in fp32 if the vocabulary is small."""
+        """Normalized hidden states (…, C) -> logits (…, V); for a small vocabulary in fp32 even under autocast."""
         if self.config.vocab_size > SMALL_VOCAB:
             return self.lm_head(x)
         with torch.autocast(x.device.type, enabled=False):

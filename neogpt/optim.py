@@ -1,4 +1,4 @@
-"""Learning rate schedules, Muon, the optimizers of a model and their parameters, and masks of pruned weights."""
+"""Learning rate schedules, Muon, the optimizers of a model and their moments, and masks of pruned weights."""
 
 import math
 from collections.abc import Callable
@@ -100,9 +100,9 @@ def orthogonalize_on_ranks(matrices: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonalize_shards(shards: list[Tensor], matrices: list[Tensor]) -> list[Tensor]:
-    """`orthogonalize` for sharded matrices. shards: this rank's rows of each. matrices: parameters of their shapes. For
+    """`orthogonalize` for sharded matrices. shards: this rank's rows of each. matrices: the parameters, for shapes. For
     each shape the ranks exchange rows for whole matrices and back, so a rank sends and receives each of its values
-    twice, stores 1 / ranks of the matrices, and nothing is computed twice if their number is a multiple of the ranks.
+    twice. Each matrix is computed once; ranks have equal work if the number of ranks divides that of the matrices.
     """
     from torch.distributed.tensor import DTensor, Shard
 

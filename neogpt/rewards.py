@@ -89,7 +89,7 @@ def load(source: str) -> tuple[Callable, str]:
 
 def parse(text: str) -> Terms:
     """The terms of a sum. A term is a name of REWARDS or FILE.py:FUNCTION, perhaps with a number or a text in double
-    quotes as its argument, and perhaps times a number. No code is evaluated. Raises ValueError.
+    quotes as its argument, and perhaps times a number. FILE.py is executed, the text itself is not. Raises ValueError.
     """
     terms, rest = {}, text if text.lstrip().startswith(("+", "-")) else f"+{text}"
     while rest:

@@ -24,7 +24,7 @@ from neogpt import model
 
 logger = logging.getLogger("neogpt")
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # a run saves and stops
-SAME_STOP = 5.0  # seconds; signals this soon after the first do not kill: torchrun and Slurm both send SIGTERM
+SAME_STOP = 5.0  # seconds; a second signal this soon kills only if it is Ctrl-C: torchrun and Slurm both send SIGTERM
 
 
 class Runtime(NamedTuple):
@@ -71,8 +71,8 @@ def setup(
     has_mps = torch.backends.mps.is_available()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    kind, _, index = device.partition(":")
-    if kind not in ("cuda", "mps", "cpu") or index and not index.isdecimal() or (kind == "mps" and not has_mps):
+    kind, colon, index = device.partition(":")
+    if kind not in ("cuda", "mps", "cpu") or colon and not index.isdecimal() or (kind == "mps" and not has_mps):
         raise ValueError(f"--device={device} is not available: expected auto, cuda, mps or cpu")
     if kind == "mps" and world_size > 1:
         raise ValueError(f"--device={device} with {world_size} processes: use --device=cpu, or one process")
@@ -262,7 +262,7 @@ def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Eve
     """Seconds from one `now` to another. Waits for the second."""
     if isinstance(end, float):
         return end - start
-    end.synchronize()  # it is recorded just after the copy of the losses that was waited for
+    end.synchronize()  # short: the losses, whose copy was queued just before `end`, have been read
     return start.elapsed_time(end) / 1e3
 
 

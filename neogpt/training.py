@@ -176,10 +176,10 @@ def plan_memory(
     n_block, n_head = sum(p.numel() for p in raw.transformer.h[0].parameters()), raw.lm_head.weight.numel()
     size = 2 if rt.precision == "bf16" else 4  # bytes of an activation
     mlp = 8 * c.n_embd if c.mlp == "dense" else (2 + 2 * c.mlp_modes) * (c.mlp_width or 4 * c.n_embd)
-    # of one block: the residual stream twice, fp32; the outputs of both norms and of attention, q, k, v; the MLP
+    # of one block: the residual stream twice, as fp32; the outputs of both norms and of attention, q, k, v; the MLP
     block = n_tokens * (8 * c.n_embd + size * (6 * c.n_embd + mlp))
     if c.attention == "manual" or size == 2 and on_cpu:
-        n_keys = T if c.attention == "manual" else min(T, (T + model.CHUNK) / 2)  # per query
+        n_keys = T if c.attention == "manual" else min(T, (T + model.QUERY_CHUNK) / 2)  # per query
         block += n_tokens * n_keys * c.n_head * (size if on_cpu else size + 4)  # autocast on CUDA: an fp32 softmax
     blocks = c.n_layer * n_tokens * 4 * c.n_embd + block if recompute else c.n_layer * block
     # the log-softmax and two gradients of it, fp32; a compiled graph keeps the logits and overwrites them
@@ -206,14 +206,14 @@ def check_memory(raw: model.GPT, B: int, rt: runtime.Runtime, **options: Any) ->
     """
     available, plan = runtime.device_memory(rt.device), plan_memory(raw, B, rt=rt, **options)
     text = " + ".join(f"{name} {n_bytes / 1e9:.2f}" for name, n_bytes in plan.items())
-    needed = f"{sum(plan.values()) / 1e9:.1f} GB of {available / 1e9:.1f} GB"
-    text = f"memory per device with B={B}: {text} = {needed}"
+    text = f"memory per device with B={B}: {text} = {sum(plan.values()) / 1e9:.1f} GB of {available / 1e9:.1f} GB"
     if sum(plan.values()) <= available:
         return text
-    changes = [dict(sharded=True), dict(recompute=True), *(dict(B=b) for b in range(B - 1, 0, -1) if B % b == 0)]
+    sharded = [dict(sharded=True)] * all(p.requires_grad for p in raw.parameters())  # adapters cannot be sharded
+    changes = [*sharded, dict(recompute=True), *(dict(B=b) for b in range(B - 1, 0, -1) if B % b == 0)]
     totals = [sum(plan_memory(raw, **dict(B=B, rt=rt) | options | change).values()) for change in changes]
     fits = [f"--{name}={x}" for change, n in zip(changes, totals) if n <= available for name, x in change.items()]
-    remedy = "more devices with --sharded --recompute, a smaller --T or a smaller model"
+    remedy = f"{'more devices with --sharded' if sharded else '--B=1'} --recompute, a smaller --T or a smaller model"
     text += f"; enough would be {' or '.join(fits[:3]) or remedy}"
     if plan["weights"] + plan["gradients"] + plan["moments"] > available:
         raise ValueError(f"too little memory: {text}")

@@ -158,6 +158,12 @@ def test_adapters_of_some_matrices(matrices: str, folder: Path, idx: Tensor) -> 
     assert (found - logits_of(make_model(), idx)).abs().max() > 1e-3
 
 
+def test_safetensors_come_first(folder: Path, idx: Tensor) -> None:  # as in PEFT
+    path = folder / "adapter_model.safetensors"
+    torch.save({name: 2 * w for name, w in load_file(path).items()}, path.with_suffix(".bin"))
+    torch.testing.assert_close(logits_of(checkpoint.load_model(str(folder)).raw, idx), logits_of(adapted_model(), idx))
+
+
 def test_other_base_models_are_refused(folder: Path) -> None:
     base, changed = folder.parent / "base", make_model()
     changed.transformer.ln_f.bias.data[3] += 1

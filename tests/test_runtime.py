@@ -29,7 +29,7 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runtime.peak_flops(ALONE.device) is None
 
 
-@pytest.mark.parametrize("device", ["tpu", "cpu:x", "", f"cuda:{torch.cuda.device_count()}"])
+@pytest.mark.parametrize("device", ["tpu", "cpu:x", "cpu:", "", f"cuda:{torch.cuda.device_count()}"])
 def test_unavailable_devices(device: str) -> None:
     with pytest.raises(ValueError, match=f"--device={device}"):
         runtime.setup(device, deterministic=True)

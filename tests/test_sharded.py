@@ -19,7 +19,7 @@ import dpo
 import grpo
 import sft
 import train_gpt2
-from neogpt import checkpoint, model, runtime, training
+from neogpt import checkpoint, lora, model, runtime, training
 
 
 @pytest.fixture
@@ -97,6 +97,10 @@ def test_what_would_fit_is_named() -> None:
             assert f"--{name}={value}" in training.check_memory(raw, 8, rt, **options)
         patch.setattr(runtime, "device_memory", lambda _: total())
         assert "enough" not in training.check_memory(raw, 8, rt, **options)
+        lora.add_lora(raw, 4, 8.0)
+        patch.setattr(runtime, "device_memory", lambda _: total(sharded=True))
+        message = training.check_memory(raw, 8, rt, **options)
+        assert "enough would be --" in message and "--sharded" not in message  # adapters cannot be sharded
 
 
 # -----------------------------------------------------------------------------
