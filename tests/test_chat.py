@@ -2,8 +2,6 @@
 
 import json
 import math
-from collections import Counter
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -19,7 +17,7 @@ import torch.nn.functional as F
 from harness import ALONE, tiny_model
 
 from neogpt import chat, data, finetune, generate, rewards
-from neogpt.chat import Example, Row
+from neogpt.chat import Row
 
 CPU = torch.device("cpu")
 BYTES = data.get_tokenizer("bytes")
@@ -213,24 +211,13 @@ ROWS = [
 EXAMPLES = [chat.make_example(chat.encode_prompt(Row(q, "", ""), T, BYTES), a, T, BYTES) for q, a in ROWS]
 
 
-def test_packing_places_every_example_once_without_overflow() -> None:
-    rng = np.random.default_rng(0)
-    examples = [Example(rng.integers(0, 256, n), 1) for n in rng.integers(2, 66, 200)]
-    bins = chat.pack(examples, 65)
-    assert Counter(id(e) for row in bins for e in row) == Counter(map(id, examples))
-    used = [sum(e.n_inputs for e in row) for row in bins]
-    assert max(used) <= 65 and min(used) > 0 and sum(used) > 0.9 * 65 * len(bins)  # little padding
-    # longest first, each into the first bin with enough room
-    some = [Example(np.zeros(n + 1, dtype=np.int64), 1) for n in (3, 4, 6, 7)]
-    assert [[e.n_inputs for e in row] for row in chat.pack(some, 11)] == [[7, 4], [6, 3]]
-
-
 @pytest.mark.parametrize("attention", ["flash", "manual"])
 def test_packed_logits_and_loss_equal_those_of_single_examples(attention: str) -> None:
     """In float64; the logits depend on positions and tokens."""
     raw = tiny_model(scale=0.2, block_size=T, attention=attention).double()
     bins, expected = chat.pack(EXAMPLES, T), 0.0
-    assert len(bins) < len(EXAMPLES) and max(map(len, bins)) >= 3
+    # longest first, each into the first bin with enough room
+    assert [[e.n_inputs for e in row] for row in bins] == [[79, 77], [76, 60, 13], [59, 43]]
     with torch.no_grad():
         batch = chat.collate(bins, CPU)
         assert batch["mask"].any(-1).all()  # a padded position that attends to nothing could be NaN
@@ -245,26 +232,17 @@ def test_packed_logits_and_loss_equal_those_of_single_examples(attention: str) -
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
-def fixed_answers(
-    raw: list[str], prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float, stop: int
-) -> Iterator[list[int | None]]:
-    """Stands for generate.generate: the response to a prompt of n tokens is the n-th text, then end-of-text."""
-    assert temperature == 0 and stop == 256 and len(prompts) <= 64
-    texts = [[*raw[len(prompt) - 1].encode(), 256] for prompt in prompts]
-    for at in range(min(max_new_tokens, max(map(len, texts)))):
-        yield [text[at] if at < len(text) else None for text in texts]
-
-
-def test_answers_end_at_end_of_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "generate", fixed_answers)
-    texts, cfg = ["a", "lorem ipsum", "", "日本"], SimpleNamespace(answer_tokens=8)
-    run = SimpleNamespace(full_model=lambda: texts, tokenizer=BYTES, rt=ALONE, cfg=cfg)
-    # eight tokens: "日本" is six bytes and end-of-text
-    expected = [("a", [97, 256], True), ("lorem ip", [*b"lorem ip"], False), ("", [256], True)]
-    expected = [*expected, ("日本", [*"日本".encode(), 256], True)] * 40  # in batches of 64
-    prompts = [(Row("?", "", str(i)), [1] * (i % 4 + 1)) for i in range(160)]
-    expected = [rewards.Answer("?\nResponse:\n", str(i), *answer) for i, answer in enumerate(expected)]
-    assert finetune.answer(run, prompts) == expected
+def test_answers_of_several_batches_equal_those_of_single_prompts() -> None:
+    raw = tiny_model(scale=0.3)
+    raw.transformer.wte.weight.data[256] *= 1.5  # so that some answers end
+    run = SimpleNamespace(full_model=lambda: raw, tokenizer=BYTES, rt=ALONE, cfg=SimpleNamespace(answer_tokens=8))
+    prompts = [(Row(f"{i}?", "", str(i)), [*f"{i}?".encode()]) for i in range(70)]  # in batches of 64
+    expected = []
+    for row, ids in prompts:
+        ((new, ended),) = generate.complete(raw, [ids], 8, 256, temperature=0.0)
+        texts = f"{row.instruction}\nResponse:\n", row.response, BYTES.decode(new)
+        expected.append(rewards.Answer(*texts, [*new, 256] if ended else new, ended))
+    assert finetune.answer(run, prompts) == expected and {answer.ended for answer in expected} == {True, False}
     assert finetune.answer(run, []) == []
 
 

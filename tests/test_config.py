@@ -33,16 +33,10 @@ def parse(*args: str) -> Config:
     return config.parse(CONFIGS, "What the script does.", args)
 
 
-def test_named_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parse() == parse("gpt2") == CONFIGS["gpt2"]
-    assert parse("demo") == CONFIGS["demo"]
-    assert parse("demo", "--max_lr=0.5") == Config(max_lr=0.5, B=4)
-    monkeypatch.setattr(sys, "argv", ["script.py", "demo", "--B=2"])
-    assert config.parse(CONFIGS, "What the script does.") == Config(max_lr=1e-3, B=2)
-
-
 OPTIONS = {
-    ("--max_lr=1e-3",): dict(max_lr=1e-3),
+    (): {},
+    ("gpt2",): {},
+    ("demo", "--max_lr=0.5"): dict(max_lr=0.5, B=4),
     ("--max-lr", "1e-3"): dict(max_lr=1e-3),
     ("--compile=False", "--exact", "False"): dict(compile=False, exact=False),
     ("--compile", "--B=2", "--exact"): dict(compile=True, B=2),  # bare flags
@@ -55,7 +49,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("args", OPTIONS, ids=str)
-def test_options(args: tuple[str, ...]) -> None:
+def test_named_configurations_and_options(args: tuple[str, ...]) -> None:
     assert parse(*args) == Config(**OPTIONS[args])
 
 

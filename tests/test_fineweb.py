@@ -182,13 +182,7 @@ def test_parts_together_equal_the_whole(tmp_path: Path, capsys: pytest.CaptureFi
         refused(replace(cfg, part=part), f"{part}", words)
 
 
-@pytest.mark.parametrize("n", [2, 59, 60, 61, 120])
-def test_source_of_about_one_or_two_shards(tmp_path: Path, n: int) -> None:
-    write_parquet(tmp_path / "a.parquet", ["x" * (n - 1)])
-    run_and_check(config(tmp_path / "a.parquet", tmp_path / "out", shard_size=60), ["x" * (n - 1)])
-
-
-@pytest.mark.parametrize("max_tokens", [2, 3000, 3001, 10**9])
+@pytest.mark.parametrize("max_tokens", [2, 2999, 3000, 3001, 6000, 10**9])
 def test_max_tokens(source: SimpleNamespace, tmp_path: Path, max_tokens: int) -> None:
     run_and_check(config(source.folder, tmp_path, shard_size=3000, max_tokens=max_tokens), source.documents)
 

@@ -75,32 +75,15 @@ def long(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     return replace(train_gpt2.DEMO, **small, n_samples=1, sample_tokens=8, hellaswag_every=0, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(long: Config, server: harness.ForkServer) -> Path:
+def test_run_stopped_and_killed_equals_uninterrupted_run(
+    long: Config, server: harness.ForkServer, tmp_path: Path
+) -> None:
+    """Stopped by three signals, then killed nine times."""
     server.run(SCRIPT, harness.command_line(long))
-    folder = Path(long.out_dir)
-    assert list(losses(folder)) == list(range(110))
-    assert list(losses(folder, "val")) == [*range(0, 110, 8), 110]
-    return folder
-
-
-def test_run_killed_ten_times_equals_uninterrupted_run(
-    long: Config, server: harness.ForkServer, tmp_path: Path, uninterrupted: Path
-) -> None:
-    # logged losses; 0: killed before its first step; more than 10: after its first checkpoint is written
-    moments = [5, 0, 13, 2, 9, 12, 1, 4, 3, 6]
-    folder = harness.kill_and_resume(server, SCRIPT, replace(long, out_dir=str(tmp_path)), moments)
-    assert notes(folder).count("continuing") >= 5
-    harness.assert_same_run(folder, uninterrupted)
-
-
-def test_run_stopped_by_signals_equals_uninterrupted_run(
-    long: Config, server: harness.ForkServer, tmp_path: Path, uninterrupted: Path
-) -> None:
-    args = harness.command_line(replace(long, out_dir=str(tmp_path)))
+    stopped = replace(long, out_dir=str(tmp_path))
     for signum, n in ((signal.SIGTERM, 12), (signal.SIGINT, 21), (signal.SIGUSR1, 9)):
         n += harness.n_losses(tmp_path)
-        pid, give_up = server.start(SCRIPT, args), time.monotonic() + 120
+        pid, give_up = server.start(SCRIPT, harness.command_line(stopped)), time.monotonic() + 120
         while harness.n_losses(tmp_path) < n and time.monotonic() < give_up:
             time.sleep(0.005)
         os.kill(pid, signum)
@@ -108,9 +91,11 @@ def test_run_stopped_by_signals_equals_uninterrupted_run(
         step = max(losses(tmp_path)) + 1
         assert f"stopped at step {step}" in notes(tmp_path)
         assert checkpoint.list_checkpoints(tmp_path)[0].name == f"ckpt_{step:06d}.pt"
-    server.run(SCRIPT, args)
-    assert f"from step {step}" in notes(tmp_path)
-    harness.assert_same_run(tmp_path, uninterrupted)
+    # logged losses; 0: killed before its first step; more than 10: after its first checkpoint is written
+    harness.kill_and_resume(server, SCRIPT, stopped, [5, 0, 13, 2, 12, 1, 4, 3, 6])
+    assert f"from step {step}" in notes(tmp_path) and notes(tmp_path).count("continuing") >= 7
+    assert list(losses(tmp_path)) == list(range(110)) and list(losses(tmp_path, "val")) == [*range(0, 110, 8), 110]
+    harness.assert_same_run(tmp_path, Path(long.out_dir))
 
 
 def test_two_and_four_ranks_equal_one(long: Config, server: harness.ForkServer, tmp_path: Path) -> None:
@@ -309,21 +294,11 @@ def test_weights_of_another_shape_are_refused(cfg: Config, tmp_path: Path) -> No
     refused(cfg, "nowhere", init_from=str(tmp_path / "nowhere"), **other)
 
 
-INVALID = [dict(total_batch_size=0), dict(seed=2**64), dict(max_lr=float("nan")), dict(beta2=1.0), dict(device="gpu")]
-INVALID += [dict(model="gpt5"), dict(B=3), dict(total_batch_size=100), dict(data="nowhere")]
-INVALID += [dict(B=0), dict(data="tinyshakespeare.txt")]
-
-
-@pytest.mark.parametrize("changed", INVALID, ids=str)
-def test_invalid_option_is_named_before_anything_is_written(cfg: Config, changed: dict[str, Any]) -> None:
-    ((name, value),) = changed.items()
-    refused(cfg, "" if name == "data" else f"--{name}={value}", value, **changed)
-    assert not Path(cfg.out_dir).exists()
-
-
-def test_data_and_disk_are_checked_before_the_first_step(
+def test_options_data_and_disk_are_checked_before_the_first_step(
     cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, value in (("beta2", 1.0), ("device", "gpu"), ("model", "gpt5"), ("B", 3), ("total_batch_size", 100)):
+        refused(cfg, f"--{name}={value}", **{name: value})
     for name in ("x_val_000000.npy", "x_train_000001.npy"):
         np.save(tmp_path / name, np.arange(300, dtype=np.uint16))
     refused(cfg, "x_train_000001.npy", "299", "257", data=str(tmp_path))
