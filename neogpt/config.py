@@ -1,5 +1,7 @@
 """Command line, ranges of constants and error reporting of every script: `config.run(main, CONFIGS)`."""
 
+import contextlib
+import io
 import os
 import re
 import sys
@@ -43,7 +45,8 @@ def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = Non
     shown = {name: (description, config) for name, config in shown.items()}
     options = dict(use_underscores=True, config=(tyro.conf.FlagConversionOff,))
     is_rank_0 = os.environ.get("RANK", "0") == "0"
-    return tyro.extras.overridable_config_cli(shown, args=args, console_outputs=is_rank_0, **options)
+    with contextlib.redirect_stderr(sys.stderr if is_rank_0 else io.StringIO()):  # tyro prints wrong values always
+        return tyro.extras.overridable_config_cli(shown, args=args, console_outputs=is_rank_0, **options)
 
 
 def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
