@@ -82,6 +82,8 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
     assert found(tmp_path, "validation")[0] == ["a.jsonl", "b/test-0.parquet", "b/train-0.parquet"]  # none is of it
     assert found(tmp_path / "*.txt") == [["notes.txt"], []]
     assert found(tmp_path / "x.parquet.gz") == [[], []]
+    (tmp_path / "b" / "test-0.parquet").rename(tmp_path / "b" / "Test-0.parquet")
+    assert found(tmp_path)[0] == ["a.jsonl", "b/train-0.parquet"]
 
 
 def test_make_folder(tmp_path: Path) -> None:
