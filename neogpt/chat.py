@@ -72,7 +72,7 @@ def read_file(path: Path) -> list[dict[str, Any]]:
             rows += batch.to_pylist()
         return rows
     with files.open_binary(path) as file:
-        text = file.read().decode()
+        text = file.read().decode("utf-8-sig")  # some programs write a byte order mark
     # not splitlines, which also splits at U+2028 and other characters that JSON strings may contain
     lines = [line for line in text.split("\n") if line.strip()]
     rows = json.loads(text) if files.has_suffix(path, (".json",)) else [json.loads(line) for line in lines]

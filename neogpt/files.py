@@ -78,7 +78,7 @@ def find_files(source: str, suffixes: tuple[str, ...], split: str = "train") -> 
     paths = sorted(Path(name) for name in names if has_suffix(name, suffixes) and os.path.isfile(name))
 
     def split_of(path: Path) -> str:
-        words = re.split(r"[-_./\\]", os.path.relpath(path, source) if is_folder else path.name)
+        words = re.split(r"[-_./\\]", (os.path.relpath(path, source) if is_folder else path.name).lower())
         return next((SPLITS[word] for word in words if word in SPLITS), "train")
 
     tables = [path for path in paths if has_suffix(path, (".parquet", ".jsonl"))] if is_folder else []

@@ -38,7 +38,7 @@ def write(path: Path, rows: list) -> str:
         lines = [json.dumps(row, ensure_ascii=False) for row in rows]
         text = "\n".join(lines) if ".jsonl" in path.name else f"[{','.join(lines)}]"
         with pyarrow.output_stream(path, compression="detect") as file:
-            file.write(text.encode())
+            file.write(text.encode("utf-8-sig" if path.suffix == ".json" else "utf-8"))  # with a byte order mark
     return str(path)
 
 

@@ -84,3 +84,5 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
     assert found(f"{tmp_path}/a?1]/*.txt") == [["notes.txt"], []]
     for name in ("b/test-0.parquet", "x.parquet.gz"):
         assert found(folder / name) == [[name] if name[0] == "b" else [], []]
+    (folder / "b" / "test-0.parquet").rename(folder / "b" / "Test-0.parquet")
+    assert found(folder)[0] == ["a.jsonl", "b/train-0.parquet"]
