@@ -235,6 +235,7 @@ def test_shards_are_checked_again_only_after_a_change(tmp_path: Path, monkeypatc
         patch.setattr(data.files, "atomic_write", mock.Mock(side_effect=OSError("Read-only file system")))
         cache.unlink()
         check_shards(folder)
+    check_shards(folder)  # writes the cache
 
     path = folder / "train_000001.npy"
     before = path.stat()
