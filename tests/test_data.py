@@ -217,7 +217,7 @@ def test_damaged_manifest_is_named(tmp_path: Path) -> None:
         assert data.read_manifest(folder) == manifest
 
 
-def test_checked_shards_are_read_again_only_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_are_checked_again_only_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = two_shards()
     shards["train_000001.npy"][-1] = 256  # the largest id of the tokenizer
     folder = write_folder(tmp_path / "d", shards, complete=True)
@@ -227,6 +227,16 @@ def test_checked_shards_are_read_again_only_after_a_change(tmp_path: Path, monke
         check_shards(folder)
     refused(folder, "train_000001.npy", "256", n_tokens=256)  # another tokenizer
 
+    cache = folder / "checked.json"
+    for junk in ("", "{", "[]", "null", '{"train_000001.npy": []}'):
+        cache.write_text(junk)
+        check_shards(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(data.files, "atomic_write", mock.Mock(side_effect=OSError("Read-only file system")))
+        cache.unlink()
+        check_shards(folder)
+    check_shards(folder)  # writes the cache
+
     path = folder / "train_000001.npy"
     before = path.stat()
     np.save(path, tokens_of(300, 99))
@@ -234,16 +244,6 @@ def test_checked_shards_are_read_again_only_after_a_change(tmp_path: Path, monke
     for _ in range(2):  # a failed check is not cached as a success
         data.open_data(str(folder), get_tokenizer("bytes"), check=False)  # another rank
         refused(folder, path.name)
-
-
-def test_cache_of_checks_can_be_damaged_or_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_folder(tmp_path / "d", two_shards(), complete=True)
-    for junk in ("", "{", "[]", "null", '{"train_000001.npy": []}'):
-        (folder / "checked.json").write_text(junk)
-        check_shards(folder)
-    (folder / "checked.json").unlink()
-    monkeypatch.setattr(data.files, "atomic_write", mock.Mock(side_effect=OSError("Read-only file system")))
-    check_shards(folder)
 
 
 DOCUMENTS = [f"Document {i}.\nLine ü." for i in range(25)]
