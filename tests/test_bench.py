@@ -2,8 +2,6 @@
 
 import functools
 import json
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,13 +122,6 @@ def test_tokenize(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
     found = results("tokenize", tmp_path, data=str(tmp_path / "*.parquet"), workers=1)
     assert found.keys() >= {"tiktoken pool", "fineweb.py, tiktoken"}
-
-
-def test_workers_do_not_import_torch() -> None:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:  # raises if a worker dies
-        pool.submit(bench.Config).result()  # imports tools.bench
-        loaded = pool.submit(eval, "list(__import__('sys').modules)").result()
-    assert "tools.bench" in loaded and "torch" not in loaded
 
 
 def test_invalid_options(tmp_path: Path) -> None:

@@ -136,18 +136,6 @@ def test_an_abandoned_generator_leaves_the_model_trainable(n_rows: int, monkeypa
     assert gradients() == expected and raw.training
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-def test_generate_under_bf16_autocast(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neogpt.model.SMALL_VOCAB", 0)
-    raw, prompts = rough_model(attention=attention), random_prompts(3, 14, 30)
-    with torch.autocast("cpu", torch.bfloat16):
-        rows = tokens_of(raw, prompts, 40, temperature=0)
-        logits = raw(torch.tensor([prompts[1]]))[0, -1]
-    assert logits.dtype == torch.bfloat16 and rows[1][0] == int(logits[:61].argmax())
-    assert [len(row) for row in rows] == [40] * 3
-    assert all(0 <= token < 61 for row in rows for token in row)
-
-
 PROBS = torch.tensor([0.05, 0.5, 0.15, 0.3])  # unsorted
 
 
@@ -174,16 +162,6 @@ def test_temperature_top_k_and_top_p(n_kept: int) -> None:
         found = torch.bincount(ids, minlength=4) / 10_000
         assert ((found > 0) == (weights > 0)).all(), options
         torch.testing.assert_close(found, weights / weights.sum(), atol=2e-4, rtol=0)
-
-
-def test_rows_are_separate_and_every_id_has_a_half_open_interval() -> None:
-    logits = torch.stack([PROBS.log(), PROBS.flip(0).log()])
-    for top_k, ends in ((0, [3, 0]), (3, [2, 2])):  # in the order of the ids; the likeliest first
-        assert sample(logits, torch.tensor([0.49, 0.49]), 1.0, top_k, 1.0).tolist() == [1, 2]
-        assert sample(logits, torch.tensor([0.99, 0.01]), 1.0, top_k, 1.0).tolist() == ends
-    assert sample(logits, torch.tensor([0.49, 0.99]), 0, 0, 1.0).tolist() == [1, 2]
-    ids = sample(torch.zeros(4, 4), torch.tensor([0.0, 0.25, 0.5, 0.75]), 1.0, 0, 1.0)
-    assert sorted(ids.tolist()) == [0, 1, 2, 3]
 
 
 def test_sample_with_extreme_uniforms_and_temperatures() -> None:

@@ -82,14 +82,6 @@ def test_mask_of_equal_scores_and_a_rounded_number() -> None:
     assert prune.make_mask(ones, ones[0], prune.Config(ratio=0.39)).tolist() == [[False] * 3 + [True] * 7]
 
 
-def test_ndlinear_small_factors_are_not_pruned() -> None:
-    raw = harness.tiny_model(scale=0.2, **ND)
-    prune.prune_model(raw, CALIBRATION, prune.Config(ratio=0.5), harness.ALONE)
-    shares = {name: (p == 0).float().mean().item() for name, p in raw.named_parameters()}
-    large = {name for name, p in raw.named_parameters() if ".h." in name and p.dim() == 2 and min(p.shape) > 3}
-    assert len(large) == 8 and shares == {name: 0.5 if name in large else 0.0 for name in shares}
-
-
 @pytest.fixture
 def cfg(tmp_path: Path) -> prune.Config:
     """A tiny model, text to calibrate it on, and questions."""

@@ -165,19 +165,6 @@ def test_stop_texts(tmp_path: Path, capsys: Capture) -> None:
     assert run_main(capsys, configure(tmp_path, precision="int8"))[0] == run_main(capsys, configure(tmp_path))[0]
 
 
-def test_interrupted_sample_ends_with_a_newline(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
-    def interrupted(*args: Any, **options: Any) -> Iterator[list[int]]:
-        yield [ord("c")]
-        signal.raise_signal(signal.SIGINT)
-        yield [ord("d")]
-
-    save(tmp_path, scripted_model({}))
-    monkeypatch.setattr(generate, "generate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        sample.main(configure(tmp_path))
-    assert capsys.readouterr().out == "abc\n"
-
-
 # -----------------------------------------------------------------------------
 # Errors and the program
 
@@ -239,18 +226,22 @@ def turn(line: str, answer: str) -> list[int]:
     return [*prompt(line), *answer.encode(), EOT]
 
 
-def test_interrupted_answer_stays_in_the_history(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+def test_interrupted_samples_end_with_a_newline(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+    """And a chat keeps an interrupted answer in its history."""
     save(tmp_path, tiny_model(block_size=128))
     contexts = []
 
     def fake(raw: Any, prompts: list, *args: Any, **options: Any) -> Iterator[list[int]]:
         contexts.append(prompts[0])
         yield [ord("A")]
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(generate, "generate", fake)
     out, _ = run_main(capsys, configure(tmp_path, chat=True), stdin="one\ntwo\n")
     assert contexts == [prompt("one"), turn("one", "A") + prompt("two")] and out == "> A\n" * 2 + "> \n"
+    with pytest.raises(KeyboardInterrupt):
+        sample.main(configure(tmp_path))
+    assert capsys.readouterr().out == "abA\n"
 
 
 @pytest.mark.parametrize("history_turns", [0, 1, 2])
