@@ -176,7 +176,7 @@ def build_model(run: Run) -> model.GPT:
     expected = expected_config(cfg, run.tokenizer.n_vocab, auto)
     if resumed:
         if changed := checkpoint.differences(resumed.config, dict(optimizer=cfg.optimizer)):
-            raise ValueError(f"the run in {cfg.out_dir} has another {changed}: use another --out_dir")
+            raise ValueError(f"{cfg.branch_from or cfg.out_dir} has another {changed}: keep the old or start a new run")
         if cfg.branch_from:
             check_branch(cfg, resumed)
         raw = checkpoint.to_model(resumed)
@@ -192,7 +192,7 @@ def build_model(run: Run) -> model.GPT:
     # OpenAI's vocabulary is not padded, and a run that starts from its weights keeps that size
     expected = replace(expected, vocab_size=start.vocab_size)
     if changed := checkpoint.differences(asdict(start), asdict(expected)):
-        where = f"{cfg.out_dir}, use another --out_dir" if resumed else cfg.init_from
+        where = cfg.branch_from or (f"{cfg.out_dir}, use another --out_dir" if resumed else cfg.init_from)
         raise ValueError(f"--model={cfg.model} has another shape ({changed}) than the model in {where}")
     return model.GPT.from_weights(expected, weights)
 

@@ -373,6 +373,8 @@ def test_a_branch_that_is_not_the_run_of_that_length_is_refused(cfg: Config, tmp
     refused(branch, "step 11", "wsd", branch_from=str(trunk / "ckpt_000015.pt"), max_steps=25)
     refused(branch, "step 9", max_steps=9, decay_frac=0.0)
     refused(branch, "missing.pt", branch_from=str(trunk / "missing.pt"))
+    refused(branch, "optimizer adamw -> muon", branch.branch_from, optimizer="muon")
+    refused(branch, "n_layer", f"in {branch.branch_from}", model="demo")
     refused(branch, "--out_dir", out_dir=f"{trunk}/../trunk")
     refused(cfg, "--out_dir", out_dir=str(trunk), init_from=str(trunk))
     refused(branch, "--init_from", "--branch_from", init_from=str(trunk))
