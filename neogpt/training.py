@@ -175,16 +175,17 @@ def plan_memory(
     n_matrices = sum(linear.weight.numel() for linear in model.weight_matrices(raw).values())
     n_block, n_head = sum(p.numel() for p in raw.transformer.h[0].parameters()), raw.lm_head.weight.numel()
     size = 2 if rt.precision == "bf16" else 4  # bytes of an activation
+    residual = size if c.residual == "bf16" else 4  # and of an element of the residual stream
     mlp = 8 * c.n_embd if c.mlp == "dense" else (2 + 2 * c.mlp_modes) * (c.mlp_width or 4 * c.n_embd)
-    # of one block: the residual stream twice, as fp32; the outputs of both norms and of attention, q, k, v; the MLP
-    block = n_tokens * (8 * c.n_embd + size * (6 * c.n_embd + mlp))
+    # of one block: the residual stream twice; the outputs of both norms and of attention, q, k, v; the MLP
+    block = n_tokens * (2 * residual * c.n_embd + size * (6 * c.n_embd + mlp))
     if c.attention == "manual" or size == 2 and on_cpu:
         n_keys = T if c.attention == "manual" else min(T, (T + model.QUERY_CHUNK) / 2)  # per query
         block += n_tokens * n_keys * c.n_head * (size if on_cpu else size + 4)  # autocast on CUDA: an fp32 softmax
-    blocks = c.n_layer * n_tokens * 4 * c.n_embd + block if recompute else c.n_layer * block
+    blocks = c.n_layer * n_tokens * residual * c.n_embd + block if recompute else c.n_layer * block
     # the log-softmax and two gradients of it, fp32; a compiled graph keeps the logits and overwrites them
     per_logit = size if compiled and n == 1 else 12
-    activations = blocks + n_tokens * ((4 + size) * c.n_embd + per_logit * c.vocab_size)
+    activations = blocks + n_tokens * ((residual + size) * c.n_embd + per_logit * c.vocab_size)
     if n > 1:  # gathered: two blocks, their gradients, and the rest, fp32 and as autocast rounds it
         activations += (4 * size + 8) * n_block + 6 * n_head
     elif size == 2:  # weights as autocast rounds them
