@@ -60,13 +60,20 @@ def test_products_equal_float64(dtype: torch.dtype, way: str, rows: tuple[int, .
 
 @needs_avx
 @pytest.mark.parametrize(
-    "instructions, n_rows, fast",
-    [("AVX2", 1, "split_matmul"), ("AVX2", 2, "packed_matmul"), ("AVX2", 65, "usual"), ("DEFAULT", 1, "usual")],
+    "instructions, n_rows, intel, fast",
+    [
+        ("AVX2", 1, False, "split_matmul"),
+        ("AVX2", 1, True, "usual"),
+        ("AVX2", 2, True, "packed_matmul"),
+        ("AVX2", 65, False, "usual"),
+        ("DEFAULT", 1, False, "usual"),
+    ],
 )
 def test_generation_uses_fast_products(
-    instructions: str, n_rows: int, fast: str, monkeypatch: pytest.MonkeyPatch
+    instructions: str, n_rows: int, intel: bool, fast: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For the time of a generation, with the weights at its start."""
+    monkeypatch.setattr(cpu, "is_intel", lambda: intel)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
     monkeypatch.setattr("neogpt.model.SMALL_VOCAB", 0)  # a small head is left alone
     raw = rough_model(vocab_size=61)  # an odd size, like OpenAI's
@@ -92,10 +99,13 @@ def test_generation_uses_fast_products(
 
 
 @needs_bf16
-@pytest.mark.parametrize(("n_rows", "way"), [(1, "one_row_matmul"), (2, "packed_matmul")])
+@pytest.mark.parametrize(
+    "n_rows, intel, way", [(1, False, "one_row_matmul"), (1, True, "packed_matmul"), (2, False, "packed_matmul")]
+)
 @pytest.mark.parametrize("cast", [False, True])
-def test_fast_products_in_bf16(cast: bool, n_rows: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fast_products_in_bf16(cast: bool, n_rows: int, intel: bool, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits of fp32 weights under autocast, and of bf16 weights, equal those without fast products to rounding."""
+    monkeypatch.setattr(cpu, "is_intel", lambda: intel)
     monkeypatch.setattr(cpu, "MIN_WEIGHTS", 0)
     monkeypatch.setattr("neogpt.model.SMALL_VOCAB", 0)
     raw = rough_model(vocab_size=61)
