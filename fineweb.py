@@ -273,12 +273,11 @@ def write_shards(documents: Iterable[tuple[int, int, np.ndarray]], folder: Path,
             bar.update(n)
         token = 0
         manifest["n_documents" if len(ids) else "n_skipped"] += 1
-        if not manifest["n_documents"] and manifest["n_skipped"] == MAX_WITHOUT_TEXT:
-            raise ValueError(f"no {manifest['field']!r} in the first {MAX_WITHOUT_TEXT:,} documents: use --field")
-        if not n_left:
+        if not n_left or not manifest["n_documents"] and manifest["n_skipped"] == MAX_WITHOUT_TEXT:
             break
     if not filled:
-        raise ValueError(f"no text in {manifest['source']['data']}: {manifest['n_skipped']:,} documents skipped")
+        problem = f"no {manifest['field']!r} in the first {manifest['n_skipped']:,} documents"
+        raise ValueError(f"{problem} of {manifest['source']['data']}: use another --field or --data")
     if not manifest["shards"] and manifest["part"]["k"] == 1:
         n_val = max(1, filled // 10)
         write_shard(folder, manifest, shard[:n_val])
