@@ -336,9 +336,8 @@ def main(cfg: Config) -> None:
         data.open_shard(folder / entry["file"])  # raises if it is missing or truncated
     if not manifest["complete"]:
         write_missing(cfg, folder, manifest, paths)
-    print(f"{folder}: {manifest['n_tokens']:,} tokens of {manifest['n_documents']:,} documents")
-    if manifest["n_skipped"]:
-        print(f"skipped, because they have no text in UTF-8: {manifest['n_skipped']:,} documents")
+    counts = f"{manifest['n_tokens']:,} tokens of {manifest['n_documents']:,} documents"
+    print(f"{folder}: {counts}; {manifest['n_skipped']:,} documents without text in UTF-8 were skipped")
     small = n == 1 and manifest["n_tokens"] < 2**20  # two steps of the default configuration of train_gpt2.py
     command = f"train_gpt2.py demo --out_dir=out/{folder.name}" if small else "train_gpt2.py"
     shards = folder if n == 1 else f"'{Path(cfg.out_dir)}-*-of-{n}'"  # all parts
