@@ -88,13 +88,15 @@ def find_source(url: str, k: int, n: int, manifest: dict | None) -> tuple[dict, 
         revision = ask_hub(HfApi().dataset_info, repo).sha
         list_tree = functools.partial(HfApi().list_repo_tree, recursive=True, revision=revision, repo_type="dataset")
         tree = ask_hub(lambda *args: list(list_tree(*args)), repo, folder)
-        found = sorted((entry.path, entry.size) for entry in tree if files.has_suffix(entry.path, suffixes))
+        tables = sorted((entry.path, entry.size) for entry in tree if files.has_suffix(entry.path, suffixes))
+        found = [table for table in tables if files.split_of(table[0].removeprefix(folder)) == "train"] or tables
+        others = sorted(Path(name) for name, _ in set(tables) - set(found))
     else:
         paths, others = files.find_files(url, suffixes)
         paths = [path for path in paths if path.name not in (data.MANIFEST, data.CHECKED)]  # of an out_dir inside
         found = [(path.name, path.stat().st_size) for path in paths]
-        if others:
-            print(f"files that are not read: {', '.join(path.name for path in others)}")
+    if others:
+        print(f"files that are not read: {', '.join(path.name for path in others)}")
     if len(found) < n:
         problem = f"{len(found)} files ({', '.join(suffixes)}) in --data={url}, too few for --part={k}/{n}"
         raise ValueError(f"{problem}: give another path, {HUB}OWNER/NAME/FOLDER, or fewer parts")

@@ -328,6 +328,9 @@ def test_failed_download_continues_at_the_same_commit(source, hub: SimpleNamespa
     hub.folder.mkdir()
     (hub.folder / "README.txt").touch()  # only tables are read from the hub
     refused(config(URL, tmp_path / "new"), "0 files (.parquet, .jsonl) in", URL)
+    for split in ("test", "train"):
+        write_parquet(hub.folder / f"{split}-0.parquet", [split])
+    run_and_check(config(URL, tmp_path / "train"), ["train"])
 
 
 @pytest.fixture
