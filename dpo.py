@@ -16,7 +16,7 @@ Chosen answers often become less likely too: watch logps/chosen; rpo_alpha count
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -35,7 +35,7 @@ class Config(finetune.FinetuneConfig):
     eval_questions: str = ""  # rows as for sft.py: fraction of answers that begin with the response; "": none
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"  # DPO, robust DPO, SLiC or IPO
     beta: config.PositiveFloat = 0.1  # KL penalty strength (beta in Eq. 7)
-    label_smoothing: float = 0.0  # assumed fraction of wrong preferences, for sigmoid (cDPO) and robust
+    label_smoothing: Annotated[float, "[0, 0.5)"] = 0.0  # assumed fraction of wrong preferences (sigmoid or robust)
     rpo_alpha: config.NonNegativeFloat = 0.0  # weight of the chosen response's negative log-likelihood per token (RPO)
     pairs_per_step: config.PositiveInt = 32  # pairs per optimizer step over all devices
     max_lr: config.NonNegativeFloat = 2e-6  # peak learning rate; about ten times as much with LoRA
@@ -230,7 +230,6 @@ def evaluate(run: Run, pairs: list[Pair], held_out: list[chat.Row], questions: l
 def main(cfg: Config) -> None:
     """Optimize preferences; evaluate, answer and save in between."""
     config.check(cfg)
-    config.require("[0, 0.5)", label_smoothing=cfg.label_smoothing)
     if cfg.label_smoothing and cfg.loss not in ("sigmoid", "robust"):
         raise ValueError(f"--label_smoothing={cfg.label_smoothing} with --loss={cfg.loss}: use sigmoid or robust")
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
