@@ -292,6 +292,10 @@ def test_weights_of_another_shape_are_refused(cfg: Config, tmp_path: Path) -> No
     other = dict(out_dir=str(tmp_path / "other"))
     refused(cfg, "n_embd 16 -> 32", str(folder), init_from=str(folder), model="wider", **other)
     refused(cfg, "nowhere", init_from=str(tmp_path / "nowhere"), **other)
+    run = Mock(cfg=replace(cfg, init_from=str(folder)), resumed=None, rt=harness.ALONE)
+    run.tokenizer.n_vocab = 999  # more than the model's vocab_size
+    with harness.error("n_tokens 257 -> 999", str(folder)):
+        train_gpt2.build_model(run)
 
 
 def test_options_data_and_disk_are_checked_before_the_first_step(
