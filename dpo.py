@@ -235,12 +235,12 @@ def main(cfg: Config) -> None:
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     run, rt, T = finetune.open_run(cfg, "dpo", ("sft",), rt)
     texts, val_texts = finetune.read_rows(cfg, read_pairs, lambda pair: chat.whole_prompt(pair[0]))
+    questions = chat.read_rows(cfg.eval_questions) if cfg.eval_questions else []
     train = tokenize_pairs(texts, T, run.tokenizer, cfg.data)
     val = tokenize_pairs(val_texts, T, run.tokenizer, cfg.val_data or "the held-out part")
     pairs = add_reference(run, train + val)
     train, val = pairs[: len(train)], pairs[len(train) :]
     held_out = [row for row, _ in val_texts[: cfg.n_eval_prompts]]
-    questions = chat.read_rows(cfg.eval_questions) if cfg.eval_questions else []
     n = cfg.pairs_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(train) / n))
     runtime.print0(f"{len(train):,} pairs to train on, {len(val):,} held out; {max_steps:,} steps of {n}")
