@@ -16,7 +16,7 @@ Chosen answers often become less likely too: watch logps/chosen; rpo_alpha count
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -35,7 +35,7 @@ class Config(finetune.FinetuneConfig):
     eval_questions: str = ""  # rows as for sft.py: fraction of answers that begin with the response; "": none
     loss: Literal["sigmoid", "robust", "hinge", "ipo"] = "sigmoid"  # DPO, robust DPO, SLiC or IPO
     beta: config.PositiveFloat = 0.1  # KL penalty strength (beta in Eq. 7)
-    label_smoothing: float = 0.0  # assumed fraction of wrong preferences, for sigmoid (cDPO) and robust
+    label_smoothing: Annotated[float, "[0, 0.5)"] = 0.0  # assumed fraction of wrong preferences (sigmoid or robust)
     rpo_alpha: config.NonNegativeFloat = 0.0  # weight of the chosen response's negative log-likelihood per token (RPO)
     pairs_per_step: config.PositiveInt = 32  # pairs per optimizer step over all devices
     max_lr: config.NonNegativeFloat = 2e-6  # peak learning rate; about ten times as much with LoRA
@@ -230,18 +230,17 @@ def evaluate(run: Run, pairs: list[Pair], held_out: list[chat.Row], questions: l
 def main(cfg: Config) -> None:
     """Optimize preferences; evaluate, answer and save in between."""
     config.check(cfg)
-    config.require("[0, 0.5)", label_smoothing=cfg.label_smoothing)
     if cfg.label_smoothing and cfg.loss not in ("sigmoid", "robust"):
         raise ValueError(f"--label_smoothing={cfg.label_smoothing} with --loss={cfg.loss}: use sigmoid or robust")
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     run, rt, T = finetune.open_run(cfg, "dpo", ("sft",), rt)
     texts, val_texts = finetune.read_rows(cfg, read_pairs, lambda pair: chat.whole_prompt(pair[0]))
+    questions = chat.read_rows(cfg.eval_questions) if cfg.eval_questions else []
     train = tokenize_pairs(texts, T, run.tokenizer, cfg.data)
     val = tokenize_pairs(val_texts, T, run.tokenizer, cfg.val_data or "the held-out part")
     pairs = add_reference(run, train + val)
     train, val = pairs[: len(train)], pairs[len(train) :]
     held_out = [row for row, _ in val_texts[: cfg.n_eval_prompts]]
-    questions = chat.read_rows(cfg.eval_questions) if cfg.eval_questions else []
     n = cfg.pairs_per_step
     max_steps = cfg.max_steps or max(1, round(cfg.epochs * len(train) / n))
     runtime.print0(f"{len(train):,} pairs to train on, {len(val):,} held out; {max_steps:,} steps of {n}")

@@ -88,13 +88,15 @@ def find_source(url: str, k: int, n: int, manifest: dict | None) -> tuple[dict, 
         revision = ask_hub(HfApi().dataset_info, repo).sha
         list_tree = functools.partial(HfApi().list_repo_tree, recursive=True, revision=revision, repo_type="dataset")
         tree = ask_hub(lambda *args: list(list_tree(*args)), repo, folder)
-        found = sorted((entry.path, entry.size) for entry in tree if files.has_suffix(entry.path, suffixes))
+        tables = sorted((entry.path, entry.size) for entry in tree if files.has_suffix(entry.path, suffixes))
+        found = [table for table in tables if files.split_of(table[0].removeprefix(folder)) == "train"] or tables
+        others = sorted(Path(name) for name, _ in set(tables) - set(found))
     else:
         paths, others = files.find_files(url, suffixes)
         paths = [path for path in paths if path.name not in (data.MANIFEST, data.CHECKED)]  # of an out_dir inside
         found = [(path.name, path.stat().st_size) for path in paths]
-        if others:
-            print(f"files that are not read: {', '.join(path.name for path in others)}")
+    if others:
+        print(f"files that are not read: {', '.join(path.name for path in others)}")
     if len(found) < n:
         problem = f"{len(found)} files ({', '.join(suffixes)}) in --data={url}, too few for --part={k}/{n}"
         raise ValueError(f"{problem}: give another path, {HUB}OWNER/NAME/FOLDER, or fewer parts")
@@ -273,12 +275,11 @@ def write_shards(documents: Iterable[tuple[int, int, np.ndarray]], folder: Path,
             bar.update(n)
         token = 0
         manifest["n_documents" if len(ids) else "n_skipped"] += 1
-        if not manifest["n_documents"] and manifest["n_skipped"] == MAX_WITHOUT_TEXT:
-            raise ValueError(f"no {manifest['field']!r} in the first {MAX_WITHOUT_TEXT:,} documents: use --field")
-        if not n_left:
+        if not n_left or not manifest["n_documents"] and manifest["n_skipped"] == MAX_WITHOUT_TEXT:
             break
     if not filled:
-        raise ValueError(f"no text in {manifest['source']['data']}: {manifest['n_skipped']:,} documents skipped")
+        problem = f"no {manifest['field']!r} in the first {manifest['n_skipped']:,} documents"
+        raise ValueError(f"{problem} of {manifest['source']['data']}: use another --field or --data")
     if not manifest["shards"] and manifest["part"]["k"] == 1:
         n_val = max(1, filled // 10)
         write_shard(folder, manifest, shard[:n_val])
@@ -337,9 +338,8 @@ def main(cfg: Config) -> None:
         data.open_shard(folder / entry["file"])  # raises if it is missing or truncated
     if not manifest["complete"]:
         write_missing(cfg, folder, manifest, paths)
-    print(f"{folder}: {manifest['n_tokens']:,} tokens of {manifest['n_documents']:,} documents")
-    if manifest["n_skipped"]:
-        print(f"skipped, because they have no text in UTF-8: {manifest['n_skipped']:,} documents")
+    counts = f"{manifest['n_tokens']:,} tokens of {manifest['n_documents']:,} documents"
+    print(f"{folder}: {counts}; {manifest['n_skipped']:,} documents without text in UTF-8 were skipped")
     small = n == 1 and manifest["n_tokens"] < 2**20  # two steps of the default configuration of train_gpt2.py
     command = f"train_gpt2.py demo --out_dir=out/{folder.name}" if small else "train_gpt2.py"
     shards = folder if n == 1 else f"'{Path(cfg.out_dir)}-*-of-{n}'"  # all parts

@@ -40,7 +40,7 @@ class Config(finetune.FinetuneConfig):
     prompts_per_step: config.PositiveInt = 16  # prompts per optimizer step over all devices
     samples_per_prompt: Annotated[int, "[2, 65536]"] = 16  # answers to each prompt: one group
     updates_per_rollout: config.PositiveInt = 1  # optimizer steps on the same answers; more than 1 needs clip
-    clip: float = 0.0  # clip range of the probability ratio, epsilon in PPO (there 0.2); 0: no clipping
+    clip: Annotated[float, "[0, 1)"] = 0.0  # clip range of the probability ratio (epsilon in PPO, there 0.2); 0: none
     kl_beta: config.NonNegativeFloat = 0.0  # penalty on the KL divergence from the model to start from; 0: none
     scale_by_std: bool = False  # divide advantages by the group's standard deviation: hard and easy prompts count more
     loss: Literal["dapo", "grpo", "dr_grpo"] = "dapo"  # mean of tokens; of answers' means; of sums / answer_tokens
@@ -197,7 +197,6 @@ def evaluate(run: Run, prompts: list[finetune.Prompt], questions: list[chat.Row]
 def main(cfg: Config) -> None:
     """Answer, score, update; evaluate and save in between."""
     config.check(cfg)
-    config.require("[0, 1)", clip=cfg.clip)
     if cfg.updates_per_rollout > 1 and not cfg.clip:
         raise ValueError(f"--updates_per_rollout={cfg.updates_per_rollout} needs clipping, but --clip=0.0: use 0.2")
     terms = rewards.parse(cfg.reward)

@@ -190,11 +190,10 @@ def build_model(run: Run) -> model.GPT:
         start = replace(start, block_size=cfg.T)
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: cfg.T].clone()
     # OpenAI's vocabulary is not padded, and a run that starts from its weights keeps that size
-    expected = replace(expected, vocab_size=start.vocab_size)
-    if changed := checkpoint.differences(asdict(start), asdict(expected)):
+    if changed := checkpoint.differences(asdict(start), asdict(expected) | dict(vocab_size=start.vocab_size)):
         where = cfg.branch_from or (f"{cfg.out_dir}, use another --out_dir" if resumed else cfg.init_from)
         raise ValueError(f"--model={cfg.model} has another shape ({changed}) than the model in {where}")
-    return model.GPT.from_weights(expected, weights)
+    return model.GPT.from_weights(start, weights)
 
 
 def make_batch(xy: Tensor, B: int, n: int) -> training.Batch:

@@ -67,6 +67,12 @@ def has_suffix(path: str | Path, suffixes: tuple[str, ...]) -> bool:
     return str(path).endswith(suffixes + compressed)
 
 
+def split_of(name: str) -> str:
+    """The split of a dataset to which a file belongs, according to its name or relative path."""
+    words = re.split(r"[-_./\\]", name.lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), "train")
+
+
 def find_files(source: str, suffixes: tuple[str, ...], split: str = "train") -> tuple[list[Path], list[Path]]:
     """The files with these suffixes, sorted, and those that are skipped. source: a file, a folder, whose subfolders are
     searched too, or a pattern. If a folder has .parquet or .jsonl files, its other files are skipped, because they can
@@ -76,13 +82,9 @@ def find_files(source: str, suffixes: tuple[str, ...], split: str = "train") -> 
     pattern = glob.escape(source) if os.path.exists(source) else source
     names = glob.glob(os.path.join(pattern, "**") if is_folder else pattern, recursive=True)
     paths = sorted(Path(name) for name in names if has_suffix(name, suffixes) and os.path.isfile(name))
-
-    def split_of(path: Path) -> str:
-        words = re.split(r"[-_./\\]", (os.path.relpath(path, source) if is_folder else path.name).lower())
-        return next((SPLITS[word] for word in words if word in SPLITS), "train")
-
+    relative = {path: os.path.relpath(path, source) if is_folder else path.name for path in paths}
     tables = [path for path in paths if has_suffix(path, (".parquet", ".jsonl"))] if is_folder else []
-    chosen = [path for path in tables or paths if split_of(path) == split] or tables or paths
+    chosen = [path for path in tables or paths if split_of(relative[path]) == split] or tables or paths
     return chosen, sorted(set(paths) - set(chosen))
 
 

@@ -250,7 +250,7 @@ def test_unreadable_sources(source: SimpleNamespace, tmp_path: Path) -> None:
         pq.write_table(pa.table({column: [value]}), path)
         refused(config(path, out), path, word, "--field")
     write_parquet(path, ["", None, "  "])
-    refused(config(path, out), path.name, 3)
+    refused(config(path, out), path.name, 3, "--field")
     write_jsonl(tmp_path / "a.jsonl", ["x"] * 1500)
     refused(config(tmp_path / "a.jsonl", out, field="body"), "first 1,000", "'body'", "--field")
     write_parquet(path, documents := make_documents(3000, seed=3))  # another source, but no shard was written yet
@@ -328,6 +328,9 @@ def test_failed_download_continues_at_the_same_commit(source, hub: SimpleNamespa
     hub.folder.mkdir()
     (hub.folder / "README.txt").touch()  # only tables are read from the hub
     refused(config(URL, tmp_path / "new"), "0 files (.parquet, .jsonl) in", URL)
+    for split in ("test", "train"):
+        write_parquet(hub.folder / f"{split}-0.parquet", [split])
+    run_and_check(config(URL, tmp_path / "train"), ["train"])
 
 
 @pytest.fixture

@@ -289,9 +289,12 @@ def test_weights_of_another_shape_are_refused(cfg: Config, tmp_path: Path) -> No
     refused(cfg, "optimizer adamw -> muon", optimizer="muon")
     refused(cfg, "--max_steps=11", "step 12", max_steps=11)
     assert (harness.read_log(folder), harness.final_bits(folder)) == (log, bits)
-    other = dict(out_dir=str(tmp_path / "other"))
-    refused(cfg, "n_embd 16 -> 32", str(folder), init_from=str(folder), model="wider", **other)
-    refused(cfg, "nowhere", init_from=str(tmp_path / "nowhere"), **other)
+    other = replace(cfg, out_dir=str(tmp_path / "other"), init_from=str(folder))
+    refused(other, "n_embd 16 -> 32", str(folder), model="wider")
+    run = Mock(cfg=other, resumed=None, rt=harness.ALONE)
+    run.tokenizer.n_vocab = 999  # more than the model's vocab_size
+    with harness.error("n_tokens 257 -> 999", str(folder)):
+        train_gpt2.build_model(run)
 
 
 def test_options_data_and_disk_are_checked_before_the_first_step(
@@ -322,12 +325,6 @@ def test_unusual_prompts_and_counts(cfg: Config, changed: dict[str, Any]) -> Non
     assert len(samples(folder)) == changed.get("n_samples", 1)
     prompt = changed.get("prompt", cfg.prompt).replace("\n", "\\n")
     assert all(prompt in line for line in samples(folder))
-
-
-def test_warning_if_a_step_is_too_slow_for_a_cpu(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "--total_batch_size" not in notes(train(cfg, max_steps=1))
-    monkeypatch.setattr(model.GPT, "flops_per_token", lambda self, T: 2e11)
-    assert "--total_batch_size" in notes(train(cfg, max_steps=1, out_dir=cfg.out_dir + "2"))
 
 
 @pytest.mark.gpu
