@@ -327,6 +327,12 @@ def test_unusual_prompts_and_counts(cfg: Config, changed: dict[str, Any]) -> Non
     assert all(prompt in line for line in samples(folder))
 
 
+def test_warning_if_a_step_is_too_slow_for_a_cpu(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--total_batch_size" not in notes(train(cfg, max_steps=1))
+    monkeypatch.setattr(model.GPT, "flops_per_token", lambda self, T: 2e11)
+    assert "--total_batch_size" in notes(train(cfg, max_steps=1, out_dir=cfg.out_dir + "2"))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_compiled_run_killed_and_resumed_on_cuda(long: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
