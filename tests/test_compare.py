@@ -5,8 +5,10 @@ from pathlib import Path
 
 import harness
 import pytest
+import torch
 
-from neogpt import checkpoint, model
+import prune
+from neogpt import checkpoint, model, runtime
 from tools import compare
 
 ND = dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)
@@ -47,3 +49,13 @@ def test_table_counts_nonzero_parameters_and_flops(tmp_path: Path, capsys: pytes
 
     for sparsity in ("half", "2:5", 1.0):
         harness.refused(compare.main, cfg, sparsity, sparsities=(sparsity,))
+
+
+def test_int8_weights_are_measured_on_a_cpu_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their kernel reads memory of the host."""
+    monkeypatch.setattr(runtime, "setup", lambda *_: harness.ALONE._replace(device=torch.device("meta")))
+    monkeypatch.setattr(prune, "load_data", lambda *_: (None, None, None))
+    monkeypatch.setattr(prune, "evaluate", lambda *_: dict(parameters=2, nonzero_parameters=1, loss=0.0))
+    source = str(harness.write_model(tmp_path / "start", harness.tiny_model()))
+    compare.main(compare.Config(checkpoints=(source,), methods=(), out_dir=str(tmp_path)))
+    assert [row["variant"] for row in json.loads((tmp_path / "compare.json").read_text())["rows"]] == ["-"]

@@ -1,4 +1,4 @@
-"""Compare models, dense, with int8 weights and pruned, in one table.
+"""Compare models, dense, with int8 weights (on a CPU) and pruned, in one table.
 
     python -m tools.compare demo    # after `python train_gpt2.py demo` and `python train_gpt2.py nd-demo`
     python -m tools.compare --checkpoints out/gpt2 out/ndgpt2-96m --methods wanda
@@ -32,7 +32,8 @@ def main(cfg: Config) -> None:
     config.check(cfg)
     rt = runtime.setup(cfg.device, cfg.precision)
     models = [checkpoint.load_model(source) for source in cfg.checkpoints]
-    variants = dict.fromkeys(("-", "int8"), prune.Config(method="magnitude", ratio=0.0))  # nothing pruned
+    unpruned = ("-", "int8") if rt.device.type == "cpu" else ("-",)  # the kernel of int8 weights needs a CPU
+    variants = dict.fromkeys(unpruned, prune.Config(method="magnitude", ratio=0.0))
     for method, sparsity in itertools.product(cfg.methods, cfg.sparsities):
         ratio, pattern = (sparsity, "") if isinstance(sparsity, float) else (0.0, sparsity)
         variants[f"{method} {sparsity}"] = prune.Config(B=cfg.B, method=method, ratio=ratio, pattern=pattern)
