@@ -19,14 +19,15 @@ def test_table_counts_nonzero_parameters_and_flops(tmp_path: Path, capsys: pytes
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(documents))
     sources = {}
     for name, shape in (("dense", {}), ("nd", ND)):
-        sources[name] = str(harness.write_model(tmp_path / name, harness.tiny_model(scale=0.2, **shape)))
+        raw = harness.tiny_model(scale=0.2, vocab_size=1088, **shape)  # large: the head has int8 weights too
+        sources[name] = str(harness.write_model(tmp_path / name, raw))
     paths = dict(checkpoints=tuple(sources.values()), out_dir=str(tmp_path / "out"), data=str(tmp_path / "text.txt"))
     sizes = dict(sparsities=(0.5, 0.25, "2:4"), n_sequences=8, B=2, val_tokens=64, hellaswag_rows=0)
     cfg = compare.Config(**paths, **sizes, device="cpu")
     compare.main(cfg)
     lines = capsys.readouterr().out.splitlines()
 
-    L, C, T, V, width, f = 2, 16, 64, 320, 24, 3
+    L, C, T, V, width, f = 2, 16, 64, 1088, 24, 3
     matrices = dict(dense=L * 12 * C * C, nd=L * (4 * C * C + 2 * C * width))
     vectors = dict(dense=L * 13 * C + 2 * C, nd=L * (8 * C + C + width + 3 * f + 1) + 2 * C)
     zeros = {"-": 0, "int8": 0}  # quarters of the matrices

@@ -50,7 +50,8 @@ def main(cfg: Config) -> None:
             if label == "int8":
                 cpu.use_int8(raw)
             row = dict(model=source, variant=label) | prune.evaluate(raw, val, questions, cfg, rt)
-            row["flops"] = raw.flops_per_token(T) - 6 * (row["parameters"] - row["nonzero_parameters"])
+            n, n_zeros = loaded.raw.n_params(), row["parameters"] - row["nonzero_parameters"]  # int8 unties the head
+            row |= dict(parameters=n, nonzero_parameters=n - n_zeros, flops=raw.flops_per_token(T) - 6 * n_zeros)
             rows.append(row)
             cost = f"{row['nonzero_parameters']:,}", f"{row['flops'] / 1e6:.2f}"
             table.append((source, label, *cost, f"{row['loss']:.4f}", f"{row['hellaswag']:.3f}" if questions else "-"))
