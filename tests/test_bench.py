@@ -83,6 +83,8 @@ def test_other_measurements(tmp_path: Path) -> None:
     found = results("sample", tmp_path, new_tokens=20, B=(1, 3))
     assert found.keys() - {"transformers"} == {"NeoGPT", "NeoGPT, int8", "prefill"}
     assert results("sample", tmp_path, new_tokens=20, only=("NeoGPT",)).keys() == {"NeoGPT"}
+    raw, _, _ = bench.build_model(replace(bench.CONFIGS["sample"], device="cpu"), "tiny")
+    assert raw.config.n_tokens == 50257  # gpt2 is measured with its own vocabulary
 
 
 @pytest.mark.parametrize("network", [True, False])

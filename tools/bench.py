@@ -65,7 +65,7 @@ CONFIGS = {
     "overview": Config(models=("demo", "gpt2"), repeats=6, steps=5, new_tokens=128, rows=60, plain_precision="fp32"),
     "train": Config(bench="train"),
     "choices": Config(bench="choices", repeats=4),
-    "sample": Config(bench="sample", models=("gpt2",), B=(1, 8), repeats=4),
+    "sample": Config(bench="sample", n_tokens=50257, models=("gpt2",), B=(1, 8), repeats=4),
     "hellaswag": Config(bench="hellaswag", data="", tokenizer="gpt2", models=("gpt2",), repeats=4),
     "tokenize": Config(bench="tokenize", data="*.parquet", tokenizer="gpt2", repeats=4),
 }
