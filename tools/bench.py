@@ -264,7 +264,7 @@ def bench_overview(cfg: Config) -> list[dict]:
             f"training {small}, Muon": lambda: bench_train(replace(cfg, optimizer="muon"), small, 8),
             f"training {large}, T = 1,024": lambda: bench_train(gpt2, large, 1),
             f"decoding {large}, fp32": lambda: bench_sample(replace(gpt2, precision="fp32"), large, 1),
-            f"decoding {large}, {rt.precision}": lambda: bench_sample(gpt2, large, 1),  # fp32: the same key
+            f"decoding {large}, {rt.precision}": lambda: bench_sample(gpt2, large, 1),  # in fp32 replaces the one above
             f"decoding {large}, {rt.precision}, 8 streams": lambda: bench_sample(gpt2, large, 8),
             f"HellaSwag, {small}": lambda: bench_hellaswag(replace(cfg, data=questions), small, 1),
         }
