@@ -82,6 +82,7 @@ def test_a_study(
     longer = study(lengths=(10, 20, 40), held_out=1)
     assert sorted(study.started) == ["tiny-12-0.01-40", "tiny-8-0.01-40"]
     assert len(longer["points"]) == 9
+    harness.refused(scaling.main, study.cfg, "optimizer='adamw'", train=f"{study.cfg.train} --optimizer=adamw")
 
 
 def test_wrong_options_are_refused(study: Callable[..., dict]) -> None:
