@@ -11,14 +11,12 @@ import prune
 from neogpt import checkpoint, model, runtime
 from tools import compare
 
-ND = dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)
-
 
 def test_table_counts_nonzero_parameters_and_flops(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     documents = [f"This is document {i}, and it says so {i} times." for i in range(60)]
     (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(documents))
     sources = {}
-    for name, shape in (("dense", {}), ("nd", ND)):
+    for name, shape in (("dense", {}), ("nd", dict(mlp="ndlinear", mlp_width=24, mlp_modes=3))):
         raw = harness.tiny_model(scale=0.2, vocab_size=1088, **shape)  # large: the head has int8 weights too
         sources[name] = str(harness.write_model(tmp_path / name, raw))
     paths = dict(checkpoints=tuple(sources.values()), out_dir=str(tmp_path / "out"), data=str(tmp_path / "text.txt"))
