@@ -194,7 +194,7 @@ def find_resume(folder: Path, rt: runtime.Runtime, branch_from: str = "") -> Che
         if rt.rank and selected[0]:
             ckpt = read(path, verify=False)  # memory-mapped: a node holds it in memory once
     if rt.rank == 0:
-        for incomplete in folder.glob("ckpt_*.pt.tmp"):
+        for incomplete in folder.glob("*.pt.tmp"):
             incomplete.unlink()
     return ckpt
 

@@ -27,7 +27,7 @@ class FinetuneConfig:
     max_steps: config.PositiveInt | None = None  # optimizer steps, instead of epochs
     weight_decay: config.NonNegativeFloat = 0.0  # on matrices and embeddings
     grad_clip: config.NonNegativeFloat = 1.0  # largest gradient norm; 0: no clipping
-    seed: config.Seed = 1337  # of the split, the order of the data, and the adapters
+    seed: config.Seed = 1337  # of the split, the order of the data, the adapters, and the answers of grpo.py
     lora_rank: config.NonNegativeInt = 0  # train adapters of this rank; 0: train all weights
     lora_alpha: config.PositiveFloat = 32.0  # adapters are scaled by alpha / rank
     sharded: bool = False  # divide weights, gradients and moments among the devices (FSDP2); not with LoRA

@@ -19,8 +19,7 @@ class LoRALinear(nn.Linear):
     """y = W x + b + (alpha / rank) · B A x, with trainable A (rank, in) and B (out, rank)."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        super().__init__(linear.in_features, linear.out_features, device="meta")
         self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
         bound = 1 / math.sqrt(self.in_features)
         self.lora_A = nn.Parameter(linear.weight.new_empty(rank, self.in_features).uniform_(-bound, bound))

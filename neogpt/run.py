@@ -105,7 +105,6 @@ class Run:
         self.started = time.perf_counter() - start.seconds
         self.B, self.base, self.flops_per_token = 0, "", 0  # set by the scripts; the last is for the MFU
         self.stopped, self.n_nonfinite, self.saved_step = False, 0, start.step
-        self.stop_requested = lambda: False  # until the first step a signal ends the program at once
         self.pending = deque()  # steps whose losses are not read: (step, lr, n_tokens, function that reads them, end)
         self.writer, self.writing = ThreadPoolExecutor(1), None  # writing: the Future of the last checkpoint
         self.tracker = track.start(cfg.track if rt.rank == 0 else "", self.out_dir, self.step, asdict(cfg))

@@ -83,6 +83,8 @@ def test_other_measurements(tmp_path: Path) -> None:
     found = results("sample", tmp_path, new_tokens=20, B=(1, 3))
     assert found.keys() - {"transformers"} == {"NeoGPT", "NeoGPT, int8", "prefill"}
     assert results("sample", tmp_path, new_tokens=20, only=("NeoGPT",)).keys() == {"NeoGPT"}
+    raw, _, _ = bench.build_model(replace(bench.CONFIGS["sample"], device="cpu"), "tiny")
+    assert raw.config.n_tokens == 50257  # gpt2 is measured with its own vocabulary
 
 
 @pytest.mark.parametrize("network", [True, False])
@@ -98,11 +100,8 @@ def test_overview(
         monkeypatch.setattr(bench, "bench_tokenize", mock.Mock(side_effect=OSError("no vocabulary")))
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     precision = "bf16" if network else "fp32"
-    out, options = (
-        tmp_path / "bench",
-        dict(repeats=2, steps=1, new_tokens=20, rows=2, device="cpu", precision=precision),
-    )
-    bench.main(replace(bench.CONFIGS["overview"], models=("tiny",), out_dir=str(out), **options))
+    options = dict(repeats=2, steps=1, new_tokens=20, rows=2, device="cpu", models=("tiny",), precision=precision)
+    out = harness.train(bench.main, bench.CONFIGS["overview"], **options, out_dir=str(tmp_path / "bench"))
     rows, found = json.loads((out / "overview.json").read_text())["results"], {}
     for row in rows:
         found.setdefault(row["measurement"], []).append(row["name"])

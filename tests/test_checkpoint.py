@@ -190,7 +190,7 @@ def resume_on_rank(folder: Path, rt: runtime.Runtime) -> list[Any]:
 
 def test_all_ranks_resume_from_the_same_checkpoint(tmp_path: Path) -> None:
     flip_tensor_bit(save(tmp_path / "shared", 7, 8)[1])  # only rank 0 verifies
-    for name in ("ckpt_000011.pt.tmp", "notes.tmp"):  # killed while it was written; not ours
+    for name in ("ckpt_000011.pt.tmp", "best.pt.tmp", "notes.tmp"):  # killed while it was written; not ours
         (tmp_path / "shared" / name).write_text("half")
     save(tmp_path / "own0", 3)
     save(tmp_path / "own1", 4)

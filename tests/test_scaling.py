@@ -72,16 +72,15 @@ def test_a_study(
     assert (tmp_path / "Scaling.png").read_bytes()[:4] == b"\x89PNG"
 
     # a run that was continued twice equals a run of its length
-    ckpt = checkpoint.read_newest(points["tiny-16", 40]["folder"])
-    whole = replace(train_gpt2.Config(**ckpt.config), branch_from="", out_dir=str(tmp_path / "whole"))
-    harness.train(train_gpt2.main, whole)
-    harness.assert_same_run(Path(points["tiny-16", 40]["folder"]), tmp_path / "whole")
+    folder = Path(points["tiny-16", 40]["folder"])
+    cfg = train_gpt2.Config(**checkpoint.read_newest(folder).config)
+    whole = harness.train(train_gpt2.main, cfg, branch_from="", out_dir=str(tmp_path / "whole"))
+    harness.assert_same_run(folder, whole)
 
     monkeypatch.setattr(scaling, "draw", lambda *_: None)  # takes seconds
-    # a longer length is added, and nothing is trained twice
-    longer = study(lengths=(10, 20, 40), held_out=1)
-    assert sorted(study.started) == ["tiny-12-0.01-40", "tiny-8-0.01-40"]
-    assert len(longer["points"]) == 9
+    assert len(study(lengths=(10, 20, 40), held_out=1)["points"]) == 9  # a length is added
+    assert sorted(study.started) == ["tiny-12-0.01-40", "tiny-8-0.01-40"]  # nothing is trained twice
+    harness.refused(scaling.main, study.cfg, "optimizer='adamw'", train=f"{study.cfg.train} --optimizer=adamw")
 
 
 def test_wrong_options_are_refused(study: Callable[..., dict]) -> None:

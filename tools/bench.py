@@ -65,7 +65,7 @@ CONFIGS = {
     "overview": Config(models=("demo", "gpt2"), repeats=6, steps=5, new_tokens=128, rows=60, plain_precision="fp32"),
     "train": Config(bench="train"),
     "choices": Config(bench="choices", repeats=4),
-    "sample": Config(bench="sample", models=("gpt2",), B=(1, 8), repeats=4),
+    "sample": Config(bench="sample", n_tokens=50257, models=("gpt2",), B=(1, 8), repeats=4),
     "hellaswag": Config(bench="hellaswag", data="", tokenizer="gpt2", models=("gpt2",), repeats=4),
     "tokenize": Config(bench="tokenize", data="*.parquet", tokenizer="gpt2", repeats=4),
 }
@@ -264,7 +264,7 @@ def bench_overview(cfg: Config) -> list[dict]:
             f"training {small}, Muon": lambda: bench_train(replace(cfg, optimizer="muon"), small, 8),
             f"training {large}, T = 1,024": lambda: bench_train(gpt2, large, 1),
             f"decoding {large}, fp32": lambda: bench_sample(replace(gpt2, precision="fp32"), large, 1),
-            f"decoding {large}, {rt.precision}": lambda: bench_sample(gpt2, large, 1),  # fp32: the same key
+            f"decoding {large}, {rt.precision}": lambda: bench_sample(gpt2, large, 1),  # in fp32 replaces the one above
             f"decoding {large}, {rt.precision}, 8 streams": lambda: bench_sample(gpt2, large, 8),
             f"HellaSwag, {small}": lambda: bench_hellaswag(replace(cfg, data=questions), small, 1),
         }

@@ -1,4 +1,4 @@
-"""Compare models, dense, with int8 weights and pruned, in one table.
+"""Compare models, dense, with int8 weights (on a CPU) and pruned, in one table.
 
     python -m tools.compare demo    # after `python train_gpt2.py demo` and `python train_gpt2.py nd-demo`
     python -m tools.compare --checkpoints out/gpt2 out/ndgpt2-96m --methods wanda
@@ -32,7 +32,8 @@ def main(cfg: Config) -> None:
     config.check(cfg)
     rt = runtime.setup(cfg.device, cfg.precision)
     models = [checkpoint.load_model(source) for source in cfg.checkpoints]
-    variants = dict.fromkeys(("-", "int8"), prune.Config(method="magnitude", ratio=0.0))  # nothing pruned
+    unpruned = ("-", "int8") if rt.device.type == "cpu" else ("-",)  # the kernel of int8 weights needs a CPU
+    variants = dict.fromkeys(unpruned, prune.Config(method="magnitude", ratio=0.0))
     for method, sparsity in itertools.product(cfg.methods, cfg.sparsities):
         ratio, pattern = (sparsity, "") if isinstance(sparsity, float) else (0.0, sparsity)
         variants[f"{method} {sparsity}"] = prune.Config(B=cfg.B, method=method, ratio=ratio, pattern=pattern)
@@ -49,7 +50,8 @@ def main(cfg: Config) -> None:
             if label == "int8":
                 cpu.use_int8(raw)
             row = dict(model=source, variant=label) | prune.evaluate(raw, val, questions, cfg, rt)
-            row["flops"] = raw.flops_per_token(T) - 6 * (row["parameters"] - row["nonzero_parameters"])
+            n, n_zeros = loaded.raw.n_params(), row["parameters"] - row["nonzero_parameters"]  # int8 unties the head
+            row |= dict(parameters=n, nonzero_parameters=n - n_zeros, flops=raw.flops_per_token(T) - 6 * n_zeros)
             rows.append(row)
             cost = f"{row['nonzero_parameters']:,}", f"{row['flops'] / 1e6:.2f}"
             table.append((source, label, *cost, f"{row['loss']:.4f}", f"{row['hellaswag']:.3f}" if questions else "-"))

@@ -3,10 +3,10 @@
     python -m tools.make_demo [folder]    # default: the repository
 
 Writes `input.txt`, 0.9 MB of short texts about the sixteen characters of `world.py`, and the folder `demo` with rows
-for every later stage. One in four pairs of a character and a story is held out for hellaswag.jsonl: `input.txt` never
-tells this story about this character, but other texts state the fact that the ending needs. One fact in four and some
-passages are held out for sft_held_out.jsonl. The formats are those of databricks-dolly-15k and, for dpo.jsonl,
-red_teaming_reward_modeling_pairwise.
+for every later stage. One in four pairs of a character and a story with an attribute is held out for hellaswag.jsonl:
+`input.txt` never tells this story about this character, but other texts state the fact that the ending needs. One fact
+in four and some passages are held out for sft_held_out.jsonl. The formats are those of HellaSwag, databricks-dolly-15k
+and, for dpo.jsonl, red_teaming_reward_modeling_pairwise.
 """
 
 import itertools

@@ -80,13 +80,13 @@ def check(cfg: Config, base: train_gpt2.Config) -> None:
 
 
 def final_loss(folder: str, steps: int, base: train_gpt2.Config) -> float | None:
-    """The final loss of a run; None if it is not finished. Raises ValueError if it has other data or batches."""
+    """The final loss of a run; None if it is not finished. Raises ValueError if its training had other constants."""
     path = Path(folder, "log.txt")
     log = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     log = log[max(0, log.rfind("# data=")) :]  # since the last start
-    for constant in (f"data={base.data!r}", f"T={base.T}", f"total_batch_size={base.total_batch_size}"):
-        if "# data=" in log and f" {constant} " not in log:
-            raise ValueError(f"{folder} was not trained with {constant}: use another --out_dir")
+    for name in ("data", "T", "total_batch_size", "optimizer", "weight_decay", "warmup_steps", "min_lr_frac", "seed"):
+        if "# data=" in log and f" {name}={vars(base)[name]!r} " not in log:
+            raise ValueError(f"{folder} was not trained with {name}={vars(base)[name]!r}: use another --out_dir")
     losses = re.findall(rf"^{steps} val (\S+)\n", log, re.M)
     return float(losses[-1]) if losses else None
 
