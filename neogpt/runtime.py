@@ -115,8 +115,8 @@ def setup_cuda(device: str) -> None:
     """Set up PyTorch for this CUDA device. Raises ValueError if it does not exist."""
     n_devices = torch.cuda.device_count()
     if torch.device(device).index >= n_devices:
-        found = f"{n_devices} CUDA devices, start at most one process per device"
-        raise ValueError(f"--device={device}, but PyTorch {torch.__version__} finds {found}")
+        found = f"PyTorch {torch.__version__} finds {n_devices} CUDA devices"
+        raise ValueError(f"--device={device}, but {found}: use another --device, or at most one process per device")
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     torch.backends.cuda.enable_cudnn_sdp(False)  # see `single_shape_attention`
