@@ -259,7 +259,7 @@ def now(device: torch.device) -> float | torch.cuda.Event:
 
 
 def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    """Seconds from one `now` to another. Waits for the second."""
+    """Seconds between two results of `now`. Waits for `end`."""
     if isinstance(end, float):
         return end - start
     end.synchronize()  # short: the losses, whose copy was queued just before `end`, have been read
