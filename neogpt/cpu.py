@@ -100,7 +100,7 @@ def one_row_matmul(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
 INT8_KERNEL = r"""
 #include <stdint.h>
 
-/* y = x Wᵀ, times scale, plus b unless it is null;
+/* y = x W^T, times scale, plus b unless it is null;
    x: (n_rows, n_in), W: (n_out, n_in), scale and b: (n_out), y: (n_rows, n_out) */
 void int8_linear(const float *x, const int8_t *W, const float *scale, const float *b, float *y,
                  int64_t n_rows, int64_t n_out, int64_t n_in) {

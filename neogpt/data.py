@@ -140,7 +140,7 @@ def scan_shard(shard: Shard) -> tuple[int, int]:
 
 def open_folder(folder: Path, tokenizer: tiktoken.Encoding, check: bool) -> Splits:
     """The (training, validation) shards of a folder, sorted by name. Raises ValueError if a shard is missing or the
-    tokenizer is another. check: also if a shard differs from the manifest, or has an id outside the vocabulary.
+    tokenizer is not that of the manifest. check: also if a shard differs from it, or has an id outside the vocabulary.
     `checked.json` stores sizes and modification times of a successful check; until they change, no shard is read again.
     """
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".bin"))

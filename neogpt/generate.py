@@ -157,7 +157,9 @@ def generate(
         return sample(logits, u, temperature, top_k, top_p)
 
     ended = [False] * len(prompts)
-    forwards = one_row_linears(raw) if compile and len(prompts) == 1 else cpu.fast_linears(raw, len(prompts))
+    forwards = cpu.fast_linears(raw, len(prompts))
+    if compile and len(prompts) == 1:  # methods, because for new partial objects the step would be compiled again
+        forwards = {m: types.MethodType(one_row_linear, m) for m in raw.modules() if type(m) is nn.Linear}
     with replaced_forwards(forwards):
         for ids in decode_loop(raw, windows, uniforms, sampler, compile, ended if repetition_penalty == 1 else None):
             yield [None if end else token for token, end in zip(ids, ended)]
@@ -254,11 +256,6 @@ def one_row_linear(linear: nn.Linear, x: Tensor) -> Tensor:
         return F.linear(x, linear.weight, linear.bias)
     y = (x.unsqueeze(-2) * linear.weight).sum(dim=-1, dtype=torch.float32)
     return (y if linear.bias is None else y + linear.bias).to(linear.weight.dtype)
-
-
-def one_row_linears(raw: model.GPT) -> dict[nn.Linear, Callable[[Tensor], Tensor]]:
-    """`one_row_linear` as a method of each linear layer: for new partial objects the step would be compiled again."""
-    return {m: types.MethodType(one_row_linear, m) for m in raw.modules() if type(m) is nn.Linear}
 
 
 def capture_cuda_graph(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], state: Tensor) -> Callable[..., Tensor]:

@@ -297,4 +297,4 @@ class GPT(nn.Module):
         except RuntimeError as error:  # the second line of the message names the first mismatch
             raise ValueError(f"the weights do not fit the model: {str(error).splitlines()[1].strip():.200}") from error
         raw.lm_head.weight = raw.transformer.wte.weight  # tied again: the weights were assigned one by one
-        return raw.requires_grad_(True)
+        return raw

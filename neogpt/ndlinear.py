@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 class NdLinear(nn.Module):
     """A linear map along each mode (axis) of a tensor (algorithm 1 of the paper), (…, d_1, …, d_n) -> (…, h_1, …, h_n).
-    Weights: (h_i, d_i); biases: (h_i,). Without biases the matrix of this map is the Kronecker product of the weights.
+    Weights: (h_i, d_i); biases: (h_i,). Apart from the biases, its matrix is the Kronecker product of the weights.
     """
 
-    def __init__(self, d: Sequence[int], h: Sequence[int], bias: bool = True) -> None:
+    def __init__(self, d: Sequence[int], h: Sequence[int]) -> None:
         super().__init__()
-        self.modes = nn.ModuleList(nn.Linear(d_i, h_i, bias=bias) for d_i, h_i in zip(d, h, strict=True))
+        self.modes = nn.ModuleList(nn.Linear(d_i, h_i) for d_i, h_i in zip(d, h, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         for axis, linear in enumerate(self.modes, -len(self.modes)):

@@ -115,8 +115,8 @@ def setup_cuda(device: str) -> None:
     """Set up PyTorch for this CUDA device. Raises ValueError if it does not exist."""
     n_devices = torch.cuda.device_count()
     if torch.device(device).index >= n_devices:
-        found = f"{n_devices} CUDA devices, start at most one process per device"
-        raise ValueError(f"--device={device}, but PyTorch {torch.__version__} finds {found}")
+        found = f"PyTorch {torch.__version__} finds {n_devices} CUDA devices"
+        raise ValueError(f"--device={device}, but {found}: use another --device, or at most one process per device")
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
     torch.backends.cuda.enable_cudnn_sdp(False)  # see `single_shape_attention`
@@ -259,7 +259,7 @@ def now(device: torch.device) -> float | torch.cuda.Event:
 
 
 def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-    """Seconds from one `now` to another. Waits for the second."""
+    """Seconds between two results of `now`. Waits for `end`."""
     if isinstance(end, float):
         return end - start
     end.synchronize()  # short: the losses, whose copy was queued just before `end`, have been read

@@ -161,6 +161,7 @@ def test_int8_model_equals_rounded_weights(small_vocab: int, mlp: dict, monkeypa
 
 
 def test_int8_weights_need_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu.INT8_KERNEL.isascii()  # it is sent to the compiler in the locale's encoding
     cpu.int8_kernel.cache_clear()
     for compiler in ("nosuchcompiler", "false"):
         monkeypatch.setenv("CC", compiler)

@@ -21,17 +21,15 @@ def algorithm_1(layer: NdLinear, x: Tensor) -> Tensor:
         x = x.transpose(i, n)
         shape = x.shape[:-1]
         flat = x.reshape(-1, x.size(-1))
-        y = flat @ linear.weight.T
-        y = y + linear.bias if linear.bias is not None else y
+        y = flat @ linear.weight.T + linear.bias
         x = y.reshape(*shape, -1).transpose(i, n)
     return x
 
 
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("d, h", MODES)
-def test_ndlinear_equals_the_papers_algorithm(d: tuple[int, ...], h: tuple[int, ...], bias: bool) -> None:
+def test_ndlinear_equals_the_papers_algorithm(d: tuple[int, ...], h: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    layer, x = NdLinear(d, h, bias), torch.randn(6, *d)
+    layer, x = NdLinear(d, h), torch.randn(6, *d)
     torch.testing.assert_close(layer(x), algorithm_1(layer, x), rtol=0, atol=1e-6)
     assert layer(x).shape == (6, *h)
 
