@@ -30,7 +30,7 @@ def find_file(name: str, file: str) -> Path:
 
 def read_config(name: str) -> model.GPTConfig:
     """The configuration in config.json. Raises ValueError if the model is not a GPT-2 that `model.GPT` computes."""
-    hf = json.loads(find_file(name, "config.json").read_text())
+    hf = json.loads(find_file(name, "config.json").read_bytes())
     gelu = next((ours for ours, theirs in HF_GELU.items() if theirs == hf.get("activation_function", "gelu_new")), None)
     allowed = dict(model_type=["gpt2"], layer_norm_epsilon=[1e-5], n_inner=[None, 4 * hf.get("n_embd", 0)])
     allowed |= dict(scale_attn_weights=[True], scale_attn_by_inverse_layer_idx=[False], tie_word_embeddings=[True])
@@ -67,7 +67,7 @@ def read_weights(name: str) -> dict[str, torch.Tensor]:
         return safetensors.torch.load_file(find_file(name, "model.safetensors"))
     with suppress(FileNotFoundError):
         return torch.load(find_file(name, "pytorch_model.bin"), "cpu", weights_only=True)
-    index = json.loads(find_file(name, "model.safetensors.index.json").read_text())  # of a large model
+    index = json.loads(find_file(name, "model.safetensors.index.json").read_bytes())  # of a large model
     weights = {}
     for part in sorted(set(index["weight_map"].values())):
         weights |= safetensors.torch.load_file(find_file(name, part))
@@ -76,7 +76,7 @@ def read_weights(name: str) -> dict[str, torch.Tensor]:
 
 def read_origin(name: str) -> tuple[str, int]:
     """The stage and the step of a model that export.py wrote; ("", 0) for other models."""
-    origin = json.loads(find_file(name, "config.json").read_text()).get("neogpt", {})
+    origin = json.loads(find_file(name, "config.json").read_bytes()).get("neogpt", {})
     return str(origin.get("stage", "")), int(origin.get("step", 0))
 
 
