@@ -1,10 +1,14 @@
 """Fixtures that all tests share."""
 
+import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import harness
 import pytest
 import torch
+
+from neogpt import data
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -21,6 +25,16 @@ def server() -> Iterator[harness.ForkServer]:
     """Starts runs of the training scripts in other processes."""
     with harness.fork_server() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 40 documents of random words, about 12 kB."""
+    rng, words = random.Random(0), "the fox sees a red house and sleeps über night runs .".split()
+    documents = [" ".join(rng.choices(words, k=60)) for _ in range(40)]
+    path = tmp_path_factory.mktemp("text") / "input.txt"
+    path.write_text(f"\n{data.EOT}\n".join(documents), encoding="utf-8")
+    return path
 
 
 @pytest.fixture

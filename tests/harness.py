@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -31,6 +32,8 @@ ALONE = runtime.Runtime(0, 1, torch.device("cpu"), "fp32")
 # one thread: more do not pay for a tiny model, least of all on a busy machine
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 ENV["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+BYTES = data.get_tokenizer("bytes")
+ND = dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)  # an NdLinear MLP for `tiny_model`
 
 
 # -----------------------------------------------------------------------------
@@ -57,10 +60,10 @@ def tiny_model(seed: int = 0, scale: float = 0.0, **shape: Any) -> model.GPT:
 
 
 def write_model(folder: Path, raw: model.GPT, stage: str = "pretraining", **keys: Any) -> Path:
-    """Write a checkpoint of the model into a folder; return the folder."""
+    """Write a checkpoint of the model, of step 7 by default, into a folder; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    ckpt = checkpoint.Checkpoint(stage, 7, raw.state_dict(), asdict(raw.config), "bytes", **keys)
-    checkpoint.write(folder / "ckpt_000007.pt", ckpt)
+    keys = dict(step=7, model=raw.state_dict(), model_config=asdict(raw.config), tokenizer="bytes") | keys
+    checkpoint.write(folder / f"ckpt_{keys['step']:06d}.pt", checkpoint.Checkpoint(stage, **keys))
     return folder
 
 
@@ -94,6 +97,11 @@ def losses(folder: Path, name: str = "train") -> dict[int, float]:
 def notes(folder: Path) -> str:
     """The lines of the log that start with #."""
     return "\n".join(line for line in (folder / "log.txt").read_text().splitlines() if line.startswith("#"))
+
+
+def samples(folder: Path) -> list[str]:
+    """The lines of the log that start a sample."""
+    return [line for line in notes(folder).splitlines() if line.startswith("#   > ")]
 
 
 def n_losses(folder: Path) -> int:
@@ -138,6 +146,13 @@ def assert_close_runs(
 
 # -----------------------------------------------------------------------------
 # Runs in this process
+
+
+def resume(folder: Path, whole: Path, step: int) -> Path:
+    """Make a folder with another run's checkpoint of a step, from which a run continues; return it."""
+    folder.mkdir()
+    shutil.copy(whole / f"ckpt_{step:06d}.pt", folder)
+    return folder
 
 
 def train(main: Callable, cfg: Any, **changed: Any) -> Path:
@@ -287,9 +302,7 @@ class ForkServer:
 
     def run(self, script: str, args: list[str], n_ranks: int = 1) -> None:
         """Run a script to its end, as torchrun does if there are several ranks."""
-        env = {}
-        if n_ranks > 1:
-            env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+        env = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
         ranks = [dict(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(n_ranks)) for r in range(n_ranks)]
         pids = [self.start(script, args, **env, **rank) for rank in ranks]
         assert [self.wait(pid) for pid in pids] == [0] * n_ranks

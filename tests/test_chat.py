@@ -14,19 +14,17 @@ import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
-from harness import ALONE, tiny_model
+from harness import ALONE, BYTES, tiny_model
 
-from neogpt import chat, data, finetune, generate, rewards
+from neogpt import chat, finetune, generate, rewards
 from neogpt.chat import Row
 
 CPU = torch.device("cpu")
-BYTES = data.get_tokenizer("bytes")
 T = 160
 
 
 @pytest.fixture(params=["bytes", "gpt2"])
 def tokenizer(request: pytest.FixtureRequest) -> tiktoken.Encoding:
-    """Both tokenizers."""
     return harness.get_tokenizer(request.param)
 
 

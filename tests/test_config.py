@@ -68,12 +68,6 @@ def test_rank_0_prints(args: tuple[str, ...], capsys: pytest.CaptureFixture, mon
         assert re.search(rf"{SHOWN[args]}\b", printed) if rank == "0" else printed == ""
 
 
-def comments_of_constants(path: Path) -> dict[str, str]:
-    classes = re.findall(r"^class \w*Config\b.*?:\n(.*?)\n\n\n", path.read_text(encoding="utf-8"), re.M | re.S)
-    lines = re.findall(r"^    (\w+): (.*)$", "\n".join(classes), re.M)
-    return {name: line.partition("  # ")[2] for name, line in lines}
-
-
 SCRIPTS = [path for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]) if "config.run(" in path.read_text()]
 
 
@@ -84,7 +78,10 @@ def test_help_shows_every_comment(path: Path, capsys: pytest.CaptureFixture, mon
     with pytest.raises(SystemExit) as error:
         config.parse(script.CONFIGS, script.__doc__, [[*script.CONFIGS][-1], "--help"])
     assert error.value.code == 0
-    shown, comments = re.sub(r"[\s│]+", " ", capsys.readouterr().out), comments_of_constants(path)
+    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    classes = re.findall(r"^class \w*Config\b.*?:\n(.*?)\n\n\n", path.read_text(encoding="utf-8"), re.M | re.S)
+    lines = re.findall(r"^    (\w+): (.*)$", "\n".join(classes), re.M)
+    comments = {name: line.partition("  # ")[2] for name, line in lines}
     assert comments and {k: v for k, v in comments.items() if not v or v not in shown} == {}
 
 

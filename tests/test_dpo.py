@@ -2,7 +2,6 @@
 
 import math
 import random
-import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -15,15 +14,14 @@ import harness
 import numpy as np
 import pytest
 import torch
-from harness import ALONE, losses, notes, read_log, write_rows
+from harness import ALONE, BYTES, losses, notes, read_log, write_rows
 from test_finetune import configure
 
 import dpo
 from dpo import Pair
-from neogpt import checkpoint, data, model
+from neogpt import checkpoint, model
 from neogpt.chat import Example, Row
 
-BYTES = data.get_tokenizer("bytes")
 EOT = 256
 LOSSES = ("sigmoid", "robust", "hinge", "ipo")
 REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
@@ -31,9 +29,9 @@ METRICS = ("preference", *REWARDS, "rewards/accuracies", "logps/chosen", "logps/
 train = partial(harness.train, dpo.main)
 
 
-def tiny(seed: int = 0, scale: float = 0.3) -> model.GPT:
+def tiny(seed: int = 0, scale: float = 0.3, **shape: Any) -> model.GPT:
     """A model of one layer whose predictions are far from uniform."""
-    return harness.tiny_model(seed, scale, n_layer=1, block_size=48)
+    return harness.tiny_model(seed, scale, **dict(n_layer=1, block_size=48) | shape)
 
 
 def row(prompt: str, a: str | None, b: str | None, preferred: str | None = "A") -> dict[str, Any]:
@@ -135,16 +133,6 @@ def test_losses_equal_numpy_in_float64(loss: Any) -> None:
             assert chosen.grad.isfinite().all() and rejected.grad.isfinite().all()
 
 
-def random_texts(n: int) -> list[tuple[Row, str]]:
-    """Prompts, chosen and rejected responses of random letters, of very different lengths."""
-    rng = random.Random(0)
-
-    def letters(longest: int) -> str:
-        return "".join(rng.choice("abcdefgh ") for _ in range(rng.randint(1, longest)))
-
-    return [(Row(letters(8), "", letters(20)), letters(20) + "!") for _ in range(n)]
-
-
 def logp_one_by_one(raw: model.GPT, prompt: str, response: str) -> tuple[float, int]:
     """The log-probability of the response with its end-of-text, and the number of its tokens."""
     before, targets = list(f"{prompt}\nResponse:\n".encode()), [*response.encode(), EOT]
@@ -159,7 +147,11 @@ def logp_one_by_one(raw: model.GPT, prompt: str, response: str) -> tuple[float, 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "ipo"])
 def test_loss_with_rpo_term_and_metrics_worked_one_by_one(loss: Any) -> None:
-    raw, texts, total, sums, logps = tiny().double(), random_texts(5), 0.0, np.zeros(7), []
+    def letters(longest: int) -> str:
+        return "".join(rng.choices("abcdefgh ", k=rng.randint(1, longest)))
+
+    raw, rng, total, sums, logps = tiny().double(), random.Random(0), 0.0, np.zeros(7), []
+    texts = [(Row(letters(8), "", letters(20)), letters(20) + "!") for _ in range(5)]
     pairs = dpo.tokenize_pairs(texts, 48, BYTES, "texts")  # with different references, so that a mix-up is found
     pairs = [pair._replace(reference=(-40.0 - i, -30.0 - 2 * i)) for i, pair in enumerate(pairs)]
     for (row, other), pair in zip(texts, pairs, strict=True):
@@ -179,20 +171,15 @@ def test_loss_with_rpo_term_and_metrics_worked_one_by_one(loss: Any) -> None:
     np.testing.assert_allclose(dpo.reference_logps(raw, pairs, 3, ALONE), logps, atol=1e-4)
 
 
-def toy_rows() -> list[dict[str, str]]:
-    """26 prompts of one letter. The better response is response_a in every second row."""
-    letters, sides = "abcdefghijklmnopqrstuvwxyz", [("no", "yes", "B"), ("yes", "no", "A")] * 13
-    rows = [(f"{letter}?", *side) for letter, side in zip(letters, sides)]
-    return [dict(prompt=prompt, response_a=a, response_b=b, preferred=p) for prompt, a, b, p in rows]
-
-
 @pytest.fixture
 def cfg(tmp_path: Path) -> dpo.Config:
-    """A configuration that trains in a second."""
+    """Trains in a second, on 26 prompts of one letter; the better response is response_a in every second row."""
+    sides = [("no", "yes", "B"), ("yes", "no", "A")] * 13
+    rows = [row(f"{letter}?", *side) for letter, side in zip("abcdefghijklmnopqrstuvwxyz", sides)]
     start = str(harness.write_model(tmp_path / "sft", tiny(scale=0.1), "sft"))
-    rows = write_rows(tmp_path / "pairs.jsonl", toy_rows())
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
     changed = dict(B=4, max_lr=1e-3, rpo_alpha=0.0, save_every=4, eval_every=5, n_eval_prompts=3, prompts=("a?",))
-    return replace(configure("dpo", tmp_path), checkpoint=start, data=rows, **changed)
+    return replace(configure("dpo", tmp_path), checkpoint=start, data=path, **changed)
 
 
 def start_again(folder: Path) -> None:
@@ -277,9 +264,7 @@ def test_damaged_reference_is_computed_again_from_the_start(cfg: dpo.Config) -> 
     (path,) = folder.glob("reference_*.npz")
     good, logps = path.read_bytes(), read_reference(folder)
     for i, damaged in enumerate((None, logps * np.inf, logps[1:])):
-        resumed = Path(f"{cfg.out_dir}-{i}")
-        resumed.mkdir()
-        shutil.copy(folder / "ckpt_000008.pt", resumed)
+        resumed = harness.resume(Path(f"{cfg.out_dir}-{i}"), folder, 8)
         if damaged is None:
             (resumed / path.name).write_bytes(good[: len(good) // 2])
         else:

@@ -29,7 +29,6 @@ from fineweb import Config, main
 from neogpt import data
 
 refused = partial(harness.refused, main)
-METHODS = ["fork", "spawn", "forkserver"]
 RUN = """
 import multiprocessing, runpy, sys
 multiprocessing.set_start_method(sys.argv.pop(1))
@@ -196,20 +195,16 @@ def test_few_chunks_are_read_ahead(tmp_path: Path) -> None:
     assert len(n_ahead) == 200 and max(n_ahead) <= 9
 
 
-def start(cfg: Config, method: str) -> subprocess.Popen:
-    """Start `python fineweb.py` in a new process group, with a start method of multiprocessing."""
-    command = [sys.executable, "-c", RUN, method, *harness.command_line(cfg)]
-    options = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    return subprocess.Popen(command, cwd=harness.ROOT, stdout=-1, stderr=-1, text=True, **options)
-
-
 def test_killed_or_interrupted_run_continues(source: SimpleNamespace, tmp_path: Path) -> None:
     """With every start method of multiprocessing."""
     rng, out = random.Random(0), tmp_path / "out"
-    for attempt in range(5):
+    # in a new process group
+    options = {"start_new_session": True, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    for attempt, method in enumerate(["fork", "spawn", "forkserver", "fork", "spawn"]):
         cfg = config(source.folder, out, shard_size=1000, workers=1 + attempt % 3)
         n = len(list(out.glob("*.npy"))) + rng.randrange(1, 10)
-        process, give_up = start(cfg, METHODS[attempt % 3]), time.monotonic() + 60
+        command, give_up = [sys.executable, "-c", RUN, method, *harness.command_line(cfg)], time.monotonic() + 60
+        process = subprocess.Popen(command, cwd=harness.ROOT, stdout=-1, stderr=-1, text=True, **options)
         while len(list(out.glob("*.npy*"))) < n:  # the last one can be unfinished
             assert time.monotonic() < give_up and process.poll() is None
             time.sleep(0.002)

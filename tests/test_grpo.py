@@ -11,21 +11,15 @@ import harness
 import numpy as np
 import pytest
 import torch
-from harness import ALONE, losses, read_log, write_rows
+from harness import ALONE, BYTES, losses, read_log, write_rows
+from test_dpo import EOT, tiny
 from test_finetune import configure
 
 import grpo
-from neogpt import checkpoint, data, finetune, generate, hf, model, rewards, training
+from neogpt import checkpoint, finetune, generate, hf, model, rewards, training
 from neogpt.chat import Example, Row
 
-BYTES = data.get_tokenizer("bytes")
-EOT = 256
 train = partial(harness.train, grpo.main)
-
-
-def tiny(seed: int = 0, scale: float = 0.3, **shape: Any) -> model.GPT:
-    """A model of one layer whose predictions are far from uniform."""
-    return harness.tiny_model(seed, scale, **dict(n_layer=1, block_size=48) | shape)
 
 
 # -----------------------------------------------------------------------------
@@ -273,9 +267,8 @@ def test_a_constant_reward_ends_in_one_line(cfg: grpo.Config) -> None:
     assert checkpoint.read_newest(folder).step == 19  # nothing is lost
 
 
-def test_prompts_that_do_not_fit_are_counted(cfg: grpo.Config, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "neogpt")
+def test_prompts_that_do_not_fit_are_counted(printed: pytest.LogCaptureFixture) -> None:
     rows = [Row("x" * n, "", "y") for n in (10, 29, 30)]  # and 11 bytes of the template
     run = SimpleNamespace(tokenizer=BYTES)
     assert [len(ids) for _, ids in finetune.encode_prompts(run, rows, 40, "here")] == [21, 40]
-    assert "here: 1 rows dropped: they do not fit into 40 tokens" in caplog.messages[0]
+    assert "here: 1 rows dropped: they do not fit into 40 tokens" in printed.messages[0]

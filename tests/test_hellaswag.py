@@ -16,13 +16,12 @@ import pytest
 import tiktoken
 import torch
 import torch.nn.functional as F
-from harness import ALONE, write_rows
+from harness import ALONE, BYTES, write_rows
 
 import hellaswag
 from neogpt import config, data, hf, model
 
 NORMS = ["sum", "per token", "per character", "per byte"]
-BYTES = data.get_tokenizer("bytes")
 GOOD = dict(activity_label="x", ctx_a="a", ctx_b="b", ctx="a b", endings=["a", "b", "c", "d"], label=2)
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch

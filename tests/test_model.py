@@ -2,9 +2,10 @@
 
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
+import harness
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,13 +27,7 @@ def rough_model(seed: int = 0, **changes: Any) -> GPT:
 
     With GPT-2's initialization biases are 0 and attention is nearly uniform, which would hide errors.
     """
-    generator = torch.Generator().manual_seed(seed)
-    raw = GPT(shape(**changes))
-    with torch.no_grad():
-        for name, p in raw.named_parameters():
-            gain = 1.0 if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")) else 0.0
-            p.copy_(gain + 0.3 * torch.randn(p.shape, generator=generator))
-    return raw
+    return harness.tiny_model(seed, 0.3, **asdict(shape(**changes)))
 
 
 def random_ids(*size: int, seed: int = 0, below: int = 61) -> Tensor:

@@ -5,12 +5,10 @@ from copy import deepcopy
 
 import pytest
 import torch
-from harness import bits, tiny_model
+from harness import ND, bits, tiny_model
 from torch import Tensor
 
 from neogpt import model, optim
-
-ND = dict(mlp="ndlinear", mlp_width=32, mlp_modes=2)
 
 
 def test_schedules() -> None:

@@ -11,10 +11,8 @@ from matplotlib.figure import Figure
 
 from tools import plot
 
-LOG = "# code=1 torch=2 tokenizer=bytes\n# data='x.txt' max_steps=10\n# a message with a step: 3 val 9\n"
-LOG += (
-    "0 val 5.5\n0 tokens 0\n0 seconds 2\n0 train 5.5\n5 val 3\n5 tokens 600\n5 seconds 12\n5 train 3.2\n6 train 3.1\n"
-)
+LOG = "# code=1 torch=2 tokenizer=bytes\n# data='x.txt' max_steps=10\n# a message with a step: 3 val 9\n0 val 5.5\n"
+LOG += "0 tokens 0\n0 seconds 2\n0 train 5.5\n5 val 3\n5 tokens 600\n5 seconds 12\n5 train 3.2\n6 train 3.1\n"
 LOG += "10 val 2.5\n10 tokens 1200\n10 seconds 32\n10 train 2.4\n11 train 2.4\n5 val/rewards 1\n5 pass@1 0.5\n"
 VAL, GPT2 = (np.array([0, 5]), np.array([3.5, 0.3])), dict(tokenizer="gpt2", hellaswag_data="")
 

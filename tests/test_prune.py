@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import harness
@@ -11,10 +12,9 @@ from torch import Tensor
 
 import prune
 import train_gpt2
-from neogpt import checkpoint, hf, model
+from neogpt import checkpoint, data, hf, model, training
 
 MATRICES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-ND = dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)
 CALIBRATION = torch.randint(257, (5, 32), generator=torch.Generator().manual_seed(1))
 
 
@@ -83,14 +83,12 @@ def test_mask_of_equal_scores_and_a_rounded_number() -> None:
 
 
 @pytest.fixture
-def cfg(tmp_path: Path) -> prune.Config:
+def cfg(text_file: Path, tmp_path: Path) -> prune.Config:
     """A tiny model, text to calibrate it on, and questions."""
     harness.write_model(tmp_path / "run", harness.tiny_model(scale=0.2))
-    text = "\n<|endoftext|>\n".join(f"This is document {i}, and it says so {i} times." for i in range(60))
-    (tmp_path / "text.txt").write_text(text)
     row = dict(activity_label="a", ctx="The number", endings=list("abcd"), label=1)
     rows = harness.write_rows(tmp_path / "rows.jsonl", [row] * 8)
-    paths = dict(checkpoint=str(tmp_path / "run"), out_dir=str(tmp_path / "pruned"), data=str(tmp_path / "text.txt"))
+    paths = dict(checkpoint=str(tmp_path / "run"), out_dir=str(tmp_path / "pruned"), data=str(text_file))
     return prune.Config(**paths, hellaswag_data=rows, n_sequences=8, val_tokens=64, device="cpu")
 
 
@@ -119,22 +117,31 @@ def test_pruning_again_keeps_zeros(cfg: prune.Config, tmp_path: Path) -> None:
     assert harness.bits(checkpoint.read_newest(again).model) == harness.bits(checkpoint.read_newest(first).model)
 
 
-@pytest.mark.parametrize("mlp", [{}, ND], ids=["huggingface", "ndlinear"])
-def test_training_keeps_zeros(mlp: dict, cfg: prune.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mlp, optimizer", [({}, "adamw"), ({}, "muon"), (harness.ND, "muon")])
+def test_training_from_pruned_weights_with_shorter_sequences_keeps_zeros(
+    mlp: dict, optimizer: str, cfg: prune.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     raw, start = harness.tiny_model(scale=0.2, **mlp), tmp_path / "start"
     harness.write_model(start, raw) if mlp else hf.save(raw, start)  # the latter's vocabulary is not padded
     pruned = pruned_weights(harness.train(prune.main, cfg, checkpoint=str(start)))
     assert len(pruned) == 8
+    val = data.Windows(data.open_data(cfg.data, harness.BYTES)[1], 32)
+    expected = training.validate(checkpoint.load_model(cfg.out_dir).raw, val, 64, 4, harness.ALONE)
     monkeypatch.setitem(model.SIZES, "tiny", dict(n_layer=2, n_head=2, n_embd=16) | mlp)
-    start = dict(model="tiny", init_from=cfg.out_dir, out_dir=str(tmp_path / "recovered"), optimizer="muon")
-    text = dict(tokenizer="bytes", data=cfg.data, T=64, total_batch_size=128, val_tokens=64, hellaswag_every=0)
-    recovery = train_gpt2.Config(**start, **text, device="cpu")
+    start = dict(model="tiny", init_from=cfg.out_dir, out_dir=str(tmp_path / "recovered"), optimizer=optimizer)
+    text = dict(tokenizer="bytes", data=cfg.data, T=32, total_batch_size=128, val_tokens=64, hellaswag_every=0)
+    recovery = train_gpt2.Config(**start, **text, device="cpu", precision="fp32")
     for max_steps in (3, 5):  # the second run is resumed
-        trained = checkpoint.read_newest(harness.train(train_gpt2.main, recovery, max_steps=max_steps))
+        folder = harness.train(train_gpt2.main, recovery, max_steps=max_steps)
+        trained = checkpoint.read_newest(folder)
         assert trained.step == max_steps
+        shutil.rmtree(cfg.out_dir, ignore_errors=True)  # a resumed run needs only its own checkpoint
         for name, weight in pruned.items():
             assert torch.equal(trained.model[name] != 0, weight != 0), name
             assert not torch.equal(trained.model[name], weight), name
+    assert trained.model["transformer.wpe.weight"].shape == (32, 16)  # of 64 positions
+    assert trained.model["lm_head.weight"].shape == (320 if mlp else 257, 16)
+    assert harness.losses(folder, "val")[0] == pytest.approx(expected, abs=1e-6)
 
 
 def test_folder_of_another_run_is_refused(cfg: prune.Config) -> None:

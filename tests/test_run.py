@@ -13,10 +13,9 @@ import harness
 import numpy as np
 import pytest
 import torch
+from harness import BYTES
 
-from neogpt import checkpoint, data, model, optim, run, runtime, training
-
-BYTES = data.get_tokenizer("bytes")
+from neogpt import checkpoint, model, optim, run, runtime, training
 
 
 @dataclass(frozen=True)

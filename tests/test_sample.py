@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,14 +15,15 @@ from unittest import mock
 import harness
 import pytest
 import torch
-from harness import ENV, ROOT, tiny_model
+from harness import BYTES, ENV, ROOT, tiny_model
 
 import sample
-from neogpt import checkpoint, data, generate, hf, model
+from neogpt import generate, hf, model
 
 EOT = 256  # of the tokenizer "bytes"
 Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
+save = partial(harness.write_model, stage="dpo")
 
 
 def scripted_model(script: dict[int, bytes]) -> model.GPT:
@@ -41,13 +43,6 @@ def scripted_model(script: dict[int, bytes]) -> model.GPT:
             if name.endswith("c_proj.weight"):
                 p.zero_()
     return raw
-
-
-def save(folder: Path, raw: model.GPT, step: int = 1, **changes: Any) -> Path:
-    """Write a checkpoint; return its path."""
-    values = dict(model=raw.state_dict(), model_config=asdict(raw.config), tokenizer="bytes") | changes
-    checkpoint.save(folder, checkpoint.Checkpoint(stage="dpo", step=step, **values), keep_last=9)
-    return folder / f"ckpt_{step:06d}.pt"
 
 
 def configure(source: Path, **changes: Any) -> sample.Config:
@@ -84,7 +79,7 @@ def test_sample_ends_at_end_of_text_or_max_new_tokens(options: dict, tmp_path: P
 
 def test_messages_go_to_standard_error(tmp_path: Path, capsys: Capture) -> None:
     raw = scripted_model({1: b"old"})
-    path = save(tmp_path, raw, step=7)
+    path = save(tmp_path, raw) / "ckpt_000007.pt"
     save(tmp_path, scripted_model({1: b"new"}), step=10)
     out, err = run_main(capsys, configure(path, n_samples=2))
     assert out == "abold\n---\nabold\n"
@@ -147,7 +142,7 @@ def test_text_is_printed_as_soon_as_it_is_certain(
         yield [None, ord("y")]
 
     monkeypatch.setattr(generate, "generate", fake)
-    rows = sample.stream(sample.Config(stop=stop), None, data.get_tokenizer("bytes"), [0], [0, 1])
+    rows = sample.stream(sample.Config(stop=stop), None, BYTES, [0], [0, 1])
     assert [*printed, capsys.readouterr().out] == pieces
     assert "".join(pieces) == text.decode(errors="replace") + "\n"
     assert rows == [list(text), [*text, *b"xy"]]
@@ -191,7 +186,7 @@ def test_text_that_is_not_utf8(tmp_path: Path, capsys: Capture, monkeypatch: Pat
 
 
 def test_unusable_models(tmp_path: Path) -> None:
-    refused(save(tmp_path, scripted_model({}), tokenizer="morse"), tmp_path)
+    refused(save(tmp_path, scripted_model({}), tokenizer="morse"), tmp_path, "morse")
     folder = tmp_path / "hf"
     hf.save(tiny_model(n_tokens=99, vocab_size=99), folder)
     refused(folder, folder)  # no tokenizer has 99 ids

@@ -2,7 +2,6 @@
 
 import math
 import re
-import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,15 +9,14 @@ from pathlib import Path
 import harness
 import pytest
 import torch
-from harness import losses, notes, tiny_model, write_rows
+from harness import BYTES, losses, notes, tiny_model, write_rows
 from test_finetune import LORA, configure, make_rows
 from torch import Tensor, nn
 
 import sft
-from neogpt import chat, checkpoint, data, hf, lora, runtime, training
+from neogpt import chat, checkpoint, hf, lora, runtime, training
 from sft import Config
 
-BYTES = data.get_tokenizer("bytes")
 NAMES = ["Ada", "Leo", "Rosa", "Mona", "Jasper", "Cora"]
 tune = partial(harness.train, sft.main)
 
@@ -44,9 +42,8 @@ def test_rows_are_memorized_and_files_written(cfg: Config, tmp_path: Path) -> No
     assert all(values.keys() == {0, 60, 120} for values in scores.values()) and losses(folder).keys() == set(range(120))
     assert scores["val"][0] > 5 and scores["exact"][0] == 0
     assert scores["val"][120] < 0.05 and scores["exact"][120] == scores["ended"][120] == scores["accuracy"][120] == 1
-    assert (
-        "6 rows to train on, 6 held out" in notes(folder) and len(re.findall("^#   > ", notes(folder), re.M)) == 3 * 4
-    )
+    assert "6 rows to train on, 6 held out" in notes(folder)
+    assert len(re.findall("^#   > ", notes(folder), re.M)) == 3 * 4
     assert notes(folder).rpartition("> Leo? -> ")[2].startswith("A nut.\n")
     assert {p.name for p in folder.iterdir()} == {"best.pt", "ckpt_000100.pt", "ckpt_000120.pt", "log.txt"}
     ckpt = checkpoint.read(folder / "ckpt_000120.pt")
@@ -108,16 +105,13 @@ def test_best_checkpoint_has_the_lowest_held_out_loss(cfg: Config, tmp_path: Pat
     assert harness.bits(best.model) == harness.bits(checkpoint.read(folder / f"ckpt_{lowest:06d}.pt").model)
     assert checkpoint.read(folder / "ckpt_000060.pt").scores["best"] == pytest.approx(val[lowest])
     # resumed after the best step, the run still knows the lowest loss
-    resumed = tmp_path / "resumed"
-    resumed.mkdir()
-    shutil.copy(folder / "ckpt_000056.pt", resumed)
+    resumed = harness.resume(tmp_path / "resumed", folder, 56)
     tune(cfg, out_dir=str(resumed))
     assert not (resumed / "best.pt").exists()
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_compiled_step_with_packing_has_one_shape(cfg: Config, packing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a compiler that does nothing."""
     asked, shapes, backward = [], set(), training.backward
     reference = tune(cfg, packing=packing, compile=False)
     monkeypatch.setattr(torch, "compile", lambda raw, **options: asked.append(options) or raw)
@@ -141,16 +135,15 @@ def test_adapters_are_saved_merged_and_in_a_folder(cfg: Config) -> None:
     assert losses(folder)[11] < losses(folder)[0]
 
 
-def test_context_is_truncated_before_the_response(capsys: pytest.CaptureFixture) -> None:
-    runtime.setup("cpu", "fp32")
+def test_context_is_truncated_before_the_response(printed: pytest.LogCaptureFixture) -> None:
     context, response = "Ada met Leo. " * 20, "\nThey met often."
     (example,) = sft.make_examples([chat.Row("Who?", context, response)], 60, BYTES, "rows")
     text = chat.prompt_text("Who?", context[: 60 - len(chat.prompt_text("Who?", "c") + response) + 1]) + response
     assert example.ids.tolist() == [*text.encode(), BYTES.eot_token] and example.n_inputs == 60
-    assert not capsys.readouterr().out
+    assert not printed.messages
     rows = [chat.Row("Who?", context, response * 9), chat.Row("x" * 61, "", "the prompt is too long")]
     (example,) = sft.make_examples(rows, 60, BYTES, "rows")
     prompt = chat.prompt_text("Who?").encode()
     assert bytes(example.ids.tolist()) == (prompt + response.encode() * 9)[:61] and example.n_prompt == len(prompt)
-    printed = capsys.readouterr().out
-    assert "rows: 1 rows with a response truncated to fit into 60" in printed and "rows: 1 rows dropped" in printed
+    for message in ("rows: 1 rows with a response truncated to fit into 60", "rows: 1 rows dropped"):
+        assert message in printed.text

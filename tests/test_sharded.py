@@ -1,8 +1,6 @@
 """Sharded runs (FSDP2) against one process, and the memory plan."""
 
 import json
-import random
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,7 +10,7 @@ from typing import Any
 import harness
 import pytest
 import torch
-from harness import ALONE, losses
+from harness import ALONE, losses, samples
 from torch import Tensor
 
 import dpo
@@ -23,11 +21,8 @@ from neogpt import checkpoint, lora, model, runtime, training
 
 
 @pytest.fixture
-def cfg(tmp_path: Path) -> train_gpt2.Config:
-    rng = random.Random(0)
-    documents = [" ".join(rng.choices(["a", "fox", "sees", "red"], k=60)) for _ in range(40)]
-    (tmp_path / "input.txt").write_text("\n<|endoftext|>\n".join(documents))
-    small = dict(data=str(tmp_path / "input.txt"), model="demo-w32", T=32, total_batch_size=192)
+def cfg(text_file: Path) -> train_gpt2.Config:
+    small = dict(data=str(text_file), model="demo-w32", T=32, total_batch_size=192)
     small |= dict(max_steps=8, max_lr=1e-3, warmup_steps=2, eval_every=2, save_every=2, keep_last=9, val_tokens=160)
     small |= dict(n_samples=1, sample_tokens=8, hellaswag_every=8, hellaswag_rows=9, device="cpu", precision="fp32")
     return replace(train_gpt2.DEMO, **small, sharded=True)
@@ -36,15 +31,11 @@ def cfg(tmp_path: Path) -> train_gpt2.Config:
 def test_runs_on_any_number_of_ranks(cfg: train_gpt2.Config, server: harness.ForkServer, tmp_path: Path) -> None:
     def run(script: Any, name: str, cfg: Any, n_ranks: int, start: tuple[str, int] = ("", 0)) -> Path:
         """Train, sharded on several ranks. start: another run and the step from which this one continues it."""
-        (tmp_path / name).mkdir()
         if start[0]:
-            shutil.copy(tmp_path / start[0] / f"ckpt_{start[1]:06d}.pt", tmp_path / name)
+            harness.resume(tmp_path / name, tmp_path / start[0], start[1])
         cfg = replace(cfg, out_dir=str(tmp_path / name), sharded=n_ranks > 1)
         server.run(script.__name__, harness.command_line(cfg), n_ranks)
         return tmp_path / name
-
-    def samples(folder: Path) -> list[str]:
-        return [line for line in harness.notes(folder).splitlines() if line.startswith("#   >")]
 
     whole = run(train_gpt2, "whole", cfg, 1)
     for name, n_ranks, start, step in (("two", 2, "whole", 2), ("three", 3, "two", 4), ("one", 1, "three", 6)):

@@ -2,7 +2,6 @@
 
 import math
 import os
-import random
 import re
 import shutil
 import signal
@@ -22,55 +21,34 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from harness import losses, notes
+from harness import losses, notes, resume, samples
 
 import hellaswag
 import train_gpt2
-from neogpt import checkpoint, data, model, optim, runtime, training
+from neogpt import checkpoint, data, model, runtime, training
 from tools import plot
 from train_gpt2 import Config, main
 
 SCRIPT = "train_gpt2"
 train, refused = partial(harness.train, main), partial(harness.refused, main)
 newest = checkpoint.read_newest
-WORDS = ["the", "fox", "sees", "a", "red", "house", "and", "sleeps", "über", "night", "runs", "."]
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of 40 documents of random words, about 12 kB."""
-    rng = random.Random(0)
-    documents = [" ".join(rng.choice(WORDS) for _ in range(60)) for _ in range(40)]
-    path = tmp_path_factory.mktemp("text") / "input.txt"
-    path.write_text(f"\n{data.EOT}\n".join(documents), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
-def cfg(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+def cfg(text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     """Trains a model of 10,000 parameters in a second."""
     tiny = dict(n_layer=1, n_head=2, n_embd=16, block_size=16)
     monkeypatch.setitem(model.SIZES, "tiny", tiny)
     monkeypatch.setitem(model.SIZES, "wider", tiny | dict(n_embd=32))
-    small = dict(data=str(text), out_dir=str(tmp_path / "out"), model="tiny", T=16, B=2, total_batch_size=4 * 16)
+    small = dict(data=str(text_file), out_dir=str(tmp_path / "out"), model="tiny", T=16, B=2, total_batch_size=4 * 16)
     small |= dict(max_steps=12, optimizer="adamw", max_lr=2e-3, warmup_steps=3, save_every=4, eval_every=5)
     small |= dict(val_tokens=64, hellaswag_every=0, n_samples=1, sample_tokens=6, device="cpu", precision="fp32")
     return replace(train_gpt2.DEMO, **small)
 
 
-def samples(folder: Path) -> list[str]:
-    return [line for line in notes(folder).splitlines() if line.startswith("#   > ")]
-
-
-def resume(folder: Path, whole: Path, step: int) -> Path:
-    folder.mkdir()
-    shutil.copy(whole / f"ckpt_{step:06d}.pt", folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
-def long(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    small = dict(data=str(text), out_dir=str(tmp_path_factory.mktemp("whole")), model="demo-w32", T=64, B=2)
+def long(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    small = dict(data=str(text_file), out_dir=str(tmp_path_factory.mktemp("whole")), model="demo-w32", T=64, B=2)
     small |= dict(total_batch_size=256, max_steps=110, warmup_steps=10, eval_every=8, save_every=5, val_tokens=512)
     return replace(train_gpt2.DEMO, **small, n_samples=1, sample_tokens=8, hellaswag_every=0, device="cpu")
 
@@ -78,7 +56,6 @@ def long(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
 def test_run_stopped_and_killed_equals_uninterrupted_run(
     long: Config, server: harness.ForkServer, tmp_path: Path
 ) -> None:
-    """Stopped by three signals, then killed nine times."""
     server.run(SCRIPT, harness.command_line(long))
     stopped = replace(long, out_dir=str(tmp_path))
     for signum, n in ((signal.SIGTERM, 12), (signal.SIGINT, 21), (signal.SIGUSR1, 9)):
@@ -126,12 +103,12 @@ def test_two_and_four_ranks_equal_one(long: Config, server: harness.ForkServer, 
         harness.assert_close_runs(folder, one, ("norm",), abs=1e-3)  # the optimizers do not see the scale of gradients
 
 
-def test_losses_are_means_over_the_windows_of_the_order(cfg: Config, text: Path, tmp_path: Path) -> None:
+def test_losses_are_means_over_the_windows_of_the_order(cfg: Config, text_file: Path, tmp_path: Path) -> None:
     """Also after the batch size has changed: the position continues, and every sequence counts once."""
     base = harness.tiny_model(n_layer=1, block_size=16, scale=0.3)
     cfg = replace(cfg, init_from=str(harness.write_model(tmp_path / "base", base)), max_lr=0.0)
     tokens = []
-    for document in text.read_text(encoding="utf-8").split(f"\n{data.EOT}\n")[:36]:  # nine tenths of forty
+    for document in text_file.read_text(encoding="utf-8").split(f"\n{data.EOT}\n")[:36]:  # nine tenths of forty
         tokens += [256, *document.encode("utf-8")]
     windows = torch.tensor([tokens[start : start + 17] for start in range(0, len(tokens) - 16, 16)])
     with torch.no_grad():
@@ -230,29 +207,6 @@ def test_results_table() -> None:
     assert "GPT" not in train_gpt2.results_table(Config(tokenizer="bytes"), done)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_init_from_a_pruned_model_with_longer_sequences_keeps_its_zeros(
-    cfg: Config, tmp_path: Path, optimizer: str
-) -> None:
-    base = harness.tiny_model(n_layer=1, vocab_size=257)  # not padded, as OpenAI's
-    with torch.no_grad():
-        for linear in model.weight_matrices(base).values():
-            linear.weight[torch.rand_like(linear.weight) < 0.5] = 0.0
-    source = harness.write_model(tmp_path / "base", base, pruned=dict(ratio=0.5))
-    cfg = replace(cfg, init_from=str(source), optimizer=optimizer)
-    train(cfg, max_steps=3)
-    shutil.rmtree(source)  # a resumed run needs only its own checkpoint
-    folder = train(cfg, max_steps=6)
-    trained = newest(folder).model
-    for name, mask in optim.zero_masks(base).items():
-        assert torch.equal(trained[name] != 0, mask) and not torch.equal(trained[name], base.state_dict()[name])
-    assert len(optim.zero_masks(base)) == 4 and trained["lm_head.weight"].shape == (257, 16)
-    assert trained["transformer.wpe.weight"].shape == (16, 16)  # of 64 positions
-    val = data.Windows(data.open_data(cfg.data, data.get_tokenizer("bytes"))[1], cfg.T)
-    expected = training.validate(base, val, cfg.val_tokens, 4, harness.ALONE)
-    assert losses(folder, "val")[0] == pytest.approx(expected, abs=1e-6)
-
-
 def test_what_changes_the_curve_is_reported(cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda net, **_: net)  # saves a minute
     text = Path(cfg.data).read_text(encoding="utf-8")
@@ -260,7 +214,7 @@ def test_what_changes_the_curve_is_reported(cfg: Config, tmp_path: Path, monkeyp
     for name, other in (("training_data", text.replace("the", "tha", 3)), ("validation_data", text[:-1])):
         (tmp_path / name).write_text(other, encoding="utf-8")
         changes[name] = dict(data=str(tmp_path / name))
-    rows = [dict(ctx=f"the {word}", endings=["a", "red", "house", word], label=0) for word in WORDS]
+    rows = [dict(ctx=f"the {i}", endings=["a", "red", "house", "fox"], label=0) for i in range(10)]
     questions = [harness.write_rows(tmp_path / f"{n}.jsonl", rows[:n]) for n in (10, 9)]
     changes |= {"seed 1337 -> 5": dict(seed=5), "max_lr": dict(max_lr=0.1), "B 2 -> 4": dict(B=4)}
     changes |= {"hellaswag ": dict(hellaswag_data=questions[1]), "kernel flash": dict(attention="manual")}
