@@ -61,13 +61,8 @@ def test_products_equal_float64(dtype: torch.dtype, way: str, rows: tuple[int, .
 @needs_avx
 @pytest.mark.parametrize(
     "instructions, n_rows, intel, fast",
-    [
-        ("AVX2", 1, False, "split_matmul"),
-        ("AVX2", 1, True, "usual"),
-        ("AVX2", 2, True, "packed_matmul"),
-        ("AVX2", 65, False, "usual"),
-        ("DEFAULT", 1, False, "usual"),
-    ],
+    [("AVX2", 1, False, "split_matmul"), ("AVX2", 1, True, "usual"), ("AVX2", 2, True, "packed_matmul")]
+    + [("AVX2", 65, False, "usual"), ("DEFAULT", 1, False, "usual")],
 )
 def test_generation_uses_fast_products(
     instructions: str, n_rows: int, intel: bool, fast: str, monkeypatch: pytest.MonkeyPatch
