@@ -46,6 +46,16 @@ def write_start(folder: Path, stage: str = "sft", **shape: Any) -> str:
     return str(harness.write_model(folder, raw, stage))
 
 
+def configure(stage: str, folder: Path) -> Any:
+    """A configuration of a stage that trains in a second: 32 rows to train on, 8 held out."""
+    paths = dict(checkpoint=write_start(folder / "start"), data=write_rows(folder / "rows.jsonl", make_rows(40)))
+    cfg = replace(STAGES[stage], **paths, out_dir=str(folder / "out"))
+    if stage == "grpo":
+        (folder / "own.py").write_text("def score(answer):\n    return float(answer.ids[0] % 4 == 0)\n")
+        cfg = replace(cfg, reward=f"{folder}/own.py:score + 0.1*ends")
+    return cfg
+
+
 @pytest.fixture(params=STAGES)
 def stage(request: pytest.FixtureRequest) -> str:
     """Every stage, unless a test selects it."""
@@ -54,13 +64,7 @@ def stage(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def cfg(stage: str, tmp_path: Path) -> Any:
-    """A configuration of the stage that trains in a second: 32 rows to train on, 8 held out."""
-    paths = dict(checkpoint=write_start(tmp_path / "start"), data=write_rows(tmp_path / "rows.jsonl", make_rows(40)))
-    cfg = replace(STAGES[stage], **paths, out_dir=str(tmp_path / "out"))
-    if stage == "grpo":
-        (tmp_path / "own.py").write_text("def score(answer):\n    return float(answer.ids[0] % 4 == 0)\n")
-        cfg = replace(cfg, reward=f"{tmp_path}/own.py:score + 0.1*ends")
-    return cfg
+    return configure(stage, tmp_path)
 
 
 def tune(cfg: Any, **changed: Any) -> Path:
