@@ -130,7 +130,6 @@ CONFIGS = {
 
 def check(cfg: Config, world_size: int) -> int:
     """Raise ValueError for the first constant that is out of range. Returns the sequences per device and step."""
-    config.check(cfg)
     if cfg.model not in model.SIZES:
         raise ValueError(f"--model={cfg.model}: expected one of {', '.join(model.SIZES)}")
     if cfg.branch_from and cfg.init_from:
