@@ -229,7 +229,6 @@ def evaluate(run: Run, pairs: list[Pair], held_out: list[chat.Row], questions: l
 
 def main(cfg: Config) -> None:
     """Optimize preferences; evaluate, answer and save in between."""
-    config.check(cfg)
     if cfg.label_smoothing and cfg.loss not in ("sigmoid", "robust"):
         raise ValueError(f"--label_smoothing={cfg.label_smoothing} with --loss={cfg.loss}: use sigmoid or robust")
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)

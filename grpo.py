@@ -196,7 +196,6 @@ def evaluate(run: Run, prompts: list[finetune.Prompt], questions: list[chat.Row]
 
 def main(cfg: Config) -> None:
     """Answer, score, update; evaluate and save in between."""
-    config.check(cfg)
     if cfg.updates_per_rollout > 1 and not cfg.clip:
         raise ValueError(f"--updates_per_rollout={cfg.updates_per_rollout} needs clipping, but --clip=0.0: use 0.2")
     terms = rewards.parse(cfg.reward)

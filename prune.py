@@ -129,7 +129,6 @@ def evaluate(
 
 def main(cfg: Config) -> None:
     """Evaluate, prune, evaluate again, and write the checkpoint and the report."""
-    config.check(cfg)
     rt = runtime.setup(cfg.device, cfg.precision)
     if rt.world_size > 1:
         raise ValueError("prune.py runs as one process: start it with python, not torchrun")

@@ -121,7 +121,6 @@ def chat_loop(cfg: Config, raw: model.GPT, tokenizer: tiktoken.Encoding) -> None
 def main(cfg: Config) -> None:
     """Print samples, or chat."""
     rt = runtime.setup(cfg.device, "fp32" if cfg.precision == "int8" else cfg.precision, console=sys.stderr)
-    config.check(cfg)
     if "" in cfg.stop:
         raise ValueError("--stop must not be empty")
     if cfg.precision == "int8" and rt.device.type != "cpu":

@@ -90,7 +90,6 @@ def evaluate(run: Run, examples: list[chat.Example], rows: list[chat.Row]) -> bo
 
 def main(cfg: Config) -> None:
     """Fine-tune; evaluate, answer and save in between."""
-    config.check(cfg)
     rt = runtime.setup(cfg.device, cfg.precision, cfg.deterministic)
     compiled = cfg.packing and rt.device.type == "cuda" if cfg.compile is None else cfg.compile
     run, rt, T = finetune.open_run(cfg, "sft", ("pretraining", "sft"), rt, compiled, dynamic=not cfg.packing)

@@ -130,7 +130,6 @@ CONFIGS = {
 
 def check(cfg: Config, world_size: int) -> int:
     """Raise ValueError for the first constant that is out of range. Returns the sequences per device and step."""
-    config.check(cfg)
     if cfg.model not in model.SIZES:
         raise ValueError(f"--model={cfg.model}: expected one of {', '.join(model.SIZES)}")
     if cfg.branch_from and cfg.init_from:
@@ -177,7 +176,7 @@ def build_model(run: Run) -> model.GPT:
     if resumed:
         if changed := checkpoint.differences(resumed.config, dict(optimizer=cfg.optimizer)):
             raise ValueError(f"{cfg.branch_from or cfg.out_dir} has another {changed}: keep the old or start a new run")
-        if cfg.branch_from:
+        if run.trunk_log:  # the branch starts; later it is resumed as any run
             check_branch(cfg, resumed)
         raw = checkpoint.to_model(resumed)
     elif cfg.init_from:

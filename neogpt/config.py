@@ -28,7 +28,8 @@ Seed = Annotated[int, "[0, 9e18]"]
 
 def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = None) -> Config:
     """Read the command line `script.py [NAME] [--constant=value …]`. NAME selects one of `configs`; default: the first.
-    Comments of the dataclass become the help text. `--chat` means `--chat=True`. ~ is the home folder.
+    Comments of the dataclass become the help text. `--chat` means `--chat=True`. ~ is the home folder. Raises
+    ValueError as `check` does.
     """
     import tyro
 
@@ -46,7 +47,9 @@ def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = Non
     options = dict(use_underscores=True, config=(tyro.conf.FlagConversionOff,))
     is_rank_0 = os.environ.get("RANK", "0") == "0"
     with contextlib.redirect_stderr(sys.stderr if is_rank_0 else io.StringIO()):  # tyro prints wrong values always
-        return tyro.extras.overridable_config_cli(shown, args=args, console_outputs=is_rank_0, **options)
+        cfg = tyro.extras.overridable_config_cli(shown, args=args, console_outputs=is_rank_0, **options)
+    check(cfg)
+    return cfg
 
 
 def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:

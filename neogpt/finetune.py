@@ -65,7 +65,7 @@ def open_run(
         start = dict(weights=run.base, lora_rank=cfg.lora_rank) | alpha
         if changed := checkpoint.differences(run.resumed.config | dict(weights=run.resumed.base), start):
             problem = f"the run in {cfg.out_dir} has another start than {cfg.checkpoint} ({changed})"
-            raise ValueError(f"{problem}: use another --out_dir, or give the checkpoint file it started from")
+            raise ValueError(f"{problem}: use another --out_dir, or the old --checkpoint file and LoRA options")
         if not cfg.lora_rank:
             raw = model.GPT.from_weights(raw.config, run.resumed.model)
     if cfg.lora_rank:

@@ -191,11 +191,11 @@ class Run:
                 self.read_results(0)
             yield step
 
-    def due(self, every: int | None) -> bool:
-        """Whether to evaluate or save now: this step is a multiple of `every`, or max_steps, and no signal came. Never
-        if `every` is 0 or None. Reads all pending losses if the step is due.
+    def due(self, every: int) -> bool:
+        """Whether to evaluate or save now: this step is a multiple of `every`, or max_steps, and no signal came. Reads
+        all pending losses if the step is due.
         """
-        is_due = bool(every) and (self.step % every == 0 or self.step == self.max_steps)
+        is_due = self.step % every == 0 or self.step == self.max_steps
         if is_due:
             self.read_results(0)
         return is_due and not self.stopped

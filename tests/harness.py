@@ -25,7 +25,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from neogpt import checkpoint, data, model, run, runtime
+from neogpt import checkpoint, config, data, model, run, runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = runtime.Runtime(0, 1, torch.device("cpu"), "fp32")
@@ -159,6 +159,7 @@ def train(main: Callable, cfg: Any, **changed: Any) -> Path:
     """Run a script's main with a changed configuration; return its out_dir. Signal handlers are restored."""
     cfg = replace(cfg, **changed)
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    config.check(cfg)  # as config.run does
     try:
         main(cfg)
     finally:

@@ -153,7 +153,7 @@ def test_other_weights_and_adapters_are_refused_on_resume(options: dict, cfg: An
     before = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
     refused(cfg, other, "weights", **options, checkpoint=other)
     for name, value in (dict(lora_rank=4, lora_alpha=4.0) if options else dict(lora_rank=4)).items():
-        refused(cfg, f"{name} {options.get(name, getattr(cfg, name))} -> {value}", **options | {name: value})
+        refused(cfg, f"{name} {options.get(name, getattr(cfg, name))} -> {value}", "LoRA", **options | {name: value})
     assert {path.name: path.read_bytes() for path in folder.glob("*.pt")} == before
 
 

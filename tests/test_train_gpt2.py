@@ -319,6 +319,8 @@ def test_a_branch_equals_the_run_of_that_length(cfg: Config, tmp_path: Path) -> 
     train(branch, out_dir=str(stopped))
     assert "from step 22" in notes(stopped)
     harness.assert_same_run(stopped, whole)
+    train(branch, out_dir=str(stopped), max_steps=26)  # extended as any run, also after its decay has begun
+    assert list(losses(stopped))[-1] == 25
 
 
 def test_a_branch_that_is_not_the_run_of_that_length_is_refused(cfg: Config, tmp_path: Path) -> None:

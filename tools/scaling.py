@@ -66,7 +66,6 @@ class Point(NamedTuple):
 
 def check(cfg: Config, base: train_gpt2.Config) -> None:
     """Raise ValueError for the first constant that is out of range."""
-    config.check(cfg)
     if unknown := {*cfg.sizes} - {*model.SIZES}:
         raise ValueError(f"--sizes {min(unknown)}: expected names of {', '.join(model.SIZES)}")
     if (n := len(cfg.sizes) * len(cfg.lengths)) < 6 or not cfg.max_lrs:
