@@ -230,12 +230,12 @@ def complete(
     return [([token for token in row if token not in (None, eot)], eot in row) for row in rows]
 
 
-def cast_linears(raw: model.GPT, dtype: torch.dtype) -> None:
-    """Convert the linear layers and the tied embedding, which autocast would cast for every token. Not for training."""
+def cast_linears(raw: model.GPT) -> None:
+    """Convert the linear layers and the tied embedding to bf16, as autocast would for every token. Not for training."""
     small_head = raw.config.vocab_size <= model.SMALL_VOCAB  # fp32: see GPT.head
     for module in raw.modules():
         if isinstance(module, nn.Linear) and not (small_head and module is raw.lm_head):
-            module.to(dtype)
+            module.bfloat16()
 
 
 @contextmanager

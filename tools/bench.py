@@ -171,7 +171,7 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     """Decoding against transformers, and prefill."""
     raw, _, rt = build_model(cfg, name)
     if rt.precision == "bf16":
-        generate.cast_linears(raw, torch.bfloat16)
+        generate.cast_linears(raw)
     ids = torch.randint(raw.config.n_tokens, (B, raw.config.block_size)).tolist()
     prompts, long_prompts = [row[:16] for row in ids], [row[:512] for row in ids]
 
