@@ -29,7 +29,7 @@ class KVCache:
         self.max_seq_len, self.static = max_seq_len, static
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer  # keys, values: (B, nh, max_seq_len, hs)
         self.lengths: Tensor | None = None  # (B,) int64: filled slots of each row
-        self.longest = 0  # filled slots of the longest row, even if it was left out, on the host; 0 during prefill
+        self.longest = 0  # on the host: filled slots of the longest row, also if `keep` dropped it; 0 during prefill
         self.masked = False  # whether attention needs a mask
 
     def set_lengths(self, lengths: list[int], device: torch.device) -> None:
