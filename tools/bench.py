@@ -277,7 +277,7 @@ PER_MODEL = dict(train=bench_train, choices=bench_choices, sample=bench_sample, 
 def main(cfg: Config) -> None:
     """Run one measurement and write its results."""
     config.check(cfg)
-    config.require("[1, inf)", B=min(cfg.B, default=0))
+    config.require("[1, inf)", B=min(cfg.B, default=0), models=len(cfg.models))
     if cfg.total_batch_size % cfg.T:
         raise ValueError(f"--total_batch_size={cfg.total_batch_size} must be a multiple of --T={cfg.T}")
     files.make_folder(cfg.out_dir)
