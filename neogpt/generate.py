@@ -19,10 +19,8 @@ newest_graph: dict[torch.device, torch.cuda.CUDAGraph] = {}  # kept so that the 
 
 
 class KVCache:
-    """Keys and values of every layer, for rows of different lengths.
-
-    By default attention reads the filled slots. If `static`, it reads all slots, so that every decode step is the same
-    work, as CUDA graphs require.
+    """Keys and values of every layer, for rows of different lengths. Attention reads the filled slots or, if `static`,
+    all slots, so that every decode step is the same work, as CUDA graphs require.
     """
 
     def __init__(self, n_layer: int, max_seq_len: int, static: bool = False) -> None:
@@ -259,9 +257,7 @@ def one_row_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def capture_cuda_graph(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], state: Tensor) -> Callable[..., Tensor]:
-    """step(*inputs) as a CUDA graph: one launch instead of hundreds. The capture restores `state`, which `step` changes
-    in place.
-    """
+    """step(*inputs) as one launch of a CUDA graph. The capture restores `state`, which `step` changes in place."""
     inputs, before = tuple(x.clone() for x in inputs), state.clone()
     stream, graph = capture_stream(state.device), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
