@@ -268,8 +268,7 @@ def capture_cuda_graph(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], 
             step(*inputs)
             state.copy_(before)
         torch.cuda.synchronize()
-        # not `torch.cuda.graph`: it empties the allocator's cache, and it fails if another thread (loader, checkpoint)
-        # uses CUDA during the capture
+        # not `torch.cuda.graph`, which empties the allocator's cache and fails if another thread uses CUDA meanwhile
         pool = newest_graph[state.device].pool() if state.device in newest_graph else None
         graph.capture_begin(pool, capture_error_mode="thread_local")
         out = step(*inputs)
