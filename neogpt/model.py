@@ -265,9 +265,7 @@ class GPT(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V), or the `cross_entropy` of targets (B, T). pos, mask: see `trunk`.
-
-        Training returns the loss alone: a compiled graph that also returned the logits would fill and read a gradient
-        of zeros for them.
+        With targets it returns no logits, because a compiled graph would fill and read a gradient of zeros for them.
         """
         logits = self.head(self.trunk(idx, pos=pos, mask=mask))
         return logits if targets is None else cross_entropy(logits, targets, reduction)
