@@ -21,7 +21,6 @@ from itertools import count
 from typing import Annotated, Literal
 
 import tiktoken
-import torch
 
 from neogpt import chat, checkpoint, config, cpu, generate, model, runtime
 
@@ -140,7 +139,7 @@ def main(cfg: Config) -> None:
     if cfg.precision == "int8":
         cpu.use_int8(raw)
     if rt.precision == "bf16":
-        generate.cast_linears(raw, torch.bfloat16)
+        generate.cast_linears(raw)
     with rt.autocast():
         if cfg.chat:
             return chat_loop(cfg, raw, tokenizer)

@@ -27,10 +27,7 @@ def fast_linears(raw: model.GPT, n_rows: int) -> dict[nn.Linear, Callable[[Tenso
 
     For several rows F.linear repacks the matrix in every call; we pack a copy of every matrix once, in 0.1 s for gpt2;
     under autocast the copy is bf16. For one row F.linear leaves cores idle in fp32, unless the matrix is split into
-    parts; in bf16 PyTorch's kernel is faster than oneDNN's. On Intel CPUs neither is true. All products of gpt2 on two
-    cores of an EPYC (avx512_bf16), and in brackets of a Xeon with AMX, in ms: one row 18 instead of 42 (F.linear: 21),
-    and 10 instead of 16 in bf16 (15 instead of 21); eight rows 24 instead of 72 (32 instead of 57), and 18 instead of
-    31 in bf16 (15 instead of 21).
+    parts; in bf16 PyTorch's kernel is faster than oneDNN's. On Intel CPUs neither is true. Times: bench/RESULTS.md.
     """
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else torch.float32
     is_fast = torch.backends.mkldnn.is_available() and "AVX" in torch.backends.cpu.get_cpu_capability()
@@ -45,8 +42,7 @@ def fast_linears(raw: model.GPT, n_rows: int) -> dict[nn.Linear, Callable[[Tenso
             continue
         W, b = W.to(dtype), None if b is None else b.detach().to(dtype)
         if n_rows == 1 and not is_intel():
-            one_row = functools.partial(one_row_matmul, W=W, b=b)
-            matmul = split_matmul(W, b) if dtype == torch.float32 else one_row
+            matmul = split_matmul(W, b) if dtype == torch.float32 else functools.partial(one_row_matmul, W=W, b=b)
         else:  # packed for 8 rows: fast for any number from 2 on
             matmul = functools.partial(packed_matmul, W=torch.ops.mkldnn._reorder_linear_weight(W, 8), b=b)
         forwards[linear] = functools.partial(small_batch, linear, matmul, dtype)

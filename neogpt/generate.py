@@ -19,17 +19,15 @@ newest_graph: dict[torch.device, torch.cuda.CUDAGraph] = {}  # kept so that the 
 
 
 class KVCache:
-    """Keys and values of every layer, for rows of different lengths.
-
-    By default attention reads the filled slots. If `static`, it reads all slots, so that every decode step is the same
-    work, as CUDA graphs require.
+    """Keys and values of every layer, for rows of different lengths. Attention reads the filled slots or, if `static`,
+    all slots, so that every decode step is the same work, as CUDA graphs require.
     """
 
     def __init__(self, n_layer: int, max_seq_len: int, static: bool = False) -> None:
         self.max_seq_len, self.static = max_seq_len, static
         self.layers: list[tuple[Tensor, Tensor] | None] = [None] * n_layer  # keys, values: (B, nh, max_seq_len, hs)
         self.lengths: Tensor | None = None  # (B,) int64: filled slots of each row
-        self.longest = 0  # filled slots of the longest row, even if it was left out, on the host; 0 during prefill
+        self.longest = 0  # on the host: filled slots of the longest row, also if `keep` dropped it; 0 during prefill
         self.masked = False  # whether attention needs a mask
 
     def set_lengths(self, lengths: list[int], device: torch.device) -> None:
@@ -230,12 +228,12 @@ def complete(
     return [([token for token in row if token not in (None, eot)], eot in row) for row in rows]
 
 
-def cast_linears(raw: model.GPT, dtype: torch.dtype) -> None:
-    """Convert the linear layers and the tied embedding, which autocast would cast for every token. Not for training."""
+def cast_linears(raw: model.GPT) -> None:
+    """Convert the linear layers and the tied embedding to bf16, as autocast would for every token. Not for training."""
     small_head = raw.config.vocab_size <= model.SMALL_VOCAB  # fp32: see GPT.head
     for module in raw.modules():
         if isinstance(module, nn.Linear) and not (small_head and module is raw.lm_head):
-            module.to(dtype)
+            module.bfloat16()
 
 
 @contextmanager
@@ -259,9 +257,7 @@ def one_row_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def capture_cuda_graph(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], state: Tensor) -> Callable[..., Tensor]:
-    """step(*inputs) as a CUDA graph: one launch instead of hundreds. The capture restores `state`, which `step` changes
-    in place.
-    """
+    """step(*inputs) as one launch of a CUDA graph. The capture restores `state`, which `step` changes in place."""
     inputs, before = tuple(x.clone() for x in inputs), state.clone()
     stream, graph = capture_stream(state.device), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
@@ -272,8 +268,7 @@ def capture_cuda_graph(step: Callable[..., Tensor], inputs: tuple[Tensor, ...], 
             step(*inputs)
             state.copy_(before)
         torch.cuda.synchronize()
-        # not `torch.cuda.graph`: it empties the allocator's cache, and it fails if another thread (loader, checkpoint)
-        # uses CUDA during the capture
+        # not `torch.cuda.graph`, which empties the allocator's cache and fails if another thread uses CUDA meanwhile
         pool = newest_graph[state.device].pool() if state.device in newest_graph else None
         graph.capture_begin(pool, capture_error_mode="thread_local")
         out = step(*inputs)

@@ -24,7 +24,7 @@ GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024)
 DEMO = dict(n_layer=3, n_head=4, n_embd=128, block_size=256, gelu="erf")
 SIZES: dict[str, dict[str, Any]] = {
     "demo": DEMO,  # trains in minutes on two CPU cores
-    "shakespeare": dict(n_layer=2, n_head=4, n_embd=128, block_size=64, gelu="erf"),  # trains in one minute
+    "shakespeare": dict(n_layer=2, n_head=4, n_embd=128, block_size=64, gelu="erf"),  # trains in less than two minutes
     "gpt2": GPT2,  # 124M
     "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024, block_size=1024),  # 355M
     "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280, block_size=1024),  # 774M
@@ -265,9 +265,7 @@ class GPT(nn.Module):
         mask: Tensor | None = None,
     ) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V), or the `cross_entropy` of targets (B, T). pos, mask: see `trunk`.
-
-        Training returns the loss alone: a compiled graph that also returned the logits would fill and read a gradient
-        of zeros for them.
+        With targets it returns no logits, because a compiled graph would fill and read a gradient of zeros for them.
         """
         logits = self.head(self.trunk(idx, pos=pos, mask=mask))
         return logits if targets is None else cross_entropy(logits, targets, reduction)

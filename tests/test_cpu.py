@@ -107,7 +107,7 @@ def test_fast_products_in_bf16(cast: bool, n_rows: int, intel: bool, way: str, m
     prompts = [random_ids(5, seed=n).tolist() for n in range(n_rows)]
     exact = decode_logits(raw, prompts)
     if cast:
-        cast_linears(raw, torch.bfloat16)
+        cast_linears(raw)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         usual = decode_logits(raw, prompts)
         with replaced_forwards(cpu.fast_linears(raw, n_rows)):

@@ -171,7 +171,7 @@ def bench_sample(cfg: Config, name: str, B: int) -> list[dict]:
     """Decoding against transformers, and prefill."""
     raw, _, rt = build_model(cfg, name)
     if rt.precision == "bf16":
-        generate.cast_linears(raw, torch.bfloat16)
+        generate.cast_linears(raw)
     ids = torch.randint(raw.config.n_tokens, (B, raw.config.block_size)).tolist()
     prompts, long_prompts = [row[:16] for row in ids], [row[:512] for row in ids]
 
@@ -276,7 +276,7 @@ PER_MODEL = dict(train=bench_train, choices=bench_choices, sample=bench_sample, 
 
 def main(cfg: Config) -> None:
     """Run one measurement and write its results."""
-    config.require("[1, inf)", B=min(cfg.B, default=0))
+    config.require("[1, inf)", B=min(cfg.B, default=0), models=len(cfg.models))
     if cfg.total_batch_size % cfg.T:
         raise ValueError(f"--total_batch_size={cfg.total_batch_size} must be a multiple of --T={cfg.T}")
     files.make_folder(cfg.out_dir)

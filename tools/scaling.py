@@ -103,7 +103,7 @@ def train(cfg: Config, base: train_gpt2.Config, size: str, steps: int, max_lr: f
         threads = dict(OMP_NUM_THREADS=n_threads) if cfg.jobs > 1 else {}
         subprocess.run(command, env=os.environ | threads, stdout=subprocess.DEVNULL)
     if (loss := final_loss(folder, steps, base)) is None:
-        raise ValueError(f"the run in {folder} did not finish: run the same command again; {shlex.join(command)}")
+        raise ValueError(f"{shlex.join(command)} did not finish: read its message above, then start the study again")
     shape = train_gpt2.expected_config(replace(base, model=size), data.get_tokenizer(base.tokenizer).n_vocab)
     with torch.device("meta"):
         N = model.GPT(shape).flops_per_token(base.T) / 6

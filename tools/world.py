@@ -11,6 +11,7 @@ and so do the values of an attribute (kinds: those of people, and those of anima
 
 import re
 from collections import namedtuple
+from types import SimpleNamespace
 
 # Each value from kind to fear belongs to two characters. Best friends are a person and an animal, and it is mutual.
 CHARACTERS_TABLE = """
@@ -34,11 +35,8 @@ Sam     he       cat     lighthouse  rice      flute  blue    spiders      Cora
 """
 
 
-class Character:
+class Character(SimpleNamespace):
     """A person or an animal. Its attributes are the columns of CHARACTERS_TABLE."""
-
-    def __init__(self, **columns: object) -> None:
-        vars(self).update(columns)
 
     def __str__(self) -> str:
         return self.name
