@@ -24,7 +24,6 @@ from neogpt import model
 
 logger = logging.getLogger("neogpt")
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # a run saves and stops
-SAME_STOP = 5.0  # seconds; a second signal this soon kills only if it is Ctrl-C: torchrun and Slurm both send SIGTERM
 
 
 class Runtime(NamedTuple):
@@ -266,18 +265,15 @@ def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Eve
 
 def stop_on_signals() -> Callable[[], bool]:
     """Catch Ctrl-C and the signals that schedulers send before they kill; return a function that tells whether a signal
-    was received. A second Ctrl-C kills, and so does any signal more than SAME_STOP seconds after the first. Signals
-    that are ignored, such as SIGHUP under nohup, stay ignored.
+    was received. A second Ctrl-C kills; the other signals can come twice, as torchrun and Slurm both send SIGTERM.
+    Signals that are ignored, such as SIGHUP under nohup, stay ignored.
     """
     received = []
 
     def handle(signum: int, frame: object) -> None:
-        received.append(time.monotonic())
-        is_second = received[-1] - received[0] > SAME_STOP
-        if is_second or signum == signal.SIGINT:
+        received.append(signum)
+        if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
-        if is_second:
-            os.kill(os.getpid(), signum)
 
     for name in STOP_SIGNALS:
         signum = getattr(signal, name, None)  # Windows lacks some
