@@ -166,7 +166,7 @@ def open_folder(folder: Path, tokenizer: tiktoken.Encoding, check: bool) -> Spli
             raise ValueError(f"{shard.path} holds the id {largest}, but the tokenizer has {n_vocab} ids")
         if listed and listed.get(shard.path.name) != (shard.n_tokens, crc):
             raise ValueError(f"{shard.path} differs from {MANIFEST}: restore it, or run fineweb.py into a new folder")
-    if check:
+    if check and shards:
         with contextlib.suppress(OSError):  # the folder can be read-only
             files.write_json(cache, state)
     return train, val

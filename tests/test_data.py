@@ -198,6 +198,8 @@ def test_folders_that_do_not_belong_together(tmp_path: Path) -> None:
     open_data(pattern, get_tokenizer("bytes"))
     (tmp_path / "file.txt").write_text("text")
     refused(str(tmp_path / "file*"), "no data in", "file*")
+    refused(tmp_path, "0 training and 0 validation shards")
+    assert not (tmp_path / "checked.json").exists()  # it is written beside shards only
 
 
 def test_damaged_manifest_is_named(tmp_path: Path) -> None:

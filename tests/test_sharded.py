@@ -1,6 +1,7 @@
 """Sharded runs (FSDP2) against one process, and the memory plan."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -108,6 +109,21 @@ def test_memory_plan_of_a_compiled_step_on_cuda(name: str, B: int, residual: str
         raw = model.GPT(model.GPTConfig(**model.SIZES[name], residual=residual))
     plan = training.plan_memory(raw, B, 1024, rt, sharded=False, recompute=False, muon="medium" in name, compiled=True)
     assert sum(plan.values()) == pytest.approx(measured, rel=0.02)
+
+
+def test_memory_in_the_readme() -> None:
+    text, one = (harness.ROOT / "README.md").read_text(), ALONE._replace(device=torch.device("cuda"), precision="bf16")
+    rows = re.findall(r"^\| `(gpt.*?)` \| (.*?) \| (.*?) \| (.*) \|$", text, re.M)
+    assert len(rows) == 4
+    for name, *cells in rows:
+        cfg = train_gpt2.CONFIGS[name]
+        with torch.device("meta"):
+            raw = model.GPT(train_gpt2.expected_config(cfg, 50257, runtime.residual_dtype(one.device)))
+        for n, cell in zip((1, 8, 8), cells):
+            for shown, B, recompute in re.findall(r"(\d+) GB(?: with (?:B = (\d)|(`--recompute`)))?", cell):
+                options = dict(sharded=cell is cells[2], recompute=bool(recompute), muon=False, compiled=True)
+                plan = training.plan_memory(raw, int(B or 8), cfg.T, one._replace(world_size=n), **options)
+                assert round(sum(plan.values()) / 1e9) == int(shown), (name, cell)
 
 
 MEASURE = """
