@@ -142,7 +142,7 @@ def prepare(rows: list[Row], tokenizer: tiktoken.Encoding, style: Style, block_s
         n_truncated += len(ids) + longest > block_size + 1  # + 1: the last token is no input
         ids, ending_ids = ids[-max(1, block_size + 1 - longest) :], [e[-block_size:] for e in ending_ids]
         packed.append(pack(ids, ending_ids, i))
-        n_bytes = [len(ending.encode()) for ending in endings]
+        n_bytes = [len(ending.encode("utf-8", "surrogatepass")) for ending in endings]
         lengths.append([[1] * N_ENDINGS, [*map(len, ending_ids)], [*map(len, endings)], n_bytes])
     if n_truncated:
         runtime.print0(f"{n_truncated:,} rows exceed the model's {block_size} tokens: contexts truncated")

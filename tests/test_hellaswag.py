@@ -201,6 +201,12 @@ def test_tokens_across_the_end_of_the_context(tmp_path: Path) -> None:
         load([GOOD, row], tmp_path, "harness", merging)
 
 
+def test_lone_surrogates_count_as_the_three_bytes_of_their_replacement() -> None:
+    fields = GOOD | dict(ctx="\ud83d", endings=["\ud83d", "b", "c", "d"])  # from an escape in JSON
+    row = hellaswag.Row("row 1", 0, 2, fields)
+    assert hellaswag.prepare([row], BYTES, "completion", 64).length["per byte"].tolist() == [[3, 1, 1, 1]]
+
+
 def test_command_line_output(tmp_path: Path, capsys: Capture) -> None:
     rows = make_rows(14)
     rows[3]["label"], rows[4]["label"], rows[5]["label"] = "", None, f" {rows[5]['label']} "
