@@ -192,15 +192,13 @@ def log_probs(raw: model.GPT, batch: list[Packed], T: int, head_rows: int, devic
 
 
 @torch.no_grad()
-def evaluate(
-    raw: model.GPT, questions: Questions, rt: runtime.Runtime, n_tokens: int | None = None, progress: bool = False
-) -> Result:
-    """Score the questions; same bits on any number of ranks. n_tokens: per batch, with padding; None: by device."""
-    default, head_rows = (2**15, 2**11) if rt.device.type == "cuda" else (2**11, 2**7)  # 25 MB of logits on a CPU
+def evaluate(raw: model.GPT, questions: Questions, rt: runtime.Runtime, progress: bool = False) -> Result:
+    """Score the questions in batches of up to n_tokens tokens, with padding; same bits on any number of ranks."""
+    n_tokens, head_rows = (2**15, 2**11) if rt.device.type == "cuda" else (2**11, 2**7)  # 25 MB of logits on a CPU
     batches, rest = [], questions.packed
     while rest:
         T = -(-rest[0].inputs.shape[1] // 8) * 8  # multiples of 8 suit the kernels; about 30 lengths in all
-        B = max(1, (n_tokens or default) // T)
+        B = max(1, n_tokens // T)
         batches.append((T, rest[:B]))
         rest = rest[B:]
     mine = batches[rt.rank :: rt.world_size]
