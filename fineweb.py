@@ -278,7 +278,7 @@ def write_shards(documents: Iterable[tuple[int, int, np.ndarray]], folder: Path,
         if not n_left or not manifest["n_documents"] and manifest["n_skipped"] == MAX_WITHOUT_TEXT:
             break
     if not filled:
-        problem = f"no {manifest['field']!r} in the first {manifest['n_skipped']:,} documents"
+        problem = f"no text in UTF-8 (field {manifest['field']!r}) in the first {manifest['n_skipped']:,} documents"
         raise ValueError(f"{problem} of {manifest['source']['data']}: use another --field or --data")
     if not manifest["shards"] and manifest["part"]["k"] == 1:
         n_val = max(1, filled // 10)

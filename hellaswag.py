@@ -142,7 +142,7 @@ def prepare(rows: list[Row], tokenizer: tiktoken.Encoding, style: Style, block_s
         n_truncated += len(ids) + longest > block_size + 1  # + 1: the last token is no input
         ids, ending_ids = ids[-max(1, block_size + 1 - longest) :], [e[-block_size:] for e in ending_ids]
         packed.append(pack(ids, ending_ids, i))
-        n_bytes = [len(ending.encode()) for ending in endings]
+        n_bytes = [len(ending.encode("utf-8", "surrogatepass")) for ending in endings]
         lengths.append([[1] * N_ENDINGS, [*map(len, ending_ids)], [*map(len, endings)], n_bytes])
     if n_truncated:
         runtime.print0(f"{n_truncated:,} rows exceed the model's {block_size} tokens: contexts truncated")
@@ -192,15 +192,13 @@ def log_probs(raw: model.GPT, batch: list[Packed], T: int, head_rows: int, devic
 
 
 @torch.no_grad()
-def evaluate(
-    raw: model.GPT, questions: Questions, rt: runtime.Runtime, n_tokens: int | None = None, progress: bool = False
-) -> Result:
-    """Score the questions; same bits on any number of ranks. n_tokens: per batch, with padding; None: by device."""
-    default, head_rows = (2**15, 2**11) if rt.device.type == "cuda" else (2**11, 2**7)  # 25 MB of logits on a CPU
+def evaluate(raw: model.GPT, questions: Questions, rt: runtime.Runtime, progress: bool = False) -> Result:
+    """Score the questions in batches of up to n_tokens tokens, with padding; same bits on any number of ranks."""
+    n_tokens, head_rows = (2**15, 2**11) if rt.device.type == "cuda" else (2**11, 2**7)  # 25 MB of logits on a CPU
     batches, rest = [], questions.packed
     while rest:
         T = -(-rest[0].inputs.shape[1] // 8) * 8  # multiples of 8 suit the kernels; about 30 lengths in all
-        B = max(1, (n_tokens or default) // T)
+        B = max(1, n_tokens // T)
         batches.append((T, rest[:B]))
         rest = rest[B:]
     mine = batches[rt.rank :: rt.world_size]

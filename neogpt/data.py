@@ -90,7 +90,7 @@ def open_shard(path: Path) -> Shard:
         raise ValueError(f"{path} is not a token shard: {files.one_line(error)}") from error
     expected, size = offset + 2 * n_tokens, path.stat().st_size
     if size != expected:
-        raise ValueError(f"{path} has {size:,} bytes, its header says {expected:,}: restore it or run fineweb.py again")
+        raise ValueError(f"{path} has {size:,} bytes, not {expected:,}: restore it or run fineweb.py into a new folder")
     return Shard(path, n_tokens, offset)
 
 

@@ -128,6 +128,7 @@ def test_shards_of_build_nanogpt_llmc_and_nanogpt(tmp_path: Path) -> None:
 
 DAMAGED = {  # contents and a part of the message
     "truncated.npy": (npy(TOKENS)[:-60], "not a token shard"),
+    "longer.npy": (npy(TOKENS) + b"xx", "new folder"),
     "wrong dtype.npy": (npy(TOKENS.astype(np.int64)), "int64"),
     "big-endian.npy": (npy(TOKENS.astype(">u2")), "uint16"),
     "two-dimensional.npy": (npy(TOKENS.reshape(10, 10)), "(10, 10)"),

@@ -248,6 +248,8 @@ def test_unreadable_sources(source: SimpleNamespace, tmp_path: Path) -> None:
     refused(config(path, out), path.name, 3, "--field")
     write_jsonl(tmp_path / "a.jsonl", ["x"] * 1500)
     refused(config(tmp_path / "a.jsonl", out, field="body"), "first 1,000", "'body'", "--field")
+    (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
+    refused(config(tmp_path / "a.txt", out), "a.txt", "UTF-8", "--data")
     write_parquet(path, documents := make_documents(3000, seed=3))  # another source, but no shard was written yet
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] + b"\xff" * 2000 + whole[len(whole) // 2 + 2000 :])
