@@ -155,8 +155,7 @@ def open_folder(folder: Path, tokenizer: tiktoken.Encoding, check: bool) -> Spli
     listed = {entry["file"]: (entry["n_tokens"], entry["crc32"]) for entry in manifest["shards"]}
     if missing := listed.keys() - shards.keys():
         raise ValueError(f"{folder / min(missing)} is missing: restore it, or run fineweb.py into a new folder")
-    stats = {name: shard.path.stat() for name, shard in shards.items()}
-    state = [n_vocab, manifest, {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}]
+    state = [n_vocab, manifest, {name: [s.n_tokens, s.path.stat().st_mtime_ns] for name, s in shards.items()}]
     with contextlib.suppress(OSError, ValueError):
         check = check and json.loads(cache.read_text()) != state
     with ThreadPoolExecutor(8) as pool:  # reading, crc32 and max release the GIL
@@ -174,7 +173,7 @@ def open_folder(folder: Path, tokenizer: tiktoken.Encoding, check: bool) -> Spli
 
 def split_documents(text: bytes) -> list[bytes]:
     """The documents of a text, which `<|endoftext|>` separates, alone on a line or not."""
-    return [part for part in re.split(rb"\n?" + re.escape(EOT.encode()) + rb"\n?", text) if part]
+    return [part for part in re.split(rb"\r?\n?" + re.escape(EOT.encode()) + rb"\r?\n?", text) if part]
 
 
 def read_text(path: Path, tokenizer: tiktoken.Encoding) -> Splits:

@@ -117,7 +117,7 @@ def test_shards_equal_the_reference(source, tmp_path: Path, capsys, pattern: str
     assert str(source.folder.parent) not in json.dumps(manifest)  # the folder can be moved
 
 
-@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "json", "txt", "txt.gz"])
+@pytest.mark.parametrize("kind", ["jsonl.gz", "jsonl.zst", "json", "txt", "windows.txt", "txt.gz"])
 def test_formats_and_fields(kind: str, tmp_path: Path) -> None:
     documents = [text for text in make_documents(600, seed=2) if text and text.strip() and "<|" not in text]
     content = "\n".join(json.dumps({"body": text}) for text in documents)
@@ -125,7 +125,8 @@ def test_formats_and_fields(kind: str, tmp_path: Path) -> None:
         content = json.dumps([{"body": text} for text in documents])
     elif "txt" in kind:
         documents = [text.strip("\n") for text in documents]
-        content = "\n<|endoftext|>\n".join(documents)
+        end = "\r\n" if kind == "windows.txt" else "\n"
+        content = f"{end}<|endoftext|>{end}".join(documents)
     with pa.output_stream(tmp_path / f"a.{kind}", compression="detect") as file:
         file.write(content.encode())
     run_and_check(config(tmp_path, tmp_path / "out", field="body"), documents)
