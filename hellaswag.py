@@ -193,7 +193,7 @@ def log_probs(raw: model.GPT, batch: list[Packed], T: int, head_rows: int, devic
 
 @torch.no_grad()
 def evaluate(raw: model.GPT, questions: Questions, rt: runtime.Runtime, progress: bool = False) -> Result:
-    """Score the questions in batches of up to n_tokens tokens, with padding; same bits on any number of ranks."""
+    """Score the questions, in the same batches and with the same bits on any number of ranks."""
     n_tokens, head_rows = (2**15, 2**11) if rt.device.type == "cuda" else (2**11, 2**7)  # 25 MB of logits on a CPU
     batches, rest = [], questions.packed
     while rest:
