@@ -32,7 +32,9 @@ def test_ndlinear_equals_the_papers_algorithm(d: tuple[int, ...], h: tuple[int, 
 
 
 def test_mlp_equals_its_literal_order() -> None:
-    mlp = tiny_model(3, 0.3, **ND).transformer.h[0].mlp  # biases too are not 0
+    mlp = tiny_model(3, **ND).transformer.h[0].mlp
+    for p in mlp.parameters():  # biases too, which are initialized to 0
+        nn.init.normal_(p, std=0.3)
     x = torch.randn(2, 5, 16)
     literal = mlp.c_proj(nn.functional.gelu(mlp.c_fc(x[..., None]), approximate="tanh"))[..., 0]
     torch.testing.assert_close(mlp(x), literal, rtol=0, atol=1e-6 * literal.abs().max().item())
