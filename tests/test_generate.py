@@ -48,6 +48,7 @@ def uncached(raw: GPT, prompt: Sequence[int], n: int, seed: int = 0, **options: 
 
 OPTIONS = [dict(temperature=0), dict(), dict(temperature=0.7, top_k=9), dict(temperature=1.3, top_p=0.8)]
 OPTIONS += [dict(temperature=0, repetition_penalty=1.3), dict(top_k=9, repetition_penalty=0.8)]
+OPTIONS += [dict(repetition_penalty=3.0)]  # so large that negative logits matter
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
