@@ -19,7 +19,6 @@ from harness import ALONE, BYTES, tiny_model
 from neogpt import chat, finetune, generate, rewards
 from neogpt.chat import Row
 
-CPU = torch.device("cpu")
 T = 160
 
 
@@ -167,17 +166,14 @@ def test_no_prompt_is_on_both_sides_of_the_split(fraction: float) -> None:
         chat.split_rows([0, 1], ["a", "a"], fraction, 0)
 
 
-RESPONSES = ["yes", "\nyes", "\n\n\nyes\n", " yes", "\t\n ja — 日本語 🦊", "Response:\nno", "<|endoftext|>", "\n"]
-
-
-@pytest.mark.parametrize("response", RESPONSES, ids=repr)
+@pytest.mark.parametrize("response", ["\n\n\nyes\n", "\t\n ja — 日本語 🦊", "Response:\nno", "<|endoftext|>", "\n"])
 @pytest.mark.parametrize("context", ["", "Rosa has a hat.\nLeo sleeps."])
 def test_targets_are_the_response_and_end_of_text(tokenizer: tiktoken.Encoding, context: str, response: str) -> None:
     before = tokenizer.encode(chat.prompt_text("Who has the hat?", context), disallowed_special=())
     after = tokenizer.encode(response, disallowed_special=())  # "<|endoftext|>" in a response is ordinary text
     prompt = chat.encode_prompt(Row("Who has the hat?", context, ""), 1000, tokenizer)
     longer = chat.make_example(chat.encode_prompt(Row("a", "", ""), 1000, tokenizer), "b" * 200, 1000, tokenizer)
-    batch = chat.collate([[chat.make_example(prompt, response, 1000, tokenizer)], [longer]], CPU)
+    batch = chat.collate([[chat.make_example(prompt, response, 1000, tokenizer)], [longer]], ALONE.device)
     x, y = batch["x"][0].tolist(), batch["y"][0].tolist()
     n = len(before) + len(after)
     assert x[:n] == before + after and len(x) > n  # padded to the longer example
@@ -217,7 +213,7 @@ def test_packed_logits_and_loss_equal_those_of_single_examples(attention: str) -
     # longest first, each into the first bin with enough room
     assert [[e.n_inputs for e in row] for row in bins] == [[79, 77], [76, 60, 13], [59, 43]]
     with torch.no_grad():
-        batch = chat.collate(bins, CPU)
+        batch = chat.collate(bins, ALONE.device)
         assert batch["mask"].any(-1).all()  # a padded position that attends to nothing could be NaN
         loss, logits = chat.loss(raw, batch, "sum"), raw(batch["x"], pos=batch["pos"], mask=batch["mask"])
         for row, packed in zip(bins, logits):

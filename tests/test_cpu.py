@@ -22,7 +22,6 @@ def decode_logits(raw: GPT, prompts: list[list[int]]) -> torch.Tensor:
 
 
 needs_avx = pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="needs AVX")
-needs_bf16 = pytest.mark.skipif(not runtime.cpu_has_bf16(), reason="needs a CPU with units for bf16")
 WAYS = [(torch.float32, "packed_matmul"), (torch.float32, "split_matmul")]
 WAYS += [(torch.bfloat16, "packed_matmul"), (torch.bfloat16, "one_row_matmul")]
 
@@ -93,7 +92,7 @@ def test_generation_uses_fast_products(
     assert products(raw) == {"usual"}
 
 
-@needs_bf16
+@pytest.mark.skipif(not runtime.cpu_has_bf16(), reason="needs a CPU with units for bf16")
 @pytest.mark.parametrize(
     "n_rows, intel, way", [(1, False, "one_row_matmul"), (1, True, "packed_matmul"), (2, False, "packed_matmul")]
 )

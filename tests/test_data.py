@@ -254,8 +254,7 @@ TEXT = "0123456789é" * 10  # 110 characters, 120 bytes
 TEXTS = [  # the content of a file, its training and its validation documents
     (f"\n{EOT}\n".join(DOCUMENTS), DOCUMENTS[:22], DOCUMENTS[22:]),  # the last 10 % of the documents
     (TEXT, [TEXT[:99]], [TEXT[99:]]),  # the last 10 % of the only document
-    (f"{EOT}\na\n{EOT}\nb", ["a"], ["b"]),  # separators at the edges and repeated make no documents
-    (f"a\n{EOT}\n{EOT}\nb\n{EOT}\n", ["a"], ["b"]),
+    (f"{EOT}\na\n{EOT}\n{EOT}\nb\n{EOT}\n", ["a"], ["b"]),  # separators at the edges and repeated make no documents
     (f"a\n{EOT}\nb\n{EOT}", ["a"], ["b"]),
     (f"a\r\n{EOT}\r\nb", ["a"], ["b"]),  # as Windows ends lines
     (f"a {EOT} b\n{EOT}\nc{EOT}\n", ["a ", " b"], ["c"]),  # also inside a line

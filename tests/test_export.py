@@ -62,11 +62,6 @@ def test_merges_are_recovered_from_ranks() -> None:
     assert found == [" ".join(pair) for pair in merges]
 
 
-CONVERSATION = [("system", " Be kind. "), ("user", "Where is the lamp?\nAnd the spoon?")]
-CONVERSATION += [("assistant", "In the garden. "), ("user", "  Why?  ")]
-CONVERSATION += [("assistant", "I put it there.\n\nYes."), ("user", "When?")]
-
-
 def test_chat_template_gives_the_ids_of_the_prompt_template(tokenizers: tuple[tiktoken.Encoding, Any]) -> None:
     tokenizer, theirs = tokenizers
 
@@ -80,7 +75,9 @@ def test_chat_template_gives_the_ids_of_the_prompt_template(tokenizers: tuple[ti
     message["content"] = f"{row.instruction}\nContext:\n{row.context}"
     assert ids([message], add_generation_prompt=True) == expected
 
-    turns = [dict(role=role, content=text) for role, text in CONVERSATION]
+    said = [("system", " Be kind. "), ("user", "Where is the lamp?\nAnd the spoon?"), ("assistant", "In the garden. ")]
+    said += [("user", "  Why?  "), ("assistant", "I put it there.\n\nYes."), ("user", "When?")]
+    turns = [dict(role=role, content=text) for role, text in said]
     answer = dict(role="assistant", content="Now.")
     row = chat.parse_turns([*turns, answer])
     prompt = chat.encode_prompt(row, 999, tokenizer)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch._dynamo.testing
 from test_model import ATTENTIONS, random_ids, rough_model
-from torch import Tensor
 
 from neogpt import cpu
 from neogpt import generate as generation
@@ -28,24 +27,19 @@ def random_prompts(*lengths: int) -> list[list[int]]:
     return [random_ids(n, seed=n).tolist() for n in lengths]
 
 
-def penalize(logits: Tensor, ids: list[int], penalty: float) -> Tensor:
-    """Transformers' repetition penalty for one row."""
-    processors = pytest.importorskip("transformers.generation.logits_process")
-    return processors.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits)
-
-
 @torch.no_grad()
 def uncached(raw: GPT, prompt: Sequence[int], n: int, seed: int = 0, **options: Any) -> list[int]:
     """The loop that `generate` must equal: one row, a full forward over the whole window at every step."""
     T, n_tokens = raw.config.block_size, raw.config.n_tokens
     uniforms = torch.rand(n, generator=torch.Generator().manual_seed(seed))
-    window, out = list(prompt)[-T:], []
+    window, out, settings = list(prompt)[-T:], [], SETTINGS | options
+    processors = pytest.importorskip("transformers.generation.logits_process")
+    penalize = processors.RepetitionPenaltyLogitsProcessor(settings.pop("repetition_penalty", 1.0))
     for step in range(n):
         if len(window) > T:
             window = window[-max(1, T // 2) :]
         logits = raw(torch.tensor([window]))[:, -1, :n_tokens]
-        settings = SETTINGS | options
-        logits = penalize(logits, [*prompt, *out], settings.pop("repetition_penalty", 1.0))
+        logits = penalize(torch.tensor([[*prompt, *out]]), logits)
         token = sample(logits, uniforms[step : step + 1], **settings).item()
         window.append(token)
         out.append(token)
@@ -54,6 +48,7 @@ def uncached(raw: GPT, prompt: Sequence[int], n: int, seed: int = 0, **options: 
 
 OPTIONS = [dict(temperature=0), dict(), dict(temperature=0.7, top_k=9), dict(temperature=1.3, top_p=0.8)]
 OPTIONS += [dict(temperature=0, repetition_penalty=1.3), dict(top_k=9, repetition_penalty=0.8)]
+OPTIONS += [dict(repetition_penalty=3.0)]  # so large that negative logits matter
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -137,8 +132,6 @@ def test_an_abandoned_generator_leaves_the_model_trainable(n_rows: int, monkeypa
 
 
 PROBS = torch.tensor([0.05, 0.5, 0.15, 0.3])  # unsorted
-
-
 CUTS = {  # the number of the likeliest ids that stay
     1: [dict(top_p=1e-9), dict(top_p=0.45), dict(top_k=2, top_p=0.6)],  # top_p is a share of what top_k leaves: 5/8
     2: [dict(top_k=2), dict(top_p=0.55), dict(top_p=0.75)],  # the id that crosses the boundary stays

@@ -24,7 +24,6 @@ from neogpt import config, data, hf, model
 NORMS = ["sum", "per token", "per character", "per byte"]
 GOOD = dict(activity_label="x", ctx_a="a", ctx_b="b", ctx="a b", endings=["a", "b", "c", "d"], label=2)
 Capture = pytest.CaptureFixture[str]
-Patch = pytest.MonkeyPatch
 
 
 def merging_tokenizer(*merged: bytes) -> tiktoken.Encoding:
@@ -229,7 +228,7 @@ def test_command_line_output(tmp_path: Path, capsys: Capture) -> None:
     assert "10 rows" in printed and "per character (acc_norm)" in printed
 
 
-def test_published_values_of_the_same_style(tmp_path: Path, capsys: Capture, monkeypatch: Patch) -> None:
+def test_published_values_of_the_same_style(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     harness.get_tokenizer("gpt2")
     hf.save(make_model(n_tokens=50257, vocab_size=50304, n_embd=8, block_size=64), tmp_path)
     rows, published = write_rows(tmp_path / "rows.jsonl", [GOOD] * 3), []

@@ -4,14 +4,11 @@ import math
 
 import pytest
 import torch
+from harness import ND, tiny_model
 from torch import Tensor, nn
 
-from neogpt.model import GPT, MLPS, SIZES, GPTConfig
+from neogpt.model import GPT, SIZES, GPTConfig
 from neogpt.ndlinear import NdLinear
-
-TINY = dict(n_layer=2, n_head=2, n_embd=16, block_size=32, n_tokens=257, vocab_size=320)
-ND = TINY | dict(mlp="ndlinear", mlp_width=24, mlp_modes=3)
-MODES = [((5,), (7,)), ((3, 4), (5, 2)), ((2, 3, 4), (4, 3, 2)), ((2, 3, 2, 3), (3, 2, 4, 2))]
 
 
 def algorithm_1(layer: NdLinear, x: Tensor) -> Tensor:
@@ -26,7 +23,7 @@ def algorithm_1(layer: NdLinear, x: Tensor) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("d, h", MODES)
+@pytest.mark.parametrize("d, h", [((5,), (7,)), ((3, 4), (5, 2)), ((2, 3, 4), (4, 3, 2)), ((2, 3, 2, 3), (3, 2, 4, 2))])
 def test_ndlinear_equals_the_papers_algorithm(d: tuple[int, ...], h: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     layer, x = NdLinear(d, h), torch.randn(6, *d)
@@ -35,8 +32,7 @@ def test_ndlinear_equals_the_papers_algorithm(d: tuple[int, ...], h: tuple[int, 
 
 
 def test_mlp_equals_its_literal_order() -> None:
-    torch.manual_seed(3)
-    mlp = MLPS["ndlinear"](GPTConfig(**ND))
+    mlp = tiny_model(3, **ND).transformer.h[0].mlp
     for p in mlp.parameters():  # biases too, which are initialized to 0
         nn.init.normal_(p, std=0.3)
     x = torch.randn(2, 5, 16)
@@ -55,8 +51,7 @@ def test_initial_output_is_as_large_as_the_dense_mlps(size: str) -> None:
 
 
 def test_every_parameter_has_a_gradient() -> None:
-    torch.manual_seed(6)
-    raw, idx = GPT(GPTConfig(**ND)), torch.randint(257, (4, 33))
+    raw, idx = tiny_model(6, **ND), torch.randint(257, (4, 33))
     raw(idx[:, :-1], idx[:, 1:]).backward()
     assert [name for name, p in raw.named_parameters() if not p.grad.any()] == []
     w = raw.transformer.h[0].mlp.c_fc.modes[1].weight
@@ -66,6 +61,6 @@ def test_every_parameter_has_a_gradient() -> None:
 @pytest.mark.parametrize("changed", [dict(mlp="nd"), dict(mlp_modes=0), dict(mlp_width=-1), dict(mlp_width=1.5)])
 def test_invalid_shapes_are_refused(changed: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(changed))):
-        GPTConfig(**ND | changed)
+        tiny_model(**ND | changed)
     with pytest.raises(ValueError):  # a mode is missing
         NdLinear((2, 3), (4,))

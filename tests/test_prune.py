@@ -51,10 +51,7 @@ def reference_masks(raw: model.GPT, idx: Tensor, ratio: float, pattern: str, fol
     return masks
 
 
-CASES = [(0.5, ""), (0.3, ""), (0.0, ""), (0.5, "2:4"), (0.5, "4:8"), (0.5, "1:4")]
-
-
-@pytest.mark.parametrize("ratio, pattern", CASES)
+@pytest.mark.parametrize("ratio, pattern", [(0.3, ""), (0.0, ""), (0.5, "2:4"), (0.5, "4:8"), (0.5, "1:4")])
 def test_wanda_masks_equal_float64_reference(ratio: float, pattern: str, tmp_path: Path) -> None:
     raw = harness.tiny_model(scale=0.2)
     expected = reference_masks(raw, CALIBRATION, ratio, pattern, tmp_path)

@@ -1,6 +1,5 @@
 """rewards.py: the values of every reward, and sums of rewards that are read but never evaluated."""
 
-import math
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,11 @@ def answer(text: str = "It is red.", reference: str = "It is red.", n_tokens: in
 
 
 VALUES = [
-    ("exact", answer(), 1),
     ("exact", answer(" It is red.\n"), 1),
     ("exact", answer("It is red. Yes."), 0),
     ("exact", answer(ended=False), 0),
     ("begins", answer("It is red. Yes.", ended=False), 1),
     ("begins", answer("It is red.!"), 0),
-    ("begins", answer("", "It"), 0),
     ("ends", answer(n_tokens=500), 1),
     ("ends", answer(ended=False), 0),
     ("ends(10)", answer(), 1),
@@ -29,7 +26,6 @@ VALUES = [
     ('format("It is")', answer(), 0),
     ('format("a.*b")', answer("a\n\nb"), 1),
     ('format("")', answer(""), 1),
-    ("length(10)", answer(), 1),
     ("length(8)", answer(), 0.75),
     ("length(12.5)", answer(), 0.8),
     ("length(4)", answer(), 0),
@@ -83,9 +79,7 @@ def test_files_that_cannot_be_loaded_are_named(code: str, tmp_path: Path) -> Non
             rewards.parse(f"{path}:score")
 
 
-@pytest.mark.parametrize(
-    "code", ["return 1 / 0", "return None", f"return {math.nan!r}", "return answer.text", "raise OSError"]
-)
+@pytest.mark.parametrize("code", ["return None", "return nan", "return answer.text", "raise OSError"])
 def test_functions_that_fail_are_named_with_the_answer(code: str, tmp_path: Path) -> None:
     own = tmp_path / "own.py"
     own.write_text(f"nan = float('nan')\ndef score(answer):\n    {code}\n")
