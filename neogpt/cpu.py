@@ -114,7 +114,6 @@ void int8_linear(const float *x, const int8_t *W, const float *scale, const floa
 }
 """
 
-
 # Sums are computed in any order, so in vectors. With -ffast-math loading the library would also set denormals to zero.
 INT8_FLAGS = "-O3 -march=native -funroll-loops -fassociative-math -fno-signed-zeros -fno-trapping-math -fopenmp"
 

@@ -3,7 +3,6 @@
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -158,12 +157,17 @@ def generate(
     forwards = cpu.fast_linears(raw, len(prompts))
     if compile and len(prompts) == 1:  # methods, because for new partial objects the step would be compiled again
         forwards = {m: types.MethodType(one_row_linear, m) for m in raw.modules() if type(m) is nn.Linear}
-    with replaced_forwards(forwards):
+    for linear, forward in forwards.items():
+        linear.forward = forward
+    try:
         for ids in decode_loop(raw, windows, uniforms, sampler, compile, ended if repetition_penalty == 1 else None):
             yield [None if end else token for token, end in zip(ids, ended)]
             ended[:] = [end or token == stop for token, end in zip(ids, ended)]
             if all(ended):
                 return
+    finally:
+        for linear in forwards:
+            vars(linear).pop("forward", None)  # another generation may have removed it
 
 
 def decode_loop(
@@ -234,18 +238,6 @@ def cast_linears(raw: model.GPT) -> None:
     for module in raw.modules():
         if isinstance(module, nn.Linear) and not (small_head and module is raw.lm_head):
             module.bfloat16()
-
-
-@contextmanager
-def replaced_forwards(forwards: dict[nn.Linear, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Inside, these layers use these functions as `forward`."""
-    for linear, forward in forwards.items():
-        linear.forward = forward
-    try:
-        yield
-    finally:
-        for linear in forwards:
-            vars(linear).pop("forward", None)  # another generation may have removed it
 
 
 def one_row_linear(linear: nn.Linear, x: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ Letters: B batch, T time (tokens), S keys, C width (n_embd), V vocabulary, nh he
 
 import functools
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn as nn
@@ -40,10 +40,6 @@ SIZES: dict[str, dict[str, Any]] = {
 SIZES |= {f"d{n}": dict(n_layer=n, n_head=n, n_embd=64 * n, block_size=1024) for n in range(2, 25, 2)}
 SIZES |= {f"demo-w{C}": DEMO | dict(n_layer=2, n_head=2, n_embd=C) for C in (24, 32, 48, 64, 96)}
 
-# allowed values of the text fields of GPTConfig
-CHOICES = dict(attention=("flash", "manual"), residual=("fp32", "bf16"), gelu=("tanh", "erf"))
-CHOICES |= dict(mlp=("dense", "ndlinear"))
-
 
 @dataclass(frozen=True)
 class GPTConfig:
@@ -55,16 +51,17 @@ class GPTConfig:
     block_size: int = 1024  # longest sequence, tokens
     n_tokens: int = 50257  # number of ids of the tokenizer; padded ids are never sampled
     vocab_size: int = 50304  # rows of the embedding: see `pad_vocab`
-    attention: str = "flash"  # flash: PyTorch's fused kernels; manual: `manual_attention` below
-    residual: str = "fp32"  # dtype of the residual stream under autocast: bf16 halves its traffic and rounds it
-    gelu: str = "tanh"  # tanh: GPT-2's approximation; erf: exact, three times as fast on a CPU
-    mlp: str = "dense"  # a name of MLPS below
+    attention: Literal["flash", "manual"] = "flash"  # flash: PyTorch's fused kernels; manual: `manual_attention` below
+    residual: Literal["fp32", "bf16"] = "fp32"  # dtype of the residual stream under autocast; bf16 halves its traffic
+    gelu: Literal["tanh", "erf"] = "tanh"  # tanh: GPT-2's approximation; erf: exact, three times as fast on a CPU
+    mlp: Literal["dense", "ndlinear"] = "dense"  # a name of MLPS below
     mlp_width: int | None = None  # ndlinear: size of the hidden tensor's first mode; None: 4 n_embd
     mlp_modes: int = 1  # ndlinear: size of the hidden tensor's second mode
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            allowed = CHOICES.get(name, range(1, 1001 if name == "n_layer" else 2**20 + 1))
+        for name, kind in get_type_hints(GPTConfig).items():
+            value, largest = vars(self)[name], 1000 if name == "n_layer" else 2**20
+            allowed = get_args(kind) if get_origin(kind) is Literal else range(1, largest + 1)
             valid = type(value) in (int, str) and value in allowed  # True and 1.0 are in the range too
             if not valid and (name, value) != ("mlp_width", None):
                 raise ValueError(f"{name}={value!r} in the model configuration: expected a value in {allowed}")

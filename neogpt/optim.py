@@ -132,18 +132,17 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         """Update every parameter from its gradient. Changes nothing if the tensor `self.found_inf` is 1."""
-        found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            whole, rate, beta = group["params"], group["lr"], group["momentum"]
+            whole, beta = group["params"], group["momentum"]
+            found_inf = getattr(self, "found_inf", torch.zeros((), device=whole[0].device))
             for p in whole:
                 self.state[p] = self.state[p] or dict(momentum=torch.zeros_like(p))
             momenta, grads, params = [self.state[p]["momentum"] for p in whole], [p.grad for p in whole], whole
             if sharded := hasattr(whole[0], "to_local"):  # this rank's rows
                 momenta, grads, params = ([x.to_local() for x in part] for part in (momenta, grads, params))
-            if found_inf is not None:
-                # a gradient equal to the momentum keeps the momentum, and a rate of 0 keeps the weights
-                grads = [torch.where(found_inf > 0, m, g) for m, g in zip(momenta, grads)]
-                rate = rate * (1 - found_inf.to(params[0].dtype))
+            # a gradient equal to the momentum keeps the momentum, and a rate of 0 keeps the weights
+            grads = [torch.where(found_inf > 0, m, g) for m, g in zip(momenta, grads)]
+            rate = group["lr"] * (1 - found_inf.to(params[0].dtype))
             torch._foreach_lerp_(momenta, grads, 1 - beta)
             updates = torch._foreach_lerp(grads, momenta, beta)  # Nesterov
             updates = orthogonalize_shards(updates, whole) if sharded else orthogonalize_on_ranks(updates)

@@ -187,8 +187,6 @@ class Run:
         for step in range(self.step, max_steps + 1):
             self.step = step
             self.read_results(LAG.get(self.rt.device.type, 0))
-            if self.stopped:
-                self.read_results(0)
             yield step
 
     def due(self, every: int) -> bool:
@@ -274,6 +272,7 @@ class Run:
 
     def finish(self) -> None:
         """Save if a signal stopped the run, wait for the checkpoint and leave the process group."""
+        self.read_results(0)
         if self.stopped:
             self.save()
         self.wait_for_writer()
