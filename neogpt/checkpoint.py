@@ -177,9 +177,7 @@ def read_newest(source: str | Path, stages: tuple[str, ...] = ()) -> Checkpoint:
 
 
 def find_resume(folder: Path, rt: runtime.Runtime, branch_from: str = "") -> Checkpoint | None:
-    """The newest readable checkpoint of a folder or, if it has none, the file branch_from; the same on all ranks. None
-    for a new run. Only rank 0 verifies the files.
-    """
+    """The newest readable checkpoint of a folder or, if it has none, branch_from, on all ranks; None for a new run."""
     ckpt, selected = None, [""]
     if rt.rank == 0 and list_checkpoints(folder):
         ckpt = read_newest(folder)
