@@ -37,9 +37,8 @@ class NdMLP(nn.Module):
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        # Equal to self.c_proj(gelu(self.c_fc(x[..., None])))[..., 0] and cheaper: the second mode is the first axis, so
-        # memory is contiguous along I; and it is summed before the large matrix product, which then costs 1/f. The bias
-        # of that product must be scaled by Σ v.
+        # Equal to self.c_proj(gelu(self.c_fc(x[..., None])))[..., 0] and cheaper: memory is contiguous along I, and the
+        # second mode is summed before the large matrix product, which then costs 1/f; its bias must be scaled by Σ v.
         (large_in, spread), (large_out, mix) = self.c_fc.modes, self.c_proj.modes
         u = large_in(x)  # (B, T, I)
         # the cast keeps the following products in bf16 under autocast
