@@ -1,7 +1,5 @@
 """NdLinear (arXiv:2503.17353), a linear map along each axis of a tensor, and NdGPT-2's MLP, which is built from it."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ class NdLinear(nn.Module):
     Weights: (h_i, d_i); biases: (h_i,). Apart from the biases, its matrix is the Kronecker product of the weights.
     """
 
-    def __init__(self, d: Sequence[int], h: Sequence[int]) -> None:
+    def __init__(self, d: tuple[int, ...], h: tuple[int, ...]) -> None:
         super().__init__()
         self.modes = nn.ModuleList(nn.Linear(d_i, h_i) for d_i, h_i in zip(d, h, strict=True))
 
