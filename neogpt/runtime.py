@@ -43,9 +43,8 @@ class Console(logging.StreamHandler):
     """A handler that raises the error if the reader of our output, for example `head`, has stopped."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Called where an exception is handled."""
         if isinstance(sys.exc_info()[1], BrokenPipeError):
-            raise
+            raise  # the error that `emit` caught
         super().handleError(record)
 
 
@@ -54,9 +53,7 @@ def print0(text: str) -> None:
     logger.info("\n".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", line) for line in text.split("\n")))
 
 
-def setup(
-    device: str = "auto", precision: str = "auto", deterministic: bool = False, console: TextIO | None = None
-) -> Runtime:
+def setup(device: str, precision: str = "auto", deterministic: bool = False, console: TextIO | None = None) -> Runtime:
     """Select device and precision and, under torchrun, join the process group (nccl on CUDA, gloo on CPU). console:
     where `print0` prints; None: stdout. Raises ValueError if the device does not exist.
     """
