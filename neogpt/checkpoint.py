@@ -63,9 +63,7 @@ def save(folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False) -> 
 
 
 @torch.no_grad()
-def save_in_background(
-    pool: Executor | None, folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False
-) -> Future | None:
+def save_async(pool: Executor | None, folder: Path, ckpt: Checkpoint, keep_last: int, best: bool) -> Future | None:
     """`save` on the pool's only thread. Returns when the tensors are copied (CPU) or their copies are queued (CUDA).
     Sharded tensors are gathered one by one, for which all ranks must call it. Without a pool, nothing is written.
     """
