@@ -1,9 +1,8 @@
 """Tokenizers, token shards on disk, and the order in which training reads them.
 
 A data folder holds shards of uint16 ids with "train" or "val" in their names: `.npy` files of fineweb.py or
-build-nanogpt, `.bin` files of llm.c or nanoGPT. A text file or several folders can take the place of a folder. The
-order depends on the seed and on the position, which counts sequences, but not on the number of devices or the
-micro-batch size.
+build-nanogpt, `.bin` files of llm.c or nanoGPT. A text file or several folders can replace it. The order depends on
+the seed and on the position, which counts sequences, but not on the number of devices or the micro-batch size.
 """
 
 import contextlib
