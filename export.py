@@ -20,7 +20,6 @@ from neogpt import chat, checkpoint, config, files, hf, model, runtime
 HF = {"fp32": torch.float32, "bf16": torch.bfloat16}  # dtype of the command line -> of the weights
 GGUF = {"fp32": "F32", "fp16": "F16", "q8_0": "Q8_0"}
 FILES = ("README.md", "merges.txt", "model.safetensors")  # of an export, besides .json and .gguf
-CHAT_STAGES = ("sft", "dpo", "grpo")  # these models know the prompt template
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -64,7 +63,7 @@ def write_card(path: Path, loaded: checkpoint.Loaded, source: Path, dtype: str) 
         facts |= dict(tokens=f"{ckpt.n_tokens:,}", pruned=ckpt.pruned.get("pattern") or ckpt.pruned.get("ratio", ""))
         facts |= {name: f"{value:.4f}" for name, value in ckpt.scores.items()}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value not in ("", "0"))  # 0: unknown
-    is_chat, shape = loaded.stage in CHAT_STAGES, loaded.raw.config
+    is_chat, shape = loaded.stage != "pretraining", loaded.raw.config
     prompt = '[{"role": "user", "content": "Hello"}]' if is_chat else '"Hello"'
     n_params = sum(tensor.numel() for tensor in hf.gpt2_weights(loaded.raw).values())
     words = vars(shape) | dict(name=path.parent.name, facts=rows, prompt=prompt, gelu=GELU[shape.gelu])
@@ -123,7 +122,7 @@ def main(cfg: Config) -> None:
         if path.name not in FILES and path.suffix not in (".json", ".gguf", ".tmp") and path.name[0] != ".":
             raise ValueError(f"--out_dir={out_dir} holds {path.name}, which no export writes: use another folder")
     files.require_space(out_dir, 4 * raw.n_params(), f"a model of {raw.n_params():,} parameters")
-    template = chat.TEMPLATE if stage in CHAT_STAGES else ""
+    template = "" if stage == "pretraining" else chat.TEMPLATE
     if cfg.format == "gguf":
         path = out_dir / f"model-{cfg.dtype}.gguf"
         write_gguf(path, raw, tokenizer, cfg.dtype, template)

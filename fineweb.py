@@ -43,11 +43,12 @@ from tqdm import tqdm
 from neogpt import config, data, files  # worker processes import this file: nothing here may import torch
 
 HUB = "hf://datasets/"
+FINEWEB = HUB + "HuggingFaceFW/fineweb-edu/sample"  # the folder of 10BT, 100BT and 350BT
 
 
 @dataclass(frozen=True)
 class Config:
-    data: str = HUB + "HuggingFaceFW/fineweb-edu/sample/10BT"  # hub folder; or local file, folder or pattern
+    data: str = FINEWEB + "/10BT"  # hub folder; or local file, folder or pattern
     out_dir: str = "edu_fineweb10B"  # folder for the shards
     part: str = "1/1"  # of the source files; 3/16: the third of 16 shares, into the folder <out_dir>-03-of-16
     field: str = "text"  # column of parquet or field of json
@@ -58,9 +59,7 @@ class Config:
     encoder: Literal["auto", "tiktoken", "gigatoken"] = "auto"  # auto: gigatoken if it is installed
 
 
-CONFIGS = {
-    f"sample-{n}BT": Config(f"{HUB}HuggingFaceFW/fineweb-edu/sample/{n}BT", f"edu_fineweb{n}B") for n in (10, 100, 350)
-}
+CONFIGS = {f"sample-{n}BT": Config(f"{FINEWEB}/{n}BT", f"edu_fineweb{n}B") for n in (10, 100, 350)}
 SUFFIXES = (".parquet", ".jsonl", ".json", ".txt")
 MAX_WITHOUT_TEXT = 1000  # if this many documents at the start have no text, --field is probably wrong
 CHUNK_BYTES = 2**20  # text per task of a worker

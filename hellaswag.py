@@ -161,8 +161,7 @@ def try_load_questions(
         questions = prepare(read_rows(source, limit), tokenizer, "completion", block_size)
     except OSError as error:  # no network
         runtime.print0(f"training without HellaSwag: {error}")
-    n_ready = runtime.all_reduce_sum(torch.tensor(float(questions is not None), device=rt.device), rt)
-    return questions if n_ready == rt.world_size else None
+    return questions if all(runtime.all_gather(questions is not None, rt)) else None
 
 
 class Result(NamedTuple):

@@ -63,9 +63,7 @@ def save(folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False) -> 
 
 
 @torch.no_grad()
-def save_in_background(
-    pool: Executor | None, folder: Path, ckpt: Checkpoint, keep_last: int, best: bool = False
-) -> Future | None:
+def save_async(pool: Executor | None, folder: Path, ckpt: Checkpoint, keep_last: int, best: bool) -> Future | None:
     """`save` on the pool's only thread. Returns when the tensors are copied (CPU) or their copies are queued (CUDA).
     Sharded tensors are gathered one by one, for which all ranks must call it. Without a pool, nothing is written.
     """
@@ -177,9 +175,7 @@ def read_newest(source: str | Path, stages: tuple[str, ...] = ()) -> Checkpoint:
 
 
 def find_resume(folder: Path, rt: runtime.Runtime, branch_from: str = "") -> Checkpoint | None:
-    """The newest readable checkpoint of a folder or, if it has none, the file branch_from; the same on all ranks. None
-    for a new run. Only rank 0 verifies the files.
-    """
+    """The newest readable checkpoint of a folder or, if it has none, branch_from, on all ranks; None for a new run."""
     ckpt, selected = None, [""]
     if rt.rank == 0 and list_checkpoints(folder):
         ckpt = read_newest(folder)

@@ -28,8 +28,7 @@ Seed = Annotated[int, "[0, 9e18]"]
 
 def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = None) -> Config:
     """Read the command line `script.py [NAME] [--constant=value …]`. NAME selects one of `configs`; default: the first.
-    Comments of the dataclass become the help text. `--chat` means `--chat=True`. ~ is the home folder. Raises
-    ValueError as `check` does.
+    Comments of the dataclass become the help. `--chat` means `--chat=True`, ~ the home folder. Raises as `check` does.
     """
     import tyro
 
@@ -54,8 +53,7 @@ def parse(configs: dict[str, Config], doc: str, args: Sequence[str] | None = Non
 
 def run(main: Callable[[Config], None], configs: dict[str, Config]) -> None:
     """Run main(config) with the configuration of the command line. An OSError, a lack of GPU memory, or a ValueError
-    raised by this repository is a message for the user: one line and exit code 1. Every other exception is a bug: it
-    has a traceback.
+    raised by this repository is a message for the user: one line and exit code 1. All others have a traceback.
     """
     is_rank_0 = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"  # of each machine
     try:

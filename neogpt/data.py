@@ -1,9 +1,8 @@
 """Tokenizers, token shards on disk, and the order in which training reads them.
 
 A data folder holds shards of uint16 ids with "train" or "val" in their names: `.npy` files of fineweb.py or
-build-nanogpt, `.bin` files of llm.c or nanoGPT. A text file or several folders can take the place of a folder. The
-order depends on the seed and on the position, which counts sequences, but not on the number of devices or the
-micro-batch size.
+build-nanogpt, `.bin` files of llm.c or nanoGPT. A text file or several folders can replace it. The order depends on
+the seed and on the position, which counts sequences, but not on the number of devices or the micro-batch size.
 """
 
 import contextlib
@@ -177,15 +176,13 @@ def split_documents(text: bytes) -> list[bytes]:
 
 
 def read_text(path: Path, tokenizer: tiktoken.Encoding) -> Splits:
-    """Tokenize a text file into a training and a validation shard in memory: the last 10 % of the documents are for
-    validation. A single document is split by characters.
-    """
+    """A training and a validation shard in memory: the last 10 % of the documents of a text file are for validation."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
     documents = [document.decode() for document in split_documents(text.encode())]
-    if len(documents) < 2:
+    if len(documents) < 2:  # split a single document by characters
         text = "".join(documents)
         documents = [text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]]
     encoded, n = [encode_document(tokenizer, document) for document in documents], int(0.9 * len(documents))
@@ -200,8 +197,7 @@ def find_folders(source: str) -> list[Path]:
     folders = set()
     for pattern in [glob.escape(source)] if os.path.exists(source) else source.split(","):
         if not (found := {Path(path) for path in glob.glob(pattern) if os.path.isdir(path)}):
-            remedy = "check the path, write shards with fineweb.py, or use --data=FILE.txt"
-            raise OSError(f"no data in {pattern}: {remedy}")
+            raise OSError(f"no data in {pattern}: check the path, write shards with fineweb.py, or use --data=FILE.txt")
         folders |= found
     manifests = filter(None, map(read_manifest, sorted(folders)))
     parts = Counter((str(m["source"].get("whole")), m["part"]["n"], m["part"]["k"]) for m in manifests)
@@ -213,9 +209,7 @@ def find_folders(source: str) -> list[Path]:
 
 
 def open_data(source: str, tokenizer: tiktoken.Encoding, check: bool = True) -> Splits:
-    """The (training, validation) shards of a text file, or of all folders of `find_folders`, folder by folder. check:
-    as in `open_folder`; one of several ranks is enough.
-    """
+    """The (training, validation) shards of a text file or of all `find_folders`. check (on one rank): `open_folder`."""
     if os.path.isfile(source):
         return read_text(Path(source), tokenizer)
     folders = [open_folder(folder, tokenizer, check) for folder in find_folders(source)]

@@ -1,7 +1,5 @@
 """NdLinear (arXiv:2503.17353), a linear map along each axis of a tensor, and NdGPT-2's MLP, which is built from it."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ class NdLinear(nn.Module):
     Weights: (h_i, d_i); biases: (h_i,). Apart from the biases, its matrix is the Kronecker product of the weights.
     """
 
-    def __init__(self, d: Sequence[int], h: Sequence[int]) -> None:
+    def __init__(self, d: tuple[int, ...], h: tuple[int, ...]) -> None:
         super().__init__()
         self.modes = nn.ModuleList(nn.Linear(d_i, h_i) for d_i, h_i in zip(d, h, strict=True))
 
@@ -37,9 +35,8 @@ class NdMLP(nn.Module):
         self.approximate = approximate
 
     def forward(self, x: Tensor) -> Tensor:
-        # Equal to self.c_proj(gelu(self.c_fc(x[..., None])))[..., 0] and cheaper: the second mode is the first axis, so
-        # memory is contiguous along I; and it is summed before the large matrix product, which then costs 1/f. The bias
-        # of that product must be scaled by Σ v.
+        # Equal to self.c_proj(gelu(self.c_fc(x[..., None])))[..., 0] and cheaper: memory is contiguous along I, and the
+        # second mode is summed before the large matrix product, which then costs 1/f; its bias must be scaled by Σ v.
         (large_in, spread), (large_out, mix) = self.c_fc.modes, self.c_proj.modes
         u = large_in(x)  # (B, T, I)
         # the cast keeps the following products in bf16 under autocast

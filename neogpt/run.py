@@ -262,7 +262,7 @@ class Run:
             ckpt = replace(ckpt, optimizers=moments, adapters=adapters, B=self.B, world_size=self.rt.world_size)
             ckpt = replace(ckpt, n_sequences=self.n_sequences, n_tokens=self.n_tokens, seconds=self.seconds)
             pool = self.writer if self.rt.rank == 0 else None
-            self.writing = checkpoint.save_in_background(pool, self.out_dir, ckpt, self.cfg.keep_last, best)
+            self.writing = checkpoint.save_async(pool, self.out_dir, ckpt, self.cfg.keep_last, best)
         self.saved_step, self.clock = self.step, runtime.now(self.rt.device)
 
     def wait_for_writer(self) -> None:

@@ -43,9 +43,8 @@ class Console(logging.StreamHandler):
     """A handler that raises the error if the reader of our output, for example `head`, has stopped."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Called where an exception is handled."""
         if isinstance(sys.exc_info()[1], BrokenPipeError):
-            raise
+            raise  # the error that `emit` caught
         super().handleError(record)
 
 
@@ -54,9 +53,7 @@ def print0(text: str) -> None:
     logger.info("\n".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", line) for line in text.split("\n")))
 
 
-def setup(
-    device: str = "auto", precision: str = "auto", deterministic: bool = False, console: TextIO | None = None
-) -> Runtime:
+def setup(device: str, precision: str = "auto", deterministic: bool = False, console: TextIO | None = None) -> Runtime:
     """Select device and precision and, under torchrun, join the process group (nccl on CUDA, gloo on CPU). console:
     where `print0` prints; None: stdout. Raises ValueError if the device does not exist.
     """
@@ -116,7 +113,7 @@ def setup_cuda(device: str) -> None:
         raise ValueError(f"--device={device}, but {found}: use another --device, or at most one process per device")
     torch.cuda.set_device(device)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in fp32
-    torch.backends.cuda.enable_cudnn_sdp(False)  # see `single_shape_attention`
+    torch.backends.cuda.enable_cudnn_sdp(False)  # which PyTorch prefers on Hopper: see `single_shape_attention`
 
 
 def set_determinism(enabled: bool) -> None:
@@ -126,8 +123,7 @@ def set_determinism(enabled: bool) -> None:
     torch.use_deterministic_algorithms(enabled, warn_only=enabled)
     warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
     torch.utils.deterministic.fill_uninitialized_memory = False  # saves one pass over every new tensor
-    # Compile the backward pass together with the forward pass. Compiled lazily, it runs on the autograd thread, where
-    # PyTorch 2.13 does not see the deterministic flag, so inductor may select kernels by timing.
+    # a backward pass compiled lazily does not see the deterministic flag in PyTorch 2.13: inductor may time kernels
     from torch._functorch import config as functorch
 
     functorch.force_non_lazy_backward_lowering = enabled
@@ -204,9 +200,7 @@ def strict_determinism() -> Iterator[None]:
 
 @contextmanager
 def single_shape_attention() -> Iterator[None]:
-    """Inside, attention may use cuDNN, unless determinism is on. PyTorch prefers it on Hopper, but cuDNN plans for up
-    to a second for every new shape, so it does not pay where shapes change.
-    """
+    """Inside, attention may use cuDNN, unless determinism is on. cuDNN plans for up to a second for every new shape."""
     torch.backends.cuda.enable_cudnn_sdp(not torch.are_deterministic_algorithms_enabled())
     try:
         yield
@@ -275,8 +269,7 @@ def stop_on_signals() -> Callable[[], bool]:
         if signum == signal.SIGINT:
             signal.signal(signum, signal.SIG_DFL)
 
-    for name in STOP_SIGNALS:
-        signum = getattr(signal, name, None)  # Windows lacks some
-        if signum and signal.getsignal(signum) != signal.SIG_IGN:
+    for signum in signal.Signals:
+        if signum.name in STOP_SIGNALS and signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, handle)
     return lambda: bool(received)

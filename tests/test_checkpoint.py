@@ -48,14 +48,14 @@ def test_checkpoint_written_in_the_background_is_of_its_moment(tmp_path: Path) -
     ckpt, release = make_checkpoint(500), threading.Event()
     with ThreadPoolExecutor(1) as pool:
         pool.submit(release.wait)
-        writing = checkpoint.save_in_background(pool, tmp_path, ckpt, keep_last=1, best=True)
+        writing = checkpoint.save_async(pool, tmp_path, ckpt, keep_last=1, best=True)
         for tensor in (ckpt.model["w"], ckpt.model["b"], ckpt.optimizers[0][0]["exp_avg"]):
             tensor.add_(1)  # the steps that follow
         assert not checkpoint.list_checkpoints(tmp_path)
         release.set()
         writing.result()
         with pytest.raises(OSError, match="ckpt_000500.pt"):
-            checkpoint.save_in_background(pool, tmp_path / "missing", ckpt, keep_last=1).result()
+            checkpoint.save_async(pool, tmp_path / "missing", ckpt, keep_last=1, best=False).result()
     for found in (checkpoint.read_newest(tmp_path), checkpoint.read(tmp_path / "ckpt_000500.pt", verify=False)):
         assert same(found, make_checkpoint(500))
         assert found.model["tied"].data_ptr() == found.model["w"].data_ptr()  # tied weights are stored once

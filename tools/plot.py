@@ -4,8 +4,7 @@
     python -m tools.plot demo                # out/demo
     python -m tools.plot --runs out/adamw out/muon --x=tokens
 
-Published losses are shown if all runs pretrain with the GPT-2 tokenizer; published HellaSwag accuracies, if they also
-scored all rows of its validation set.
+Published results are shown if all runs pretrain with the GPT-2 tokenizer and (HellaSwag) scored all validation rows.
 """
 
 import re

@@ -21,9 +21,7 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def run_alternating(
-    variants: dict[str, Callable[[], Any]], repeats: int, unit: str, only: tuple[str, ...] = ()
-) -> list[dict]:
+def run_alternating(variants: dict[str, Callable], repeats: int, unit: str, only: tuple[str, ...] = ()) -> list[dict]:
     """Time every variant, or `only` these, `repeats` times, in alternating order; print and return rates per second.
     The first repeat warms up and is not counted. A variant returns its number of units, or (that number, clock() after
     its setup). The first variant is the baseline of the ratios.

@@ -56,8 +56,7 @@ DID |= dict(cat="slept in the sun", fox="ran through the woods", goat="climbed t
 ITEMS = ("cup", "egg", "glove", "hat", "jug", "nut", "pen", "spoon")
 SPOTS = ("at the gate", "behind the door", "in the garden", "near the well", "on the table", "under the bed")
 
-# Stories, as "attribute: beginning > turn > rest". The turn follows from the attribute and cannot be predicted from the
-# beginning. Stories without an attribute have no turn.
+# "attribute: beginning > turn > rest". Only the attribute tells the turn; stories without an attribute have no turn.
 STORIES_TEXT = """
 food: {c} came home [late|tired] and was [very|so] hungry. {He} sat down at the table. > {c} ate a [big|whole] plate of
   {food}. > After that {he} felt [much better|happy], [and soon {he} was asleep|and {he} went to bed early].
