@@ -172,8 +172,8 @@ def open_folder(folder: Path, tokenizer: tiktoken.Encoding, check: bool) -> Spli
 
 
 def split_documents(text: bytes) -> list[bytes]:
-    """The documents of a text, which `<|endoftext|>` separates, alone on a line or not."""
-    return [part for part in re.split(rb"\n?" + re.escape(EOT.encode()) + rb"\n?", text) if part]
+    """The documents of a text, which `<|endoftext|>` separates, alone on a line or not, without a byte order mark."""
+    return [part for part in re.split(rb"^\xef\xbb\xbf|\n?" + re.escape(EOT.encode()) + rb"\n?", text) if part]
 
 
 def read_text(path: Path, tokenizer: tiktoken.Encoding) -> Splits:
