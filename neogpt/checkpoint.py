@@ -122,14 +122,12 @@ def check(ckpt: Checkpoint) -> None:
 
 
 def read(path: Path, verify: bool = True) -> Checkpoint:
-    """Read a checkpoint onto the CPU without unpickling objects. Raises ValueError if it cannot be used. verify: check
-    the CRC of every tensor, which torch.load does not do; otherwise tensors are memory-mapped.
-    """
+    """Read a checkpoint without unpickling objects. Raises ValueError. verify: check all CRCs; else memory-map tensors."""
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:  # torch does not compress
                 raise ValueError("its entries are compressed")
-            if verify and archive.testzip():
+            if verify and archive.testzip():  # torch.load ignores the CRCs
                 raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=not verify)
         if state["format"] not in (1, FORMAT):

@@ -171,8 +171,9 @@ def open_folder(folder: Path, tokenizer: tiktoken.Encoding, check: bool) -> Spli
 
 
 def split_documents(text: bytes) -> list[bytes]:
-    """The documents of a text, which `<|endoftext|>` separates, alone on a line or not."""
-    return [part for part in re.split(rb"\r?\n?" + re.escape(EOT.encode()) + rb"\r?\n?", text) if part]
+    """The documents of a text, which `<|endoftext|>` separates, alone on a line or not, without a byte order mark."""
+    separator = rb"\r?\n?" + re.escape(EOT.encode()) + rb"\r?\n?"
+    return [part for part in re.split(rb"^\xef\xbb\xbf|" + separator, text) if part]
 
 
 def read_text(path: Path, tokenizer: tiktoken.Encoding) -> Splits:
@@ -209,7 +210,7 @@ def find_folders(source: str) -> list[Path]:
 
 
 def open_data(source: str, tokenizer: tiktoken.Encoding, check: bool = True) -> Splits:
-    """The (training, validation) shards of a text file or of all `find_folders`. check (on one rank): `open_folder`."""
+    """The (training, validation) shards of a text file or the folders of `find_folders`. check: of `open_folder`."""
     if os.path.isfile(source):
         return read_text(Path(source), tokenizer)
     folders = [open_folder(folder, tokenizer, check) for folder in find_folders(source)]

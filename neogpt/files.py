@@ -51,12 +51,10 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def matches(value: object, example: object) -> bool:
-    """Whether a value from a file has the structure of an example: at least the same keys, the same types, and integers
-    that are not negative. The example of a list is a list of one item.
-    """
+    """Whether a value from a file has the types of an example, at least its keys, and no negative integers."""
     if isinstance(example, dict):
         return isinstance(value, dict) and all(key in value and matches(value[key], example[key]) for key in example)
-    if isinstance(example, list):
+    if isinstance(example, list):  # of one item
         return isinstance(value, list) and all(matches(item, example[0]) for item in value)
     return type(value) is type(example) and (type(value) is not int or 0 <= value < 2**62)
 

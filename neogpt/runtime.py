@@ -54,15 +54,13 @@ def print0(text: str) -> None:
 
 
 def setup(device: str, precision: str = "auto", deterministic: bool = False, console: TextIO | None = None) -> Runtime:
-    """Select device and precision and, under torchrun, join the process group (nccl on CUDA, gloo on CPU). console:
-    where `print0` prints; None: stdout. Raises ValueError if the device does not exist.
-    """
+    """Select device and precision and, under torchrun, join the process group (nccl on CUDA, gloo on CPU)."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" not in os.environ and (world_size > 1 or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1):
         raise ValueError("several processes without RANK: each would train alone; start them with torchrun")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # some consoles cannot show what a model samples
-    logger.handlers = [Console(console or sys.stdout)]
+    logger.handlers = [Console(console or sys.stdout)]  # where `print0` prints
     logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)
     has_mps = torch.backends.mps.is_available()
     if device == "auto":
@@ -258,9 +256,8 @@ def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Eve
 
 
 def stop_on_signals() -> Callable[[], bool]:
-    """Catch Ctrl-C and the signals that schedulers send before they kill; return a function that tells whether a signal
-    was received. A second Ctrl-C kills; the other signals can come twice, as torchrun and Slurm both send SIGTERM.
-    Signals that are ignored, such as SIGHUP under nohup, stay ignored.
+    """Catch Ctrl-C and signals that schedulers send before they kill; return a function that tells whether one came.
+    A second Ctrl-C kills; other signals can come twice, from torchrun and Slurm. Ignored signals (nohup) stay ignored.
     """
     received = []
 

@@ -25,7 +25,7 @@ HEADER = re.compile(rb"^# code=", re.M)  # the run starts or is resumed
 
 
 def start(kind: str, folder: Path, step: int, constants: dict[str, Any]) -> subprocess.Popen | None:
-    """Start the process that sends what is appended to folder/log.txt. step: of `connect`. None for kind ""."""
+    """Start the process that sends what is appended to folder/log.txt, from `step` on. None for kind ""."""
     if not kind:
         return None
     args = kind, str(folder.resolve()), step, (folder / "log.txt").stat().st_size, constants
@@ -41,13 +41,11 @@ def stop(process: subprocess.Popen | None) -> None:
 
 
 def connect(kind: str, folder: Path, step: int, name: str, constants: dict[str, Any]) -> tuple[Callable, Callable]:
-    """Functions send(step, values by name) and close(). TensorBoard drops older values of `step` and later steps; name
-    and constants are for wandb and trackio, where a run of this name is continued.
-    """
+    """Functions send(step, values by name) and close(). wandb and trackio continue a run of this name."""
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(folder), purge_step=step, flush_secs=5)
+        writer = SummaryWriter(str(folder), purge_step=step, flush_secs=5)  # without older values from `step` on
         return lambda step, values: [writer.add_scalar(*item, step) for item in values.items()], writer.close
     extra: dict[str, Any] = dict(id=name, dir=str(folder), settings=dict(console="off")) if kind == "wandb" else {}
     project = os.environ.get("WANDB_PROJECT", "neogpt")

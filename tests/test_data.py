@@ -258,6 +258,7 @@ TEXTS = [  # the content of a file, its training and its validation documents
     (f"a\n{EOT}\nb\n{EOT}", ["a"], ["b"]),
     (f"a\r\n{EOT}\r\nb", ["a"], ["b"]),  # as Windows ends lines
     (f"a {EOT} b\n{EOT}\nc{EOT}\n", ["a ", " b"], ["c"]),  # also inside a line
+    (f"\ufeffa{EOT}b", ["a"], ["b"]),  # with a byte order mark
 ]
 
 

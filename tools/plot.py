@@ -4,7 +4,7 @@
     python -m tools.plot demo                # out/demo
     python -m tools.plot --runs out/adamw out/muon --x=tokens
 
-Published results are shown if all runs pretrain with the GPT-2 tokenizer and (HellaSwag) scored all validation rows.
+Published results are shown if all runs pretrain with the GPT-2 tokenizer and, for HellaSwag, scored all its rows.
 """
 
 import re
