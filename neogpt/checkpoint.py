@@ -122,7 +122,7 @@ def check(ckpt: Checkpoint) -> None:
 
 
 def read(path: Path, verify: bool = True) -> Checkpoint:
-    """Read a checkpoint without unpickling objects. Raises ValueError. verify: check all CRCs; else memory-map tensors."""
+    """Read a checkpoint without unpickling objects. Raises ValueError. verify: check all CRCs; else map the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:  # torch does not compress

@@ -186,9 +186,7 @@ class Block(nn.Module):
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy, in nats, of logits (B, T, V) and targets (B, T). Targets of -100 are ignored. reduction: "mean",
-    "sum", or "none" (B · T,).
-    """
+    """Cross-entropy in nats, logits (B, T, V) and targets (B, T); -100 is ignored. reduction: "none" gives (B · T,)."""
     # bf16 is too coarse for a log-softmax over 50,000 classes
     full = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(full.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction=reduction)

@@ -113,9 +113,7 @@ class Run:
             runtime.print0(f"continuing {self.out_dir} from step {self.step}; changed: {changed}")
 
     def identify(self, **facts: object) -> None:
-        """Record what determines the curve besides the configuration; print what differs from the resumed run. Raises
-        ValueError if ranks differ.
-        """
+        """Record what else sets the curve; print what a resumed run changed. Raises ValueError if ranks differ."""
         self.facts |= {name: str(value) for name, value in facts.items()}
         found = runtime.all_gather(asdict(self.cfg) | self.facts | dict(checkpoint_weights=self.base), self.rt)
         for rank, other in enumerate(found):
@@ -143,9 +141,7 @@ class Run:
             checkpoint.require_space(self.out_dir, n_bytes + 4 * optim.n_moments(optimizers), self.cfg.keep_last, best)
 
     def full_model(self) -> model.GPT:
-        """The model for evaluations: if it is sharded, a copy with all weights, which the next update frees. It is
-        gathered from all ranks, so all must call this method.
-        """
+        """The model for evaluations; if sharded, a copy gathered by all ranks, which the next update frees."""
         if not runtime.is_sharded(self.raw):
             return self.raw
         if not self.gathered:
@@ -190,9 +186,7 @@ class Run:
             yield step
 
     def due(self, every: int) -> bool:
-        """Whether to evaluate or save now: this step is a multiple of `every`, or max_steps, and no signal came. Reads
-        all pending losses if the step is due.
-        """
+        """Whether to evaluate or save: at multiples of `every` and max_steps, if no signal came. Reads all losses."""
         is_due = self.step % every == 0 or self.step == self.max_steps
         if is_due:
             self.read_results(0)

@@ -64,8 +64,7 @@ def train_step(
 
     Equal to one large batch, however it is split: losses are summed and divided by the number of units in the whole
     step, because a mean of means would be wrong where micro-batches differ in units. grad_clip: largest gradient norm,
-    0 for no limit. The optimizers must honor `optimizer.found_inf`. If net is sharded, all ranks need equally many
-    micro-batches.
+    0 for no limit. Optimizers must honor `found_inf`. If net is sharded, ranks need equally many micro-batches.
     """
     n = sum(batch["n"] for batch in micro_batches)
     if rt.world_size > 1:

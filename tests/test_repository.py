@@ -65,14 +65,14 @@ def test_imports_go_one_way() -> None:
 
 def test_the_size_of_the_repository() -> None:
     lines = {path: path.read_text(encoding="utf-8").count("\n") for path in PRODUCT}
-    assert sum(lines.values()) <= 6979  # the budgets allow 6,890
+    assert sum(lines.values()) <= 6890
     for path, n in lines.items():
         assert n <= (350 if path.name == "fineweb.py" else 300), f"{path.name} has {n} lines"
         for node in tree(path).body:
             if isinstance(node, ast.FunctionDef) and node.name == "main":
                 assert node.end_lineno - node.lineno < 70, f"main of {path.name}"
     assert len(SCRIPTS) <= 9 and len(NEOGPT) <= 18 + 1  # and the empty __init__.py
-    assert sum(path.read_text(encoding="utf-8").count("\n") for path in ROOT.glob("tests/*.py")) <= 6789
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in ROOT.glob("tests/*.py")) <= 6800
     assert README.count("\n") <= 170
 
 
