@@ -121,7 +121,7 @@ def set_determinism(enabled: bool) -> None:
     torch.use_deterministic_algorithms(enabled, warn_only=enabled)
     warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
     torch.utils.deterministic.fill_uninitialized_memory = False  # saves one pass over every new tensor
-    # a backward pass compiled lazily does not see the deterministic flag in PyTorch 2.13: inductor may time kernels
+    # PyTorch 2.13 compiles a lazy backward pass without the deterministic flag: inductor may select kernels by timing
     from torch._functorch import config as functorch
 
     functorch.force_non_lazy_backward_lowering = enabled
