@@ -113,7 +113,7 @@ class Run:
             runtime.print0(f"continuing {self.out_dir} from step {self.step}; changed: {changed}")
 
     def identify(self, **facts: object) -> None:
-        """Record what else sets the curve; print what a resumed run changed. Raises ValueError if ranks differ."""
+        """Record what determines the curve besides cfg; print what differs on resuming. ValueError if ranks differ."""
         self.facts |= {name: str(value) for name, value in facts.items()}
         found = runtime.all_gather(asdict(self.cfg) | self.facts | dict(checkpoint_weights=self.base), self.rt)
         for rank, other in enumerate(found):
