@@ -141,7 +141,7 @@ class Run:
             checkpoint.require_space(self.out_dir, n_bytes + 4 * optim.n_moments(optimizers), self.cfg.keep_last, best)
 
     def full_model(self) -> model.GPT:
-        """The model for evaluations; if sharded, a copy gathered by all ranks, which the next update frees."""
+        """The model for evaluations; if sharded, a copy until the next update, for which all ranks must call this."""
         if not runtime.is_sharded(self.raw):
             return self.raw
         if not self.gathered:
