@@ -18,7 +18,7 @@ def fresh_document(rng: Random) -> str:
 
 
 def document_entropy() -> float:
-    """The entropy of `fresh_document`, nats: the mean of -log p, as no two sequences of choices give the same text."""
+    """The entropy of `fresh_document` in nats; exact, because no two sequences of its choices give the same text."""
     log, mean, n = math.log, statistics.mean, len(world.ATTRIBUTES)
     # a fact about a character is named with probability 0.4, else in one of the other forms, equally likely
     others = mean(log(len(forms) - 1) for forms in world.FACTS.values())
