@@ -135,7 +135,7 @@ def as_text(values: np.ndarray) -> list[str]:
 
 
 def print_report(laws: list[fit.Law], runs: np.ndarray, held_out: list[Point], C: float) -> None:
-    """Print constants, optima and predictions. laws: of all runs, then resamples; runs: N, D, loss; C: most FLOPs."""
+    """Print results. laws: of all runs, then of resamples; runs: (N, D, loss), (3, n); C: FLOPs of the largest run."""
 
     def constants(law: fit.Law) -> list[float]:
         N, D = law.optimum(C)
