@@ -180,7 +180,7 @@ def n_moments(optimizers: list[torch.optim.Optimizer]) -> int:
 
 
 def load_moments(optimizers: list[torch.optim.Optimizer], moments: list[dict]) -> None:
-    """Load only the moments, no learning rates and other settings. Raises ValueError if they do not fit the model."""
+    """Load moments; learning rates and other settings stay. Raises ValueError if the moments do not fit the model."""
     if len(moments) != len(optimizers):
         raise ValueError(f"the checkpoint has moments of {len(moments)} optimizers, expected {len(optimizers)}")
     for optimizer, state in zip(optimizers, moments):
