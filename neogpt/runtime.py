@@ -54,7 +54,7 @@ def print0(text: str) -> None:
 
 
 def setup(device: str, precision: str = "auto", deterministic: bool = False, console: TextIO | None = None) -> Runtime:
-    """Select device and precision and, under torchrun, join the process group (nccl on CUDA, gloo on CPU)."""
+    """Select device and precision; join torchrun's process group (nccl on CUDA, gloo on CPU). Raises ValueError."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" not in os.environ and (world_size > 1 or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1):
         raise ValueError("several processes without RANK: each would train alone; start them with torchrun")
