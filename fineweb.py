@@ -71,7 +71,7 @@ def ask_hub(call: Callable[..., Any], *args: str, **options: object) -> Any:
     try:
         return call(*args, **options)
     except Exception as error:  # no network, no such name, HTTP 429, …: no common class
-        raise OSError(f"cannot get {'/'.join(args)} from the hub: {files.one_line(error)}; try again") from error
+        raise OSError(f"cannot get {HUB}{'/'.join(args)}: {files.one_line(error)}; retry, or check --data") from error
 
 
 def find_source(url: str, k: int, n: int, manifest: dict | None) -> tuple[dict, list[Path]]:

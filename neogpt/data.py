@@ -111,9 +111,7 @@ def read_manifest(folder: str | Path) -> dict | None:
 
 def read_tokens(shard: Shard) -> np.ndarray:
     """The tokens of a shard, (n,) uint16, memory-mapped if they are in a file."""
-    if shard.tokens is not None:
-        return shard.tokens
-    return np.memmap(shard.path, dtype="<u2", mode="r", offset=shard.offset)
+    return np.memmap(shard.path, dtype="<u2", mode="r", offset=shard.offset) if shard.tokens is None else shard.tokens
 
 
 def checksum(arrays: Iterable[np.ndarray]) -> str:
@@ -138,8 +136,8 @@ def scan_shard(shard: Shard) -> tuple[int, int]:
 
 
 def open_folder(folder: Path, tokenizer: tiktoken.Encoding, check: bool) -> Splits:
-    """The (training, validation) shards of a folder, sorted by name. Raises ValueError if a shard is missing or the
-    tokenizer is not that of the manifest. check: also if a shard differs from it, or has an id outside the vocabulary.
+    """The (training, validation) shards of a folder, sorted by name. Raises ValueError if the tokenizer or the names
+    of the shards differ from the manifest. check: also if a shard differs from it, or has an id outside the vocabulary.
     `checked.json` stores sizes and modification times of a successful check; until they change, no shard is read again.
     """
     paths = sorted(p for p in folder.iterdir() if p.suffix in (".npy", ".bin"))
@@ -154,6 +152,8 @@ def open_folder(folder: Path, tokenizer: tiktoken.Encoding, check: bool) -> Spli
     listed = {entry["file"]: (entry["n_tokens"], entry["crc32"]) for entry in manifest["shards"]}
     if missing := listed.keys() - shards.keys():
         raise ValueError(f"{folder / min(missing)} is missing: restore it, or run fineweb.py into a new folder")
+    if listed and (unlisted := shards.keys() - listed.keys()):
+        raise ValueError(f"{folder / min(unlisted)} is not listed in {MANIFEST}: move it to another folder")
     state = [n_vocab, manifest, {name: [s.n_tokens, s.path.stat().st_mtime_ns] for name, s in shards.items()}]
     with contextlib.suppress(OSError, ValueError):
         check = check and json.loads(cache.read_text()) != state

@@ -154,7 +154,7 @@ def test_manifest_decides_what_is_accepted(tmp_path: Path) -> None:
     train, val = open_data(str(folder), get_tokenizer("bytes"))
     assert [shard.n_tokens for shard in train + val] == [300, 30, 100]
     np.save(folder / "train_000007.npy", tokens_of(300, 99))  # not listed
-    refused(folder, "train_000007.npy")
+    refused(folder, "train_000007.npy", "not listed")
     (folder / "train_000007.npy").unlink()
     (folder / "train_000002.npy").unlink()
     refused(folder, "train_000002.npy")

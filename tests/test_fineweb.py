@@ -322,7 +322,7 @@ def test_failed_download_continues_at_the_same_commit(source, hub: SimpleNamespa
     assert manifest["source"]["data"] == URL and manifest["source"]["revision"] == "c0ffee"
     hub.folder, hub.revision = tmp_path / "missing", "c0ffee"
     main(cfg)  # does not ask the hub about a complete folder
-    refused(config(URL, tmp_path / "new"), "owner/name", hub.folder)
+    refused(config(URL, tmp_path / "new"), "owner/name", hub.folder, "--data")
     hub.folder.mkdir()
     (hub.folder / "README.txt").touch()  # only tables are read from the hub
     refused(config(URL, tmp_path / "new"), "0 files (.parquet, .jsonl) in", URL)
