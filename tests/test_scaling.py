@@ -80,7 +80,8 @@ def test_a_study(
     monkeypatch.setattr(scaling, "draw", lambda *_: None)  # takes seconds
     assert len(study(lengths=(10, 20, 40), held_out=1)["points"]) == 9  # a length is added
     assert sorted(study.started) == ["tiny-12-0.01-40", "tiny-8-0.01-40"]  # nothing is trained twice
-    harness.refused(scaling.main, study.cfg, "optimizer='adamw'", train=f"{study.cfg.train} --optimizer=adamw")
+    for name, value in (("optimizer", "adamw"), ("grad_clip", "0.5"), ("val_tokens", "192")):
+        harness.refused(scaling.main, study.cfg, f"{name}=", value, train=f"{study.cfg.train} --{name}={value}")
 
 
 def test_wrong_options_are_refused(study: Callable[..., dict]) -> None:
