@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import harness
+import numpy as np
 import pytest
 
 import train_gpt2
@@ -96,3 +97,9 @@ def test_wrong_options_are_refused(study: Callable[..., dict]) -> None:
     (Path(study.cfg.out_dir) / "tiny-16-0.001-10").mkdir(parents=True)
     (Path(study.cfg.out_dir) / "tiny-16-0.001-10" / "log.txt").write_text("# data='x.txt'\n0 val 1\n")
     refused("tiny-16-0.001-10", "data=", "--out_dir")
+
+
+def test_report_without_an_optimum(tmp_path: Path) -> None:
+    law, runs = fit.Law(0.5, 1.0, 9.0, -0.1, 0.4), np.array([[1e4, 1e4], [1e6, 2e6], [3.1, 3.0]])  # grows with N
+    scaling.print_report([law, law], runs, [], 1e12)
+    scaling.draw(tmp_path / "Scaling.png", [law, law], runs, [], 1e12, None)

@@ -27,9 +27,9 @@ class Law(NamedTuple):
         return self.E + self.A * np.float64(N) ** -self.alpha + self.B * np.float64(D) ** -self.beta
 
     def optimum(self, C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The N and D with the smallest loss for C FLOPs."""
-        exponent = 1 / (self.alpha + self.beta)
-        N = (self.alpha * self.A / (self.beta * self.B)) ** exponent * (C / 6) ** (self.beta * exponent)
+        """The N and D with the smallest loss for C FLOPs; NaN if there are none, as an exponent is not positive."""
+        exponent = 1 / (self.alpha + self.beta) if min(self.alpha, self.beta) > 0 else np.nan
+        N = np.float64(self.alpha * self.A / (self.beta * self.B)) ** exponent * (C / 6) ** (self.beta * exponent)
         return N, C / (6 * N)
 
 

@@ -189,7 +189,7 @@ def draw(
         lines = [(curves, "k", "compute-optimal", lambda law: law.loss(*law.optimum(budgets)))]
         lines += [(optimum, "C0", "N, parameters", lambda law: law.optimum(budgets)[0])]
         lines += [(optimum, "C1", "D, tokens", lambda law: law.optimum(budgets)[1])]
-        for axes, color, label, result in lines:
+        for axes, color, label, result in lines if min(law.alpha, law.beta) > 0 else ():  # else there is no optimum
             middle, *interval = with_interval(laws, result)
             axes.plot(budgets, middle, color, label=label)
             axes.fill_between(budgets, *interval, color=color, alpha=0.15)
