@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import harness
+import numpy as np
 import pytest
 
 import train_gpt2
@@ -80,7 +81,8 @@ def test_a_study(
     monkeypatch.setattr(scaling, "draw", lambda *_: None)  # takes seconds
     assert len(study(lengths=(10, 20, 40), held_out=1)["points"]) == 9  # a length is added
     assert sorted(study.started) == ["tiny-12-0.01-40", "tiny-8-0.01-40"]  # nothing is trained twice
-    harness.refused(scaling.main, study.cfg, "optimizer='adamw'", train=f"{study.cfg.train} --optimizer=adamw")
+    for name, value in (("optimizer", "adamw"), ("grad_clip", "0.5"), ("val_tokens", "192")):
+        harness.refused(scaling.main, study.cfg, f"{name}=", value, train=f"{study.cfg.train} --{name}={value}")
 
 
 def test_wrong_options_are_refused(study: Callable[..., dict]) -> None:
@@ -95,3 +97,9 @@ def test_wrong_options_are_refused(study: Callable[..., dict]) -> None:
     (Path(study.cfg.out_dir) / "tiny-16-0.001-10").mkdir(parents=True)
     (Path(study.cfg.out_dir) / "tiny-16-0.001-10" / "log.txt").write_text("# data='x.txt'\n0 val 1\n")
     refused("tiny-16-0.001-10", "data=", "--out_dir")
+
+
+def test_report_without_an_optimum(tmp_path: Path) -> None:
+    law, runs = fit.Law(0.5, 1.0, 9.0, -0.1, 0.4), np.array([[1e4, 1e4], [1e6, 2e6], [3.1, 3.0]])  # grows with N
+    scaling.print_report([law, law], runs, [], 1e12)
+    scaling.draw(tmp_path / "Scaling.png", [law, law], runs, [], 1e12, None)

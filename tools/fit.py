@@ -27,9 +27,9 @@ class Law(NamedTuple):
         return self.E + self.A * np.float64(N) ** -self.alpha + self.B * np.float64(D) ** -self.beta
 
     def optimum(self, C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The N and D with the smallest loss for C FLOPs."""
-        exponent = 1 / (self.alpha + self.beta)
-        N = (self.alpha * self.A / (self.beta * self.B)) ** exponent * (C / 6) ** (self.beta * exponent)
+        """The N and D with the smallest loss for C FLOPs; NaN if there are none, as an exponent is not positive."""
+        exponent = 1 / (self.alpha + self.beta) if min(self.alpha, self.beta) > 0 else np.nan
+        N = np.float64(self.alpha * self.A / (self.beta * self.B)) ** exponent * (C / 6) ** (self.beta * exponent)
         return N, C / (6 * N)
 
 
@@ -63,7 +63,7 @@ def fit(N: np.ndarray, D: np.ndarray, L: np.ndarray, start: Law | None = None) -
     if start:
         E, A, B, alpha, beta = start
         starts = [(np.log(A) - alpha * x0, np.log(B) - beta * y0, np.log(E), alpha, beta)]
-    else:  # each term is a half or a tenth of the mean loss, or E almost the smallest loss
+    else:  # the terms of N and D are a half or a tenth of the mean loss; E is 0.3 or 0.95 of the smallest
         terms, E = np.log([0.5, 0.1]) + target.mean().item(), np.log([0.3, 0.95]) + target.min().item()
         starts = itertools.product(terms, terms, E, (0.2, 0.7), (0.2, 0.7))
     a, b, e, alpha, beta = min(found for found in map(minimize, starts) if np.isfinite(found[0]))[1]

@@ -83,7 +83,8 @@ def final_loss(folder: str, steps: int, base: train_gpt2.Config) -> float | None
     path = Path(folder, "log.txt")
     log = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     log = log[max(0, log.rfind("# data=")) :]  # since the last start
-    for name in ("data", "T", "total_batch_size", "optimizer", "weight_decay", "warmup_steps", "min_lr_frac", "seed"):
+    names = "data tokenizer T total_batch_size optimizer min_lr_frac warmup_steps weight_decay beta1 beta2 eps momentum"
+    for name in f"{names} grad_clip seed val_tokens".split():
         if "# data=" in log and f" {name}={vars(base)[name]!r} " not in log:
             raise ValueError(f"{folder} was not trained with {name}={vars(base)[name]!r}: use another --out_dir")
     losses = re.findall(rf"^{steps} val (\S+)\n", log, re.M)
@@ -99,9 +100,8 @@ def train(cfg: Config, base: train_gpt2.Config, size: str, steps: int, max_lr: f
     command += ["--schedule=wsd", "--decay_frac=0.2", "--n_samples=0", "--hellaswag_every=0"]
     command += [f"--branch_from={start.folder}/ckpt_{start.steps * 8 // 10:06d}.pt"] if start else []
     if final_loss(folder, steps, base) is None:
-        n_threads = str(max(1, (os.cpu_count() or 1) // cfg.jobs))  # with more, runs would wait for each other
-        threads = dict(OMP_NUM_THREADS=n_threads) if cfg.jobs > 1 else {}
-        subprocess.run(command, env=os.environ | threads, stdout=subprocess.DEVNULL)
+        threads = dict(OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // cfg.jobs))) if cfg.jobs > 1 else {}
+        subprocess.run(command, env=os.environ | threads, stdout=subprocess.DEVNULL)  # more threads would only wait
     if (loss := final_loss(folder, steps, base)) is None:
         raise ValueError(f"{shlex.join(command)} did not finish: read its message above, then start the study again")
     shape = train_gpt2.expected_config(replace(base, model=size), data.get_tokenizer(base.tokenizer).n_vocab)
@@ -189,7 +189,7 @@ def draw(
         lines = [(curves, "k", "compute-optimal", lambda law: law.loss(*law.optimum(budgets)))]
         lines += [(optimum, "C0", "N, parameters", lambda law: law.optimum(budgets)[0])]
         lines += [(optimum, "C1", "D, tokens", lambda law: law.optimum(budgets)[1])]
-        for axes, color, label, result in lines:
+        for axes, color, label, result in lines if min(law.alpha, law.beta) > 0 else ():  # else there is no optimum
             middle, *interval = with_interval(laws, result)
             axes.plot(budgets, middle, color, label=label)
             axes.fill_between(budgets, *interval, color=color, alpha=0.15)
