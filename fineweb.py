@@ -87,7 +87,7 @@ def find_source(url: str, k: int, n: int, manifest: dict | None) -> tuple[dict, 
         revision = ask_hub(HfApi().dataset_info, repo).sha
         list_tree = functools.partial(HfApi().list_repo_tree, recursive=True, revision=revision, repo_type="dataset")
         tree = ask_hub(lambda *args: list(list_tree(*args)), repo, folder)
-        tables = sorted((entry.path, entry.size) for entry in tree if files.has_suffix(entry.path, suffixes))
+        tables = sorted((e.path, e.size) for e in tree if hasattr(e, "size") and files.has_suffix(e.path, suffixes))
         found = [table for table in tables if files.split_of(table[0].removeprefix(folder)) == "train"] or tables
         others = sorted(Path(name) for name, _ in set(tables) - set(found))
     else:

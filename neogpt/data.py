@@ -46,7 +46,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     except Exception as error:  # requests and tiktoken raise many kinds
         names = "6d1cbeee0f20b3d9449abfede4726ed8212e3aee", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6"  # tiktoken's
         problem = f"cannot download the GPT-2 vocabulary into {folder} ({files.one_line(error)})"
-        remedy = f"copy {names[0]} (vocab.bpe) and {names[1]} (encoder.json) from another machine's cache there"
+        remedy = f"copy {names[0]} (vocab.bpe) and {names[1]} (encoder.json) from another machine's cache into it"
         raise OSError(f"{problem}: {remedy}, or set TIKTOKEN_CACHE_DIR to another folder") from error
 
 
@@ -86,7 +86,7 @@ def open_shard(path: Path) -> Shard:
                 raise ValueError(f"it holds {array.dtype} of shape {array.shape}, not one row of uint16")
             n_tokens, offset = len(array), array.offset
     except Exception as error:  # numpy parses the header as Python and raises many kinds
-        raise ValueError(f"{path} is not a token shard: {files.one_line(error)}") from error
+        raise ValueError(f"{path} is not a token shard ({files.one_line(error)}): restore or remove it") from error
     expected, size = offset + 2 * n_tokens, path.stat().st_size
     if size != expected:
         raise ValueError(f"{path} has {size:,} bytes, not {expected:,}: restore it or run fineweb.py into a new folder")

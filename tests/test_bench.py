@@ -130,6 +130,7 @@ def test_invalid_options(tmp_path: Path) -> None:
     harness.refused(bench.main, cfg, "--B=0", B=())
     harness.refused(bench.main, cfg, "--models=0", bench="overview", models=())
     harness.refused(bench.main, cfg, "total_batch_size", total_batch_size=8)
+    harness.refused(bench.main, cfg, "total_batch_size", 8, bench="train", B=(4, 8))
     harness.refused(bench.main, cfg, "nosuch", "bf16 residual", bench="choices", only=("nosuch",))
     harness.refused(bench.main, cfg, "--only", "prefill", bench="sample", new_tokens=20, only=("nosuch",))
     harness.refused(bench.main, cfg, "nothing*", bench="tokenize", data=str(tmp_path / "nothing*"))

@@ -277,8 +277,8 @@ PER_MODEL = dict(train=bench_train, choices=bench_choices, sample=bench_sample, 
 def main(cfg: Config) -> None:
     """Run one measurement and write its results."""
     config.require("[1, inf)", B=min(cfg.B, default=0), models=len(cfg.models))
-    if cfg.total_batch_size % cfg.T:
-        raise ValueError(f"--total_batch_size={cfg.total_batch_size} must be a multiple of --T={cfg.T}")
+    if wrong := [B for B in (1, *cfg.B * (cfg.bench in ("train", "choices"))) if cfg.total_batch_size % (B * cfg.T)]:
+        raise ValueError(f"--total_batch_size={cfg.total_batch_size} must be a multiple of {wrong[0]} x --T={cfg.T}")
     files.make_folder(cfg.out_dir)
     write = functools.partial(timing.write_json, Path(cfg.out_dir) / f"{cfg.bench}.json", config=asdict(cfg))
     if cfg.bench not in PER_MODEL:

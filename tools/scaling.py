@@ -116,7 +116,7 @@ def train_size(cfg: Config, base: train_gpt2.Config, size: str) -> list[Point]:
     shortest = [train(cfg, base, size, cfg.lengths[0], max_lr, None) for max_lr in cfg.max_lrs]
     points = [min(shortest, key=lambda point: point.loss)]
     if points[0].max_lr in (min(cfg.max_lrs), max(cfg.max_lrs)):
-        print(f"{size}: the best of --max_lrs is the first or last, {points[0].max_lr:g}: try more of them")
+        print(f"{size}: the best of --max_lrs is the smallest or largest, {points[0].max_lr:g}: try more of them")
     held_out = [cfg.held_out * cfg.lengths[-1]] if cfg.held_out > 1 and size == cfg.sizes[-1] else []
     for steps in [*cfg.lengths[1:], *held_out]:
         points.append(train(cfg, base, size, steps, points[0].max_lr, points[-1]))
