@@ -210,7 +210,7 @@ def find_folders(source: str) -> list[Path]:
 
 
 def open_data(source: str, tokenizer: tiktoken.Encoding, check: bool = True) -> Splits:
-    """The (training, validation) shards of a text file or the folders of `find_folders`. check: of `open_folder`."""
+    """The (training, validation) shards of a text file or the folders of `find_folders`. check: see `open_folder`."""
     if os.path.isfile(source):
         return read_text(Path(source), tokenizer)
     folders = [open_folder(folder, tokenizer, check) for folder in find_folders(source)]

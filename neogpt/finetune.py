@@ -61,8 +61,8 @@ def open_run(
     rt = run.rt
     run.base = lora.fingerprint(raw.state_dict())
     if run.resumed:
-        alpha = dict(lora_alpha=cfg.lora_alpha) if cfg.lora_rank else {}
-        start = dict(weights=run.base, lora_rank=cfg.lora_rank) | alpha
+        start = dict(weights=run.base, lora_rank=cfg.lora_rank)
+        start |= dict(lora_alpha=cfg.lora_alpha) if cfg.lora_rank else {}
         if changed := checkpoint.differences(run.resumed.config | dict(weights=run.resumed.base), start):
             problem = f"the run in {cfg.out_dir} has another start than {cfg.checkpoint} ({changed})"
             raise ValueError(f"{problem}: use another --out_dir, or the old --checkpoint file and LoRA options")

@@ -134,7 +134,7 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter from its gradient. Changes nothing if the tensor `self.found_inf` is 1."""
         for group in self.param_groups:
             whole, beta = group["params"], group["momentum"]
-            found_inf = getattr(self, "found_inf", torch.zeros((), device=whole[0].device))
+            found_inf = self.found_inf if hasattr(self, "found_inf") else torch.zeros((), device=whole[0].device)
             for p in whole:
                 self.state[p] = self.state[p] or dict(momentum=torch.zeros_like(p))
             momenta, grads, params = [self.state[p]["momentum"] for p in whole], [p.grad for p in whole], whole

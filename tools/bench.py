@@ -19,7 +19,7 @@ import io
 import itertools
 import multiprocessing
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -277,10 +277,10 @@ PER_MODEL = dict(train=bench_train, choices=bench_choices, sample=bench_sample, 
 def main(cfg: Config) -> None:
     """Run one measurement and write its results."""
     config.require("[1, inf)", B=min(cfg.B, default=0), models=len(cfg.models))
-    if wrong := [B for B in (1, *cfg.B * (cfg.bench in ("train", "choices"))) if cfg.total_batch_size % (B * cfg.T)]:
+    sizes = cfg.B if cfg.bench in ("train", "choices") else (1,)  # of the micro-batches
+    if wrong := [B for B in sizes if cfg.total_batch_size % (B * cfg.T)]:
         raise ValueError(f"--total_batch_size={cfg.total_batch_size} must be a multiple of {wrong[0]} x --T={cfg.T}")
-    files.make_folder(cfg.out_dir)
-    write = functools.partial(timing.write_json, Path(cfg.out_dir) / f"{cfg.bench}.json", config=asdict(cfg))
+    write = functools.partial(timing.write_json, files.make_folder(cfg.out_dir) / f"{cfg.bench}.json", config=vars(cfg))
     if cfg.bench not in PER_MODEL:
         return write(results=bench_tokenize(cfg) if cfg.bench == "tokenize" else bench_overview(cfg))
     rows = []

@@ -83,8 +83,8 @@ def final_loss(folder: str, steps: int, base: train_gpt2.Config) -> float | None
     path = Path(folder, "log.txt")
     log = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     log = log[max(0, log.rfind("# data=")) :]  # since the last start
-    names = "data tokenizer T total_batch_size optimizer min_lr_frac warmup_steps weight_decay beta1 beta2 eps momentum"
-    for name in f"{names} grad_clip seed val_tokens".split():
+    names = ("data", "tokenizer", "T", "total_batch_size", "optimizer", "min_lr_frac", "warmup_steps", "weight_decay")
+    for name in (*names, "beta1", "beta2", "eps", "momentum", "grad_clip", "seed", "val_tokens"):
         if "# data=" in log and f" {name}={vars(base)[name]!r} " not in log:
             raise ValueError(f"{folder} was not trained with {name}={vars(base)[name]!r}: use another --out_dir")
     losses = re.findall(rf"^{steps} val (\S+)\n", log, re.M)
